@@ -1,0 +1,200 @@
+"""The frozen types that several parts share. Imports no torch: tensors appear in annotations only.
+
+Shapes in comments: B rows, T tokens a row, N supervised tokens, D documents in a packed row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Role = Literal["system", "user", "assistant"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+IGNORE_INDEX = -100
+"""The label of a position that is not supervised (PyTorch's cross-entropy convention)."""
+
+GB = 2**30
+"""A GB is 2^30 bytes everywhere in tunesmith."""
+
+Event = dict[str, Any]
+"""One line of `events.jsonl`. Every event has an `event` key: `step`, `eval`, `checkpoint`, `warning`, `start`, `end`, ..."""
+
+EventSink = Callable[[Event], None]
+"""Anything that takes events: the run folder, a progress bar, a tracker."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row of a data file: a conversation, or plain text. Exactly one of `messages` and `text` is set.
+
+    `file` and `line` (physical, from 1) say where it came from.
+    """
+
+    messages: tuple[Message, ...] | None
+    text: str | None
+    file: str
+    line: int
+
+    @property
+    def where(self) -> str:
+        """The example's place as `file:line`."""
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """Token ids of one example and, for each, whether it is a target of the loss. Both have T entries."""
+
+    input_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    line: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens are targets. The first token never is: nothing predicts it."""
+        return sum(self.loss_mask[1:])
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A micro-batch on its device.
+
+    Packed (the default layout): one row that holds D documents end to end, no padding, `attention_mask` None;
+    positions restart at each document and `cu_seqlens` gives their bounds. Padded (`data.packing: false`): B rows,
+    right-padded, with an `attention_mask`.
+    """
+
+    input_ids: torch.Tensor  # (B, T) int64
+    labels: torch.Tensor  # (B, T) int64, already shifted: labels[b, t] is the token that follows t, or IGNORE_INDEX
+    position_ids: torch.Tensor  # (B, T) int64
+    cu_seqlens: (
+        torch.Tensor
+    )  # (D + 1,) int32, cumulative document lengths, on the CPU; for padded rows without the padding
+    attention_mask: torch.Tensor | None  # (B, T) int64, 1 for a token and 0 for padding; None when packed
+    num_examples: int
+    num_tokens: int  # without padding
+    num_supervised: int
+    lines: tuple[int, ...] = ()  # where the examples stood in the data file
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand of an objective: a sum over `count` units (supervised tokens, pairs, ...) with its weight.
+
+    The loss of a step is Σ_terms weight · (Σ_micro-batches sum) / (Σ_micro-batches, ranks count).
+    """
+
+    name: str
+    sum: torch.Tensor  # scalar, with its graph
+    count: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one optimizer step reports. Times in seconds, memory in GB (2^30 bytes)."""
+
+    step: int
+    epoch: float
+    loss: float
+    lr: float
+    grad_norm: float
+    examples: int
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    memory_gb: float
+
+    def event(self) -> Event:
+        """The step as a line of `events.jsonl`."""
+        rate = 1.0 / self.seconds if self.seconds > 0 else 0.0
+        return {
+            "event": "step",
+            **asdict(self),
+            "examples_per_second": self.examples * rate,
+            "tokens_per_second": self.tokens * rate,
+            "supervised_tokens_per_second": self.supervised_tokens * rate,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResult:
+    """One metric of one task. `stderr` is the standard error of `value` over the `n` rows; both are fractions of 1."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One evaluated row: what was asked, what was expected, what came out."""
+
+    prompt: str
+    expected: str
+    answer: str
+    correct: bool
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something that a check or a monitor noticed: which check, how bad, where, what, and how to mend it."""
+
+    check: str
+    severity: Literal["error", "warning", "info"]
+    where: str
+    found: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.found}; {self.fix}" if self.where else f"{self.found}; {self.fix}"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What `prepare` does to the model before the optimizer is made.
+
+    `recompute_layers` decoder layers (the first ones) run under activation checkpointing. `reason` says why, for the
+    log. `predicted_peak_gb` is arithmetic, not a measurement; None where nothing was predicted.
+    """
+
+    mode: Literal["auto", "min", "fast"]
+    recompute_layers: int
+    num_layers: int
+    budget_gb: float | None
+    predicted_peak_gb: float | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run ended. `metrics` is what `metrics.json` holds."""
+
+    run: str
+    status: Literal["finished", "stopped_early"]
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+
+Evaluate = Callable[[int], Mapping[str, float]]
+"""Evaluation during training: given the step, returns metric values by name. The API passes it into the loop."""
+
+Examples = Sequence[TokenizedExample]
