@@ -8,28 +8,40 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from tunesmith.api import chat_model, evaluate, load, merge, resume, train, write_report
-    from tunesmith.config import RunConfig, load_config
+from tunesmith.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from tunesmith.api import evaluate as evaluate
+    from tunesmith.api import load as load
+    from tunesmith.api import merge as merge
+    from tunesmith.api import quickstart as quickstart
+    from tunesmith.api import reply as reply
+    from tunesmith.api import resume as resume
+    from tunesmith.api import train as train
+    from tunesmith.api import write_report as write_report
+    from tunesmith.config import RunConfig as RunConfig
+    from tunesmith.config import load_config as load_config
+
 
 _HOMES = {
     "RunConfig": "tunesmith.config",
     "load_config": "tunesmith.config",
-    "chat_model": "tunesmith.api",
     "evaluate": "tunesmith.api",
     "load": "tunesmith.api",
     "merge": "tunesmith.api",
+    "quickstart": "tunesmith.api",
+    "reply": "tunesmith.api",
     "resume": "tunesmith.api",
     "train": "tunesmith.api",
     "write_report": "tunesmith.api",
 }
-
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

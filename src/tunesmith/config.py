@@ -31,7 +31,9 @@ DEFAULT_LR: dict[Method, float] = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
 class Section(BaseModel):
     """A part of the configuration. Unknown keys are errors, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_assignment=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class ModelConfig(Section):
@@ -261,8 +263,11 @@ def load_config(
     if path is not None:
         raw, lines = _read_yaml(Path(path))
     origin = {key: f"{path}:{line}" for key, line in lines.items()}
+    if path is not None:
+        origin[()] = str(path)
     for dotted, value in (values or {}).items():
         _assign(raw, tuple(dotted.split(".")), value, problems, dotted)
+        origin[tuple(dotted.split("."))] = ""
     for override in overrides:
         dotted, equals, text = override.partition("=")
         keys = tuple(dotted.strip().split("."))
@@ -270,8 +275,8 @@ def load_config(
             problems.append(f"--set {override}: expected section.key=value, e.g. --set adapter.r=8")
             continue
         try:
-            value = yaml.safe_load(text) if text.strip() else None
-        except yaml.YAMLError:
+            value = _string_keys(yaml.load(text, _Loader)) if text.strip() else None
+        except (yaml.YAMLError, RecursionError):
             value = text
         _assign(raw, keys, value, problems, f"--set {override}")
         origin[keys] = f"--set {override}"
@@ -344,19 +349,19 @@ def _validate(raw: dict[str, Any], origin: Mapping[tuple[str, ...], str]) -> tup
             if json.dumps(raw, default=str) == before:
                 return None, problems
     for key, message in contradictions(config).items():
-        if not any(key.startswith(bad) for bad in wrong if bad):
-            place = origin.get(tuple(key.split(".")))
-            problems.append(f"{place}: {message}" if place else message)
+        if "method" in wrong and key.startswith(("adapter.", "quantization.")):
+            continue  # the method was taken out: what it leaves unused is not known
+        if not any(f"{key}.".startswith(f"{bad}.") for bad in wrong):
+            problems.append(_place(tuple(key.split(".")), origin) + message)
     return (config if not problems else None), problems
 
 
 def _describe(item: Any, loc: tuple[str, ...], origin: Mapping[tuple[str, ...], str]) -> str:
     """One line for one pydantic error: where, what was found, what is allowed."""
     known = _known_path(loc)
-    place = next((origin[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in origin), None)
-    prefix = f"{place}: " if place else ""
+    prefix = _place(loc, origin)
     if item["type"] == "extra_forbidden":
-        dotted = ".".join(loc)
+        dotted = repr(".".join(loc))[1:-1]  # control characters escaped: a problem is one line
         hint = _nearest(loc)
         return f"{prefix}unknown key `{dotted}`" + (f"; did you mean `{hint}`?" if hint else "")
     dotted = ".".join(known) or ".".join(loc)
@@ -364,7 +369,16 @@ def _describe(item: Any, loc: tuple[str, ...], origin: Mapping[tuple[str, ...], 
     shown = json.dumps(found, default=str, ensure_ascii=False)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
     message = item["msg"][0].lower() + item["msg"][1:]
+    if item["type"] == "model_type":
+        message = "expected a section of `key: value` lines"
     return f"{prefix}`{dotted}` is {shown}: {message}"
+
+
+def _place(loc: tuple[str, ...], origin: Mapping[tuple[str, ...], str]) -> str:
+    """`file:line: ` or `--set ...: ` of the key, else of one below it, else of the nearest section above it."""
+    near = [loc, *(key for key in origin if key[: len(loc)] == loc), *(loc[:n] for n in range(len(loc) - 1, -1, -1))]
+    place = next((origin[key] for key in near if key in origin), "")
+    return f"{place}: " if place else ""
 
 
 def _nearest(loc: tuple[str, ...]) -> str | None:
@@ -437,8 +451,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """The YAML mapping in `path` and the line of every key. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        raw = yaml.safe_load(text)
+        node = yaml.compose(text, _Loader)
+        raw = _string_keys(yaml.load(text, _Loader))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except IsADirectoryError:
@@ -450,6 +464,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
         raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply, or an alias inside its own anchor") from None
     if raw is None:
         return {}, {}
     if not isinstance(raw, dict):
@@ -471,8 +487,22 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     walk(node, ())
     if duplicates:
         raise ConfigError(duplicates)
-    return _string_keys(raw), lines
+    return raw, lines
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader, but a scalar of the wrong form (the date 2020-13-45, `!!int x`) is an error of the YAML, with its place."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, OverflowError):
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{str(node.value)[:40]!r} is no valid {kind}; put it in quotes if it is text"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
 
 def _string_keys(value: Any) -> Any:
-    return {str(key): _string_keys(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {str(key): _string_keys(item) for key, item in value.items()}
+    return [_string_keys(item) for item in value] if isinstance(value, list) else value

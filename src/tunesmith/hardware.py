@@ -11,6 +11,7 @@ import platform
 import resource
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import ConfigError
@@ -49,12 +50,12 @@ def probe(device: str = "auto") -> Hardware:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = device.partition(":")
-    if kind == "cpu":
+    if device == "cpu":
         return Hardware("cpu", _cpu_name(), _physical_memory() / GB, _cpu_has_bf16())
-    if kind == "cuda":
+    if kind == "cuda" and (device == "cuda" or index.isdecimal()):
         if not torch.cuda.is_available():
             raise ConfigError(f"model.device is {device}, but PyTorch {torch.__version__} sees no GPU; use cpu or auto")
-        number = int(index) if index.isdigit() else 0
+        number = int(index or 0)
         if number >= torch.cuda.device_count():
             raise ConfigError(f"model.device is {device}, but there are {torch.cuda.device_count()} GPUs (from cuda:0)")
         properties = torch.cuda.get_device_properties(number)
@@ -62,7 +63,7 @@ def probe(device: str = "auto") -> Hardware:
         return Hardware(
             f"cuda:{number}", properties.name, properties.total_memory / GB, capability >= (8, 0), capability
         )
-    if kind == "mps":
+    if device == "mps":
         if not torch.backends.mps.is_available():
             raise ConfigError("model.device is mps, but PyTorch sees no Apple GPU; use cpu or auto")
         return Hardware("mps", "Apple GPU", _physical_memory() / GB, False)
@@ -111,7 +112,7 @@ def free_memory_gb(hardware: Hardware) -> float:
     if hardware.type == "cuda":
         return torch.cuda.mem_get_info(hardware.device)[0] / GB
     if sys.platform == "linux":
-        with open("/proc/meminfo", encoding="ascii") as file:
+        with Path("/proc/meminfo").open(encoding="ascii") as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024 / GB
@@ -129,7 +130,7 @@ def _physical_memory() -> int:
 
 def _cpu_name() -> str:
     if sys.platform == "linux":
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
             for line in file:
                 if line.startswith("model name"):
                     return line.partition(":")[2].strip()
@@ -140,6 +141,6 @@ def _cpu_has_bf16() -> bool:
     """Whether bf16 matrix products are native. Emulated, they are several times slower than fp32."""
     if sys.platform != "linux":
         return False
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
+    with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
         flags = next((line for line in file if line.startswith(("flags", "Features"))), "").split()
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))

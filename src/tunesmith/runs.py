@@ -46,6 +46,8 @@ class RunFolder:
     @staticmethod
     def refuse_existing(path: Path) -> None:
         """Raise RunError if `path` holds anything, or cannot be written. Leaves nothing behind."""
+        if path.name in ("", ".."):
+            raise RunError(f"{path}: a run needs a folder of its own; choose another --out, e.g. runs/first")
         with disk_errors(path):
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 hint = f", or continue it with `tunesmith resume {path}`" if RunFolder.is_run(path) else ""
@@ -136,8 +138,11 @@ class RunFolder:
         if not self.events_path.exists():
             return []
         events: list[Event] = []
-        for line in self.events_path.read_bytes().split(b"\n")[:-1]:
-            event = json.loads(line)
+        for number, line in enumerate(self.events_path.read_bytes().split(b"\n")[:-1], 1):
+            try:
+                event = json.loads(line)
+            except ValueError:
+                raise RunError(f"{self.events_path}:{number}: not a JSON event; the run folder is damaged") from None
             if event.get("event") == "resume":
                 start = event["step"]
                 events = [kept for kept in events if kept.get("step") is None or kept["step"] <= start]
@@ -151,13 +156,16 @@ class RunFolder:
             if self.events_path.exists():
                 _drop_cut_line(self.events_path)
             file = self.events_path.open("a", encoding="utf-8")
-        with file:
 
-            def log(event: Event) -> None:
-                with disk_errors(self.events_path):
-                    _append(file, {**event, "time": round(time.time(), 3)})
+        def log(event: Event) -> None:
+            with disk_errors(self.events_path):
+                _append(file, {**event, "time": round(time.time(), 3)})
 
+        try:
             yield log
+        finally:
+            with disk_errors(self.events_path):  # closing tries once more to write what did not fit
+                file.close()
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Shapes in comments: B rows, T tokens a row, N supervised tokens, D documents in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -86,6 +86,7 @@ class Batch:
     cu_seqlens: (
         torch.Tensor
     )  # (D + 1,) int32, cumulative document lengths, on the CPU; for padded rows without the padding
+    supervised: torch.Tensor  # (N,) int64, positions in labels.view(-1) that are not IGNORE_INDEX, in order
     attention_mask: torch.Tensor | None  # (B, T) int64, 1 for a token and 0 for padding; None when packed
     num_examples: int
     num_tokens: int  # without padding
@@ -197,4 +198,9 @@ class TrainResult:
 Evaluate = Callable[[int], Mapping[str, float]]
 """Evaluation during training: given the step, returns metric values by name. The API passes it into the loop."""
 
-Examples = Sequence[TokenizedExample]
+Progress = Callable[[str, int, int], None]
+"""Told (stage, done, total) as work goes on, e.g. ("generating answers", 32, 400)."""
+
+
+def no_progress(stage: str, done: int, total: int) -> None:
+    """A Progress that shows nothing."""

@@ -40,15 +40,18 @@ class StepOrder:
         return self._cached[1][start : start + self.batch_size]
 
 
-def split(lengths: Sequence[int], micro_batch_size: int) -> list[list[int]]:
-    """Split a step's examples into micro-batches of at most `micro_batch_size`, with token counts as even as possible.
+def split(lengths: Sequence[int], micro_batch_size: int, packing: bool = True) -> list[list[int]]:
+    """Split a step's examples into micro-batches of at most `micro_batch_size`. Returns positions into `lengths`.
 
-    Longest first, each into the lightest micro-batch with room (Graham's LPT rule): the largest micro-batch, which sets
-    the peak memory, is within 4/3 of the best possible. Returns positions into `lengths`.
+    Packed: longest first, each into the lightest micro-batch with room (Graham's LPT rule), so that the largest one,
+    which sets the peak memory, is small. Padded: neighbours by length together, so that little is padding.
     """
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    if not packing:
+        return [longest_first[start : start + micro_batch_size] for start in range(0, len(lengths), micro_batch_size)]
     bins: list[list[int]] = [[] for _ in range(-(-len(lengths) // micro_batch_size))]
     load = [0] * len(bins)
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for index in longest_first:
         lightest = min((b for b in range(len(bins)) if len(bins[b]) < micro_batch_size), key=lambda b: (load[b], b))
         bins[lightest].append(index)
         load[lightest] += lengths[index]
@@ -75,11 +78,14 @@ def make_batch(examples: Sequence[TokenizedExample], packing: bool, pad_id: int,
         targets = [row + [IGNORE_INDEX] * (width - len(row)) for row in labels]
         positions = [list(range(width)) for _ in examples]
         mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths]).to(device, non_blocking=True)
+    # Found here, on the CPU: finding them on the GPU would wait for it in every micro-batch.
+    supervised = [i for i, label in enumerate(label for row in targets for label in row) if label != IGNORE_INDEX]
     return Batch(
         input_ids=torch.tensor(ids).to(device, non_blocking=True),
         labels=torch.tensor(targets).to(device, non_blocking=True),
         position_ids=torch.tensor(positions).to(device, non_blocking=True),
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
+        supervised=torch.tensor(supervised, dtype=torch.int64).to(device, non_blocking=True),
         attention_mask=mask,
         num_examples=len(examples),
         num_tokens=sum(lengths),

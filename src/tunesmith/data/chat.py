@@ -47,6 +47,8 @@ class ChatFormat:
         specials |= set(tokenizer.all_special_tokens)
         self._control = re.compile("|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True)))
         self._adds_bos = bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
+        if self._adds_bos and self.name in ("alpaca", "none"):
+            self.template = "{{ bos_token }}" + self.template  # a model's own template writes it itself
 
     @property
     def hash(self) -> str:
@@ -54,7 +56,7 @@ class ChatFormat:
         return sha256_text([self.template])
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the model sees it. Raises DataError if the template refuses it."""
+        """The conversation as the model sees it. Raises DataError if the template refuses it, ConfigError if it is broken."""
         import jinja2
 
         try:
@@ -66,7 +68,11 @@ class ChatFormat:
                     chat_template=self.template,
                 )
             )
-        except jinja2.exceptions.TemplateError as error:
+        except jinja2.exceptions.TemplateSyntaxError as error:
+            raise ConfigError(
+                f"the chat template ({self.name}) is not valid Jinja: {error.message} (line {error.lineno})"
+            ) from None
+        except (jinja2.exceptions.TemplateError, TypeError) as error:  # TypeError: an operator on the wrong type
             raise DataError(f"the chat template refuses this conversation: {error}") from None
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -95,9 +101,12 @@ class ChatFormat:
             tokens = self.tokenizer(
                 [text for _, text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True
             )
+            prompts = [text[:begin] for _, text, spans in rendered for begin, _ in spans if begin]
+            prompt_ids = iter(self.tokenizer(prompts, add_special_tokens=False)["input_ids"] if prompts else [])
             for index, (example, text, spans) in enumerate(rendered):
                 ids, offsets = tokens["input_ids"][index], tokens["offset_mapping"][index]
-                encoded.append(self._mask(example, text, spans, ids, offsets))
+                asked = [next(prompt_ids) for begin, _ in spans if begin]
+                encoded.append(self._mask(example, text, spans, ids, offsets, asked))
         if problems:
             raise DataError(
                 problems[:20] + ([f"and {len(problems) - 20} more rows with problems"] if len(problems) > 20 else [])
@@ -132,7 +141,13 @@ class ChatFormat:
                     f"the chat template cannot be masked exactly: it rewrites turn {index + 1} when later turns follow; "
                     "choose another data.chat_template, or data.train_on: all"
                 )
-            spans.append((len(prompt), len(prompt) + len(through[len(prompt) :].rstrip())))
+            answer = through[len(prompt) :].rstrip()
+            if "".join(message.content.split()) not in "".join(answer.split()):
+                raise DataError(
+                    f"the chat template leaves out the text of turn {index + 1} (it renders {answer[:30]!r}); "
+                    "choose another data.chat_template"
+                )
+            spans.append((len(prompt), len(prompt) + len(answer)))
         return full, spans
 
     def _mask(
@@ -142,9 +157,13 @@ class ChatFormat:
         spans: Iterable[tuple[int, int]],
         ids: list[int],
         offsets: list[tuple[int, int]],
+        prompts: Sequence[list[int]],
     ) -> TokenizedExample:
+        """The mask by character offsets; `prompts` are the ids of the text before each span, tokenized alone."""
         spans = list(spans)
-        if any(start < begin < end or start < stop < end for begin, stop in spans for start, end in offsets):
+        if any(ids[: len(prompt)] != prompt for prompt in prompts) or any(
+            start < begin < end or start < stop < end for begin, stop in spans for start, end in offsets
+        ):
             return self._mask_by_piece(example, text, spans)
         mask = tuple(
             any(begin <= start and end <= stop and start < end for begin, stop in spans) for start, end in offsets
@@ -152,7 +171,7 @@ class ChatFormat:
         return TokenizedExample(tuple(ids), mask, example.line)
 
     def _mask_by_piece(self, example: Example, text: str, spans: Iterable[tuple[int, int]]) -> TokenizedExample:
-        """Tokenize prompt and answer apart, as inference does, where a token of the whole text straddles their border."""
+        """Tokenize prompt and answer apart, as inference does, where the whole text's tokens differ around their border."""
         ids: list[int] = []
         mask: list[bool] = []
         position = 0
@@ -191,7 +210,8 @@ def tokenize(
     problems: list[str] = []
     long: list[TokenizedExample] = []
     for example in tokenized:
-        if len(example) > max_seq_length:
+        cut = len(example) > max_seq_length
+        if cut:
             long.append(example)
             if overlong == "error":
                 problems.append(
@@ -205,9 +225,9 @@ def tokenize(
                 example.input_ids[:max_seq_length], example.loss_mask[:max_seq_length], example.line
             )
         if example.supervised == 0:
-            cut = " once cut to data.max_seq_length" if example in long else ""
+            why = " once cut to data.max_seq_length" if cut else ""
             problems.append(
-                f"{where[example.line]}: no supervised token is left{cut}; there is nothing to learn from this row"
+                f"{where[example.line]}: no supervised token is left{why}; there is nothing to learn from this row"
             )
             continue
         kept.append(example)
@@ -239,9 +259,17 @@ def _find_template(tokenizer: Any, setting: str) -> tuple[str, str]:
     path = Path(setting)
     if not path.is_file():
         raise ConfigError(f"data.chat_template is {setting!r}: expected auto, alpaca, none, or an existing .jinja file")
-    return str(path), path.read_text(encoding="utf-8")
+    try:
+        return str(path), path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data.chat_template {path}: cannot be read ({error})") from None
 
 
 def _text_of(template: Any) -> str:
     """Some tokenizers hold several named templates; `default` is the one for chats."""
-    return str(template["default"]) if isinstance(template, dict) else str(template)
+    if not isinstance(template, dict):
+        return str(template)
+    if "default" not in template:
+        names = ", ".join(sorted(template))
+        raise ConfigError(f"the tokenizer's chat templates are {names}, none is `default`; set data.chat_template")
+    return str(template["default"])

@@ -14,6 +14,7 @@ allowed and ignored. Text is kept exactly as it is in the file: no normalisation
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from tunesmith.errors import DataError
 from tunesmith.types import ROLES, Example, Message
 
 SHOWN_PROBLEMS = 20
+
+BLANK_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
+"""Unicode's control, format (zero-width) and separator characters: a text of nothing else is blank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise _RowProblem(f"the key `{repeated}` stands twice in one object")
+        raise _RowProblem(f"the key `{_escaped(repeated)}` stands twice in one object")
     return row
 
 
@@ -137,7 +141,7 @@ def _form_of(row: dict[str, Any]) -> str:
         return "prompt"
     if "text" in row:
         return "text"
-    keys = ", ".join(f"`{key}`" for key in list(row)[:6]) or "none"
+    keys = ", ".join(f"`{_escaped(key)}`" for key in list(row)[:6]) or "none"
     raise _RowProblem(
         f"no known form: keys found: {keys}; expected `messages`, `instruction`+`output`, `prompt`+`completion` or `text`"
     )
@@ -158,9 +162,14 @@ def _text_field(row: dict[str, Any], key: str, where: str = "", optional: bool =
         value.encode()
     except UnicodeEncodeError:
         raise _RowProblem(f"`{name}` holds a lone surrogate (\\ud800-\\udfff); it is not text") from None
-    if not optional and not any(character.isprintable() and not character.isspace() for character in value):
+    if not optional and all(unicodedata.category(character) in BLANK_CATEGORIES for character in value):
         raise _RowProblem(f"`{name}` is {'empty' if not value else 'blank'}")
     return value
+
+
+def _escaped(key: str) -> str:
+    """A key of the file with control characters and lone surrogates escaped: a problem is one printable line."""
+    return repr(key)[1:-1]
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,371 @@
+"""The command line: parse, call the API, print. Heavy imports happen inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tunesmith.errors import TunesmithError
+from tunesmith.version import __version__
+
+if TYPE_CHECKING:
+    from tunesmith.cli.console import Console
+    from tunesmith.types import TrainResult
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Fine-tune a language model on the machine you have, and prove that it got better.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
+Model = Annotated[str | None, typer.Option("--model", help="Base model: folder, .gguf file or hub id.", metavar="NAME")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any other setting.", metavar="SECTION.KEY=VALUE")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="NAME")]
+DTypeOption = Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16, fp32.", metavar="TYPE")]
+Target = Annotated[str, typer.Argument(help="A run, an adapter folder, or a model.", metavar="RUN|MODEL")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Set up what all commands share."""
+    if version:
+        print(f"tunesmith {__version__}")
+        raise typer.Exit
+    del context
+
+
+@app.command()
+def quickstart(
+    out: Annotated[str | None, typer.Option("--out", help="Run folder (default: a new one under runs/).")] = None,
+    rows: Annotated[int | None, typer.Option("--rows", help="Train on fewer rows, for a trial.", min=8)] = None,
+    test_rows: Annotated[int | None, typer.Option("--test-rows", help="Evaluate on fewer rows.", min=1)] = None,
+    settings: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Try it: a real model on real data, in minutes, without a GPU."""
+    from pathlib import Path
+
+    from tunesmith import api
+    from tunesmith.cli.console import Console, metrics_table
+
+    with Console() as console:
+        result = api.quickstart(
+            Path(out) if out else None, rows, test_rows, settings, console.event, console.progress, console.announce
+        )
+    if as_json:
+        console.result(result)
+        return
+    console.table(metrics_table(result["evaluation"]))
+    for row in result["examples"]:
+        print(f"\n  question  {row['prompt']}\n  expected  {row['expected']}")
+        print(f"  base      {_one_line(row['baseline_answer'])}\n  tuned     {_one_line(row['answer'])}")
+    _print_training(result["metrics"])
+    run, test = result["run"], result["test_data"]
+    print(f"run folder    {run}\nreport        {result['report']}\n\nNext:")
+    print(f"  tunesmith chat {run}\n  tunesmith eval {run} --data {test} --baseline\n  tunesmith merge {run}")
+
+
+@app.command()
+def train(
+    config: Annotated[str | None, typer.Argument(help="Settings (YAML).", metavar="[RUN.yaml]")] = None,
+    model: Model = None,
+    data: Annotated[str | None, typer.Option("--data", help="Training examples (JSON Lines).", metavar="FILE")] = None,
+    eval_data: Annotated[str | None, typer.Option("--eval-data", help="Held-out examples.", metavar="FILE")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="lora (default), qlora or full.", metavar="NAME")
+    ] = None,
+    objective: Annotated[str | None, typer.Option("--objective", help="sft (default).", metavar="NAME")] = None,
+    settings: Set = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="Run folder (default: a new one in runs/).", metavar="DIR")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train on a file of examples.
+
+    All settings, with defaults and meanings: docs/configuration.md, or the JSON schema run.schema.json in the package.
+    """
+    from tunesmith import api
+    from tunesmith.cli.console import Console
+    from tunesmith.config import load_config
+
+    given = {
+        "model.name": model,
+        "data.path": data,
+        "data.eval_path": eval_data,
+        "method": method,
+        "objective.name": objective,
+    }
+    run_config = load_config(config, settings or [], {key: value for key, value in given.items() if value is not None})
+    with Console() as console:
+        result = api.train(run_config, out, sink=console.event, progress=console.progress)
+    _print_run(console, result, as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[str, typer.Argument(help="The run folder to go on with.", metavar="RUN")],
+    as_json: Json = False,
+) -> None:
+    """Go on with an interrupted or killed run."""
+    from tunesmith import api
+    from tunesmith.cli.console import Console
+
+    with Console() as console:
+        result = api.resume(run, sink=console.event, progress=console.progress)
+    _print_run(console, result, as_json)
+
+
+@app.command("eval")
+def evaluate(
+    target: Target,
+    data: Annotated[str, typer.Option("--data", help="Questions with known answers (JSON Lines).", metavar="FILE")],
+    baseline: Annotated[bool, typer.Option("--baseline", help="Ask the base model too, and compare.")] = False,
+    rows: Annotated[int | None, typer.Option("--rows", help="A fixed sample of this many rows.", min=1)] = None,
+    max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", help="Longest answer.", min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Prompts at once.", min=1)] = None,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: DTypeOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score answers to held-out questions, against the base."""
+    from tunesmith import api
+    from tunesmith.cli.console import Console, metrics_table
+
+    changes = {"max_rows": rows, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
+    with Console() as console:
+        result = api.evaluate(
+            target,
+            data,
+            baseline=baseline,
+            model=model,
+            device=device,
+            dtype=dtype,
+            changes={key: value for key, value in changes.items() if value is not None},
+            progress=console.progress,
+        )
+    if as_json:
+        console.result(result)
+        return
+    console.table(metrics_table(result))
+    wrong = [row for row in result["examples"] if not row["correct"]]
+    for row in wrong[:3]:
+        print(f"  line {row['line']}: expected {_one_line(row['expected'])!r}, answered {_one_line(row['answer'])!r}")
+    if "path" in result:
+        print(f"every answer: {result['path']}")
+
+
+@app.command()
+def chat(
+    target: Target,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Ask this one question and exit.", metavar="TEXT")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0: greedy; above: sampled.", min=0.0)] = 0.0,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: DTypeOption = "auto",
+) -> None:
+    """Talk to a run, an adapter or a model.
+
+    /new forgets the conversation, /quit or Ctrl-D ends."""
+    from tunesmith import api
+    from tunesmith.cli.console import Console
+    from tunesmith.errors import DataError
+    from tunesmith.types import Message
+
+    with Console() as console:
+        loaded = api.load(target, model, dtype, device, progress=console.progress)
+    opening = [Message("system", system)] if system else []
+
+    def answer(history: list[Message]) -> str:
+        text = api.reply(loaded, history, max_new_tokens, temperature, lambda piece: print(piece, end="", flush=True))
+        print()
+        return text
+
+    if prompt is not None:
+        answer([*opening, Message("user", prompt)])
+        return
+    history = list(opening)
+    while True:
+        try:
+            line = input("you> ").strip()
+        except EOFError:
+            print()
+            return
+        if line == "/quit":
+            return
+        if line == "/new":
+            history = list(opening)
+        elif line:
+            try:
+                said = answer([*history, Message("user", line)])
+            except DataError as error:
+                print(f"tunesmith: {error}", file=sys.stderr)
+                continue
+            history += [Message("user", line), Message("assistant", said)]
+
+
+@app.command()
+def merge(
+    target: Annotated[str, typer.Argument(help="A run or a PEFT adapter folder.", metavar="RUN")],
+    out: Annotated[
+        str | None, typer.Option("--out", help="Folder to write (default: RUN/merged).", metavar="DIR")
+    ] = None,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: DTypeOption = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write base + adapter as one model, verified."""
+    from pathlib import Path
+
+    from tunesmith import api
+    from tunesmith.cli.console import Console
+
+    with Console() as console:
+        result = api.merge(
+            target, Path(out) if out else None, model=model, dtype=dtype, device=device, progress=console.progress
+        )
+    if as_json:
+        console.result(result)
+        return
+    print(
+        f"{result['path']} ({result['dtype']}), read back and compared with base + adapter on {result['tokens']} tokens: "
+        f"logits differ by {result['difference']:.3%} (the adapter moves them by {result['effect']:.1%}), "
+        f"KL {result['kl']:.2e}, top-1 agreement {result['top1']:.1%}"
+    )
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(help="The run folder.", metavar="RUN")], as_json: Json = False) -> None:
+    """Write RUN/report.html: one page with plots and examples."""
+    from tunesmith import api
+    from tunesmith.cli.console import Console
+
+    path = api.write_report(run)
+    if as_json:
+        Console().result({"path": str(path)})
+    else:
+        print(path)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Look at this machine: device, memory, packages, engine."""
+    from rich.table import Table
+
+    from tunesmith import api
+    from tunesmith.cli.console import Console
+
+    console = Console()
+    facts, result = api.examine()
+    if as_json:
+        console.result(result)
+    else:
+        table = Table(show_header=False, box=None)
+        marks = {"ok": "[green]ok[/green]", "missing": "[red]missing[/red]", "info": "[dim]-[/dim]"}
+        for fact in facts:
+            table.add_row(marks[fact.status], fact.name, fact.value, fact.note)
+        console.table(table)
+    if not result["ok"]:
+        raise typer.Exit(3)
+
+
+def main() -> None:
+    """The entry point: run a command, turn our errors into one line and an exit code."""
+    _quiet_libraries()
+    try:
+        code = app(standalone_mode=False)
+    except TunesmithError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Abort:
+        _fail("interrupted", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            _fail(f"no space left on the disk ({error.filename or 'unknown file'})", 3)
+        raise
+    except MemoryError:
+        _fail("not enough memory; lower training.micro_batch_size, or set memory.mode=min", 3)
+    except Exception as error:
+        _handle_usage(error)
+        _handle_out_of_memory(error)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _handle_usage(error: Exception) -> None:
+    """A wrong option or argument: click's own message in one line."""
+    message = getattr(error, "format_message", None)
+    if message is not None:
+        _fail(f"{message()} (see --help)", getattr(error, "exit_code", 2))
+
+
+def _handle_out_of_memory(error: Exception) -> None:
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        _fail(
+            "the GPU ran out of memory; lower training.micro_batch_size or data.max_seq_length, "
+            "set memory.mode=min, or use method: qlora",
+            3,
+        )
+
+
+def _fail(message: str, code: int) -> None:
+    for line in message.splitlines() or [""]:
+        print(f"tunesmith: {line}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _quiet_libraries() -> None:
+    """Other libraries' bars and chatter would tear ours apart. Ours to decide here, in our own process only."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def _one_line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 90 else line[:87] + "..."
+
+
+def _print_training(metrics: Any) -> None:
+    print(
+        f"\nspeed         {metrics['examples_per_second']:.1f} examples/s, {metrics['tokens_per_second']:.0f} tokens/s "
+        f"({metrics['supervised_tokens_per_second']:.0f} supervised)\n"
+        f"peak memory   {metrics['peak_memory_gb']:.2f} GB\n"
+        f"training      {metrics['steps']} steps in {metrics['train_seconds']:.0f} s, loss {metrics['train_loss']:.4f}"
+    )
+
+
+def _print_run(console: Console, result: TrainResult, as_json: bool) -> None:
+    if as_json:
+        console.result({"run": result.run, "status": result.status, **result.metrics})
+        return
+    _print_training(result.metrics)
+    if result.metrics["eval_loss"] is not None:
+        print(f"eval loss     {result.metrics['eval_loss']:.4f}")
+    print(f"run folder    {result.run}\nreport        {result.run}/report.html")

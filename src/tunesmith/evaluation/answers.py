@@ -1,0 +1,72 @@
+"""Ask a model held-out questions: every conversation is cut before its last answer, which the model must give.
+
+Base and tuned model get the same token ids, the same greedy decoding and the same limit, so their answers differ by the
+weights alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from tunesmith.config import EvaluationConfig
+from tunesmith.data.chat import ChatFormat
+from tunesmith.errors import DataError
+from tunesmith.evaluation.metrics import is_correct
+from tunesmith.models.forward import ModelForward
+from tunesmith.models.generate import generate_greedy
+from tunesmith.types import Example, Generation, Progress, no_progress
+
+SAMPLE_SEED = 0
+"""Draws the fixed sample of `evaluation.max_rows`: the same rows at every evaluation, whatever the run's seed."""
+
+
+def sample_rows(examples: Sequence[Example], max_rows: int | None) -> list[Example]:
+    """All examples, or a fixed random sample of `max_rows` of them in file order."""
+    if max_rows is None or len(examples) <= max_rows:
+        return list(examples)
+    chosen = sorted(random.Random(SAMPLE_SEED).sample(range(len(examples)), max_rows))
+    return [examples[index] for index in chosen]
+
+
+def check_questions(examples: Sequence[Example]) -> None:
+    """Raise DataError unless every example is a conversation that ends with an answer."""
+    for example in examples:
+        if example.messages is None:
+            raise DataError(f"{example.where}: plain text has no question to answer; evaluation needs conversations")
+        if example.messages[-1].role != "assistant":
+            raise DataError(f"{example.where}: the conversation does not end with the assistant: no expected answer")
+
+
+def generate_answers(
+    forward: ModelForward,
+    tokenizer: Any,
+    chat: ChatFormat,
+    examples: Sequence[Example],
+    settings: EvaluationConfig,
+    progress: Progress = no_progress,
+    stage: str = "generating answers",
+) -> list[Generation]:
+    """The model's greedy answer to each example's last question, in the examples' order."""
+    check_questions(examples)
+    prompts = []
+    for example in examples:
+        assert example.messages is not None
+        prompts.append(chat.encode_prompt(example.messages[:-1]))
+    progress(stage, 0, len(prompts))
+    answers = generate_greedy(
+        forward,
+        tokenizer,
+        prompts,
+        settings.max_new_tokens,
+        settings.batch_size,
+        lambda done: progress(stage, done, len(prompts)),
+    )
+    rows = []
+    for example, ids in zip(examples, answers, strict=True):
+        assert example.messages is not None
+        question, expected = example.messages[-2].content, example.messages[-1].content
+        answer = tokenizer.decode(ids, skip_special_tokens=True)
+        rows.append(Generation(question, expected, answer, is_correct(expected, answer), example.line))
+    return rows

@@ -1,0 +1,1 @@
+"""Artifacts made from a trained adapter, each verified after it is written."""

@@ -1,0 +1,107 @@
+"""Merge an adapter into its base and write whole safetensors, then prove that they compute the same.
+
+The merged weights are W + s·B·A rounded to the base's type. Before anything is called done, the written folder is loaded
+back and its logits on fixed prompts are compared with those of base and adapter apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.data.chat import ChatFormat
+from tunesmith.errors import VerificationError
+from tunesmith.files import atomic_folder
+from tunesmith.hardware import ComputeDType
+from tunesmith.types import Message
+
+PROMPTS = (
+    "What is the capital of France?",
+    "I lost my card yesterday. What should I do now?",
+    "Write a Python function that adds two numbers: def add(a, b):",
+    "오늘 날씨가 어때요? 1, 2, 3, 5, 8, 13",
+)
+
+TOLERANCE: dict[ComputeDType, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2}
+"""Largest ‖merged - tuned‖ / ‖tuned‖ over the logits: about ten times what rounding the weights once costs."""
+
+NOISE: dict[ComputeDType, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
+"""An adapter that moves the logits by more than this must be visible in the merged model."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeCheck:
+    """How the merged model compares with base + adapter on the fixed prompts.
+
+    `difference` is ‖merged - tuned‖ / ‖tuned‖ and `effect` ‖tuned - base‖ / ‖tuned‖ over all logits; `kl` the mean
+    KL(tuned ‖ merged) in nats a token; `top1` the share of positions with the same most likely token.
+    """
+
+    difference: float
+    effect: float
+    kl: float
+    top1: float
+    tokens: int
+
+    def passed(self, dtype: ComputeDType) -> bool:
+        """Within rounding of base + adapter, and, where the adapter does anything, nearer to it than to the base."""
+        visible = self.effect <= NOISE[dtype] or self.difference < 0.5 * self.effect
+        return self.difference <= TOLERANCE[dtype] and visible
+
+
+def merge_adapter(
+    model: Any,
+    tokenizer: Any,
+    chat: ChatFormat,
+    out: Path,
+    dtype: ComputeDType,
+    reload: Callable[[Path], Any],
+) -> MergeCheck:
+    """Merge the adapter of `model` (a PeftModel over a 16- or 32-bit base, in eval mode) and write it to `out`.
+
+    `reload` loads the written folder back. `model` is consumed: its base holds the merged weights afterwards. Raises
+    VerificationError, and leaves nothing at `out`, when the reloaded model does not compute what base + adapter did.
+    """
+    prompts = [chat.encode_prompt([Message("user", text)]) for text in PROMPTS]
+    tuned = _logits(model, prompts)
+    with model.disable_adapter():
+        base = _logits(model, prompts)
+    merged = model.merge_and_unload()
+    with atomic_folder(out) as folder:
+        merged.save_pretrained(folder)
+        tokenizer.chat_template = chat.template  # what it was trained with, which need not be the base's own
+        tokenizer.save_pretrained(folder)
+        check = compare_logits(_logits(reload(folder), prompts), tuned, base)
+        if not check.passed(dtype):
+            raise VerificationError(
+                f"the merged model does not compute what base + adapter do: logits differ by {check.difference:.2%} "
+                f"(allowed: {TOLERANCE[dtype]:.2%}; the adapter itself moves them by {check.effect:.2%}), top-1 agreement "
+                f"{check.top1:.1%}; nothing was kept"
+            )
+    return check
+
+
+def compare_logits(merged: torch.Tensor, tuned: torch.Tensor, base: torch.Tensor) -> MergeCheck:
+    """Compare logits (tokens, vocabulary), all fp32."""
+    log_tuned, log_merged = tuned.log_softmax(-1), merged.log_softmax(-1)
+    return MergeCheck(
+        difference=float((merged - tuned).norm() / tuned.norm()),
+        effect=float((tuned - base).norm() / tuned.norm()),
+        kl=float((log_tuned.exp() * (log_tuned - log_merged)).sum(-1).mean()),
+        top1=float((merged.argmax(-1) == tuned.argmax(-1)).float().mean()),
+        tokens=len(tuned),
+    )
+
+
+def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    model.eval()
+    rows = []
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=next(model.parameters()).device)
+            rows.append(model(input_ids=ids).logits[0].float().cpu())
+    return torch.cat(rows)

@@ -1,0 +1,163 @@
+"""LoRA adapters through PEFT: which modules they go on, adding, loading and saving them.
+
+Everything that PEFT does is PEFT's: the layers, the file format, the key names. This module chooses target modules,
+keeps trainable weights in fp32 whatever the base is stored in, and refuses what would be silently ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config import AdapterConfig
+from tunesmith.errors import ModelError
+from tunesmith.types import GB
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+PRESETS = ("all-linear", "attention", "mlp", "qv")
+QUERY_VALUE = {"q_proj", "v_proj", "query", "value"}
+FUSED_QKV = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
+
+
+def target_modules(model: PreTrainedModel, setting: str | list[str]) -> list[str]:
+    """The module-name endings that `adapter.target_modules` means for this model, e.g. ['down_proj', 'q_proj', ...].
+
+    Presets are read off the model's own linear layers, so they fit any architecture: `all-linear` is every linear layer
+    but the head, `attention` and `mlp` its two parts, `qv` the query and value projections (the fused one where query,
+    key and value are one matrix). Raises ModelError if a preset or a name matches nothing.
+    """
+    linear = dict(_linear_layers(model))
+    names = {path.rsplit(".", 1)[-1] for path in linear}
+    if isinstance(setting, list):
+        unknown = [name for name in setting if not any(path == name or path.endswith(f".{name}") for path in linear)]
+        if unknown or not setting:
+            raise ModelError(
+                f"adapter.target_modules: {', '.join(unknown) or 'the empty list'} matches no linear layer of this "
+                f"model; it has {', '.join(sorted(names))}"
+            )
+        return sorted(setting)
+    attention = {path.rsplit(".", 1)[-1] for path in linear if "attn" in path or "attention" in path}
+    chosen = {
+        "all-linear": names,
+        "attention": attention,
+        "mlp": names - attention,
+        "qv": (names & QUERY_VALUE) or (names & FUSED_QKV),
+    }.get(setting)
+    if chosen is None:
+        raise ModelError(
+            f"adapter.target_modules is {setting!r}: expected one of {', '.join(PRESETS)}, or a list of module names"
+        )
+    if not chosen:
+        raise ModelError(
+            f"adapter.target_modules: {setting} matches no linear layer of this model; it has {', '.join(sorted(names))}"
+        )
+    return sorted(chosen)
+
+
+def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Linear layers (plain, 4-bit and 8-bit ones derive from nn.Linear) inside the decoder's layers."""
+    import torch
+
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not head:
+            yield path, module
+
+
+def add_adapter(model: PreTrainedModel, config: AdapterConfig, base_name: str) -> PeftModel:
+    """Put a fresh LoRA adapter on `model`, drawn from torch's global generator, or the one at `adapter.init_from`.
+
+    Only the adapter is trainable afterwards, in fp32. Raises ModelError.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if config.init_from:
+        adapted = load_adapter(model, Path(config.init_from), trainable=True)
+    else:
+        lora = LoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=target_modules(model, config.target_modules),
+            use_rslora=config.rslora,
+            task_type="CAUSAL_LM",
+        )
+        adapted = get_peft_model(model, lora)
+        adapted.peft_config["default"].base_model_name_or_path = base_name
+    keep_trainable_in_fp32(adapted)
+    return adapted
+
+
+def load_adapter(model: PreTrainedModel, path: Path, trainable: bool = False) -> PeftModel:
+    """Put a saved adapter (a PEFT folder, or a run that has one) on `model`. Raises ModelError."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    folder = find_adapter(path)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"{folder}: this adapter cannot be loaded on the model: {str(error).splitlines()[0]}"
+        ) from error
+    keep_trainable_in_fp32(adapted)
+    return adapted
+
+
+def find_adapter(path: Path) -> Path:
+    """The PEFT folder at `path`: itself, or its `adapter/` if it is a run. Raises ModelError."""
+    for folder in (path, path / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            if not (folder / "adapter_model.safetensors").is_file():
+                raise ModelError(f"{folder}: no adapter_model.safetensors (pickled adapters are not read)")
+            return folder
+    raise ModelError(f"{path}: not an adapter (no adapter_config.json there)")
+
+
+def base_of_adapter(path: Path) -> str:
+    """The base model's name as the adapter's config records it. Raises ModelError."""
+    config = find_adapter(path) / "adapter_config.json"
+    try:
+        name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except ValueError as error:
+        raise ModelError(f"{config}: not valid JSON: {error}") from None
+    if not name:
+        raise ModelError(f"{config}: names no base model; pass it with --model")
+    return str(name)
+
+
+def keep_trainable_in_fp32(model: torch.nn.Module) -> None:
+    """Make every trainable parameter fp32: Adam's updates vanish in bf16, and fp16 gradients cannot be unscaled."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, total) parameters. Four-bit weights are counted unpacked: two to a stored byte."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        state: Any = getattr(parameter, "quant_state", None)
+        if state is not None:
+            count = state.shape.numel()
+        total += count
+        if parameter.requires_grad:
+            trainable += count
+    return trainable, total
+
+
+def weights_gb(model: torch.nn.Module) -> float:
+    """Memory of all parameters and buffers as stored, in GB."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / GB

@@ -1,0 +1,275 @@
+"""Find a base model and load it through transformers: a folder of safetensors, a hub id, or a GGUF file.
+
+Only safetensors are read, never pickled weights; code that comes with a model runs only when the user says so. A GGUF
+file is dequantized once and kept as bf16 safetensors in the user's cache folder, named by the file's content hash.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.config import ModelConfig, QuantizationConfig
+from tunesmith.errors import MachineError, ModelError
+from tunesmith.files import atomic_folder, cache_folder, sha256_file, sha256_text, write_json
+from tunesmith.hardware import ComputeDType, Hardware, torch_dtype
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A base model that was found: its name as the user wrote it, and the local folder that holds it.
+
+    `revision` is the hub commit. `weights_local` is False while only the small files of a hub model are here.
+    """
+
+    name: str
+    path: Path
+    revision: str | None = None
+    weights_local: bool = True
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        assert isinstance(config, dict)
+        return config
+
+
+def find_model(config: ModelConfig) -> ModelSource:
+    """Resolve `model.name` and check what can be checked before loading. Raises ModelError.
+
+    For a hub id only the small files are fetched; `fetch_weights` gets the rest.
+    """
+    name = config.name
+    if not name:
+        raise ModelError("no model given; pass --model with a model folder, a .gguf file or a hub id (org/model)")
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(name, _converted_gguf(path))
+    if path.is_dir():
+        source = ModelSource(name, path)
+        _check_folder(source, config.trust_remote_code)
+        return source
+    if path.is_file():
+        raise ModelError(
+            f"{name}: expected a model folder or a .gguf file, found a file of type {path.suffix or 'unknown'}"
+        )
+    if name.startswith(("/", "./", "../", "~")) or path.suffix == ".gguf" or not HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such model folder or .gguf file (a hub id looks like org/model)")
+    folder = _snapshot(config, SMALL_FILES)
+    source = ModelSource(name, folder, revision=folder.name, weights_local=False)
+    _check_config(source, config.trust_remote_code)
+    return source
+
+
+def fetch_weights(source: ModelSource, config: ModelConfig) -> ModelSource:
+    """The same source with its weights on this disk. Raises ModelError."""
+    if source.weights_local:
+        return source
+    complete = ModelSource(source.name, _snapshot(config, [*SMALL_FILES, "*.safetensors"]), source.revision)
+    _check_folder(complete, config.trust_remote_code)
+    return complete
+
+
+def load_tokenizer(source: ModelSource, config: ModelConfig) -> PreTrainedTokenizerFast:
+    """The model's tokenizer. Raises ModelError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=config.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def load_model(
+    source: ModelSource,
+    config: ModelConfig,
+    hardware: Hardware,
+    dtype: ComputeDType,
+    quantization: QuantizationConfig | None = None,
+) -> PreTrainedModel:
+    """The causal language model on its device, in `dtype`, or quantized by bitsandbytes with `dtype` as compute type.
+
+    Raises ModelError when the folder is not a whole model, MachineError when it does not fit or a package is missing.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {}
+    if quantization is not None:
+        options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=torch_dtype(dtype),
+            device_map={"": hardware.device},
+            attn_implementation=config.attention,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"{source.name} in {dtype} does not fit in the {hardware.memory_gb:.1f} GB of {hardware.name}; "
+            "use method: qlora, or a smaller model"
+        ) from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ModelError(
+            f"{source.name}: {len(missing)} weights are missing from its files and would be random "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); the model is not complete"
+        )
+    return model
+
+
+def weight_hash(source: ModelSource) -> str:
+    """SHA-256 over the hashes of all weight files, by name. Hub files carry theirs; others are hashed once and remembered."""
+    return sha256_text(f"{file.name} {_file_hash(file)}" for file in _weight_files(source.path))
+
+
+def _file_hash(file: Path) -> str:
+    blob = file.resolve().name
+    if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
+        return blob  # the hub's cache names a large file by its SHA-256
+    stat = file.stat()
+    key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    memory = cache_folder() / "hashes.json"
+    try:
+        known = json.loads(memory.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        known = {}
+    if key not in known:
+        known[key] = sha256_file(file)
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, known)
+    return str(known[key])
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def _check_folder(source: ModelSource, trust_remote_code: bool) -> None:
+    _check_config(source, trust_remote_code)
+    folder = source.path
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        _refuse_missing(source.name, [shard for shard in sorted(shards) if not (folder / shard).is_file()])
+    elif not _weight_files(folder):
+        pickles = [file.name for pattern in PICKLES for file in folder.glob(pattern)]
+        if pickles:
+            raise ModelError(
+                f"{source.name}: its weights are pickled ({pickles[0]}), which can run code when loaded; "
+                "only safetensors are read: convert them first"
+            )
+        raise ModelError(f"{source.name}: no weights in this folder; expected *.safetensors beside config.json")
+
+
+def _refuse_missing(name: str, missing: list[str]) -> None:
+    if missing:
+        raise ModelError(f"{name}: the weight files {', '.join(missing[:3])} are missing (of those its index names)")
+
+
+def _check_config(source: ModelSource, trust_remote_code: bool) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    path = source.path / "config.json"
+    if not path.is_file():
+        hint = "; it is a PEFT adapter: pass its base model" if (source.path / "adapter_config.json").is_file() else ""
+        raise ModelError(f"{source.name}: not a model folder (it has no config.json){hint}")
+    try:
+        config = source.config
+    except (ValueError, OSError, AssertionError) as error:
+        raise ModelError(f"{path}: not valid JSON: {_first_line(error)}") from error
+    model_type = config.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        if "auto_map" not in config:
+            raise ModelError(f"{source.name}: model_type {model_type!r} is unknown to transformers")
+        if not trust_remote_code:
+            raise ModelError(
+                f"{source.name}: this model runs its own Python code; read it, then allow it with "
+                "--set model.trust_remote_code=true"
+            )
+
+
+def _snapshot(config: ModelConfig, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise ModelError(
+            f"{config.name}: no such folder here, and the hub cannot be reached; check the name or the network"
+        ) from error
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise ModelError(f"{config.name}: not found on the hub, or no access to it: {_first_line(error)}") from error
+
+
+def _bitsandbytes_config(quantization: QuantizationConfig, dtype: ComputeDType) -> Any:
+    import importlib.util
+    import logging
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineError("method qlora needs bitsandbytes; install it with: pip install 'tunesmith[quantization]'")
+    # It warns on every CPU without the optional `kernels` package that its own, slower CPU code is used.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers import BitsAndBytesConfig
+
+    if quantization.scheme == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.scheme,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=torch_dtype(dtype),
+    )
+
+
+def _converted_gguf(path: Path) -> Path:
+    """The folder of safetensors made from a GGUF file, converting it on first use (about 25 s for 135M parameters)."""
+    import importlib.util
+
+    folder = cache_folder() / "models" / f"{path.stem}-{sha256_file(path)[:16]}"
+    if folder.is_dir():
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise MachineError("a .gguf model needs the gguf package; install it with: pip install 'tunesmith[gguf]'")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch_dtype("bf16")
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{path}: transformers cannot read this GGUF file: {_first_line(error)}") from error
+    tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces before punctuation from BPE text
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def _first_line(error: BaseException) -> str:
+    lines: Iterable[str] = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)

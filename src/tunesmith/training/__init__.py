@@ -1,0 +1,1 @@
+"""Training: one loop (loop), what it minimises (objectives), its optimizers, checkpoints and guards."""

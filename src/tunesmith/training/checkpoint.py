@@ -1,0 +1,136 @@
+"""Checkpoints: everything a run needs to go on exactly where it was.
+
+A checkpoint folder holds the weights (`adapter/` in PEFT's format, or `model.safetensors`), `optimizer.safetensors`,
+`rng.safetensors` and `state.json`. It is written beside its place and renamed, so it is whole or not there. Nothing in
+it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tunesmith.errors import RunError
+from tunesmith.files import atomic_folder, write_json
+
+
+@dataclass
+class TrainState:
+    """Where the loop is. `step` optimizer steps are done; the position in the data follows from it."""
+
+    step: int = 0
+    examples: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    seconds: float = 0.0
+    loss_sum: float = 0.0
+    best_value: float | None = None
+    best_step: int = 0
+    evaluations_without_improvement: int = 0
+    eval_loss: float | None = None
+    stopped_early: bool = False
+
+
+def save_checkpoint(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, state: TrainState, scaler: torch.amp.GradScaler
+) -> None:
+    """Write a whole checkpoint at `folder`, or nothing. Raises MachineError when the disk is full."""
+    tensors, values = _flatten(optimizer.state_dict()["state"])
+    with atomic_folder(folder) as temporary:
+        save_weights(model, temporary)
+        save_file(tensors, temporary / "optimizer.safetensors")
+        save_file(_rng_state(), temporary / "rng.safetensors")
+        write_json(
+            temporary / "state.json", {"state": asdict(state), "optimizer": values, "scaler": scaler.state_dict()}
+        )
+
+
+def load_checkpoint(
+    folder: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> TrainState:
+    """Restore weights, optimizer, scaler and random generators; returns the state. Raises RunError if it is damaged."""
+    try:
+        saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        load_weights(model, folder)
+        tensors = load_file(folder / "optimizer.safetensors")
+        rng = load_file(folder / "rng.safetensors")
+    except (OSError, ValueError, KeyError) as error:
+        raise RunError(f"{folder}: this checkpoint cannot be read ({error})") from error
+    whole = optimizer.state_dict()
+    whole["state"] = _unflatten(tensors, saved["optimizer"])
+    optimizer.load_state_dict(whole)
+    if saved["scaler"]:
+        scaler.load_state_dict(saved["scaler"])
+    torch.set_rng_state(rng["cpu"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([rng[f"cuda.{i}"] for i in range(torch.cuda.device_count()) if f"cuda.{i}" in rng])
+    return TrainState(**saved["state"])
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """The trained weights: the adapter in PEFT's format under `adapter/`, or every weight in `model.safetensors`."""
+    if hasattr(model, "peft_config"):
+        # The embedding is never trained here; PEFT would look its size up on the hub to find that out.
+        model.save_pretrained(folder / "adapter", save_embedding_layers=False)
+    else:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in _own_weights(model).items()}, folder / "model.safetensors"
+        )
+
+
+def load_weights(model: Any, folder: Path) -> None:
+    """Load what `save_weights` wrote into the same model. Raises KeyError when a tensor is missing."""
+    if hasattr(model, "peft_config"):
+        from peft import set_peft_model_state_dict
+
+        result = set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
+        if result.unexpected_keys:
+            raise KeyError(f"unexpected adapter weights {result.unexpected_keys[:3]}")
+        return
+    saved = load_file(folder / "model.safetensors")
+    with torch.no_grad():
+        for name, tensor in _own_weights(model).items():
+            tensor.copy_(saved[name])
+
+
+def _own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters by name, tied ones once."""
+    return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
+    """Optimizer state as tensors by `parameter.key` and plain values by parameter and key.
+
+    bitsandbytes shares its quantization maps among parameters; safetensors stores no shared memory, hence the clones.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in state.items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
+            else:
+                values.setdefault(str(index), {})[key] = value
+    return tensors, values
+
+
+def _unflatten(tensors: dict[str, torch.Tensor], values: dict[str, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    state: dict[int, dict[str, Any]] = {}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    for index, entries in values.items():
+        state.setdefault(int(index), {}).update(entries)
+    return state
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states

@@ -1,0 +1,275 @@
+"""The training loop. Every method and objective goes through `train_loop`; it reads from top to bottom.
+
+One optimizer step: take the step's examples, split them into micro-batches, add up the gradient of
+Σ_terms weight · sum / count(step), clip, step. Counts come from the whole step before the first backward, so the gradient does
+not depend on how the step is split. Nothing waits for the GPU between logging points.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tunesmith.config import RunConfig
+from tunesmith.data.batches import StepOrder, make_batch, split
+from tunesmith.errors import ConfigError, Interrupted
+from tunesmith.hardware import memory_in_use_gb
+from tunesmith.models.forward import ModelForward
+from tunesmith.runs import RunFolder
+from tunesmith.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
+from tunesmith.training.guards import MovementCheck, StopRequest, refuse_not_finite
+from tunesmith.training.objectives import Objective
+from tunesmith.training.optimizers import learning_rate
+from tunesmith.types import Evaluate, EventSink, StepMetrics, TokenizedExample
+
+CHECK_MOVEMENT_AT = 10
+"""Steps after which trainable tensors that have not moved are reported; at the end of the run they are an error."""
+
+
+def train_loop(
+    *,
+    config: RunConfig,
+    run: RunFolder,
+    forward: ModelForward,
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[TokenizedExample],
+    pad_id: int,
+    log: EventSink,
+    stop: StopRequest,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+) -> TrainState:
+    """Train to the end of the configured steps, or until early stopping; returns the final state.
+
+    With `resume` the newest checkpoint is loaded first. Raises Interrupted after saving when `stop` is set, and
+    VerificationError when the loss is not finite or a trainable tensor has not moved.
+    """
+    model, training = forward.model, config.training
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    order = StepOrder(len(examples), training.batch_size, training.seed)
+    total_steps = num_steps(config, len(examples))
+    eval_every = training.eval_every or order.steps_per_epoch
+    save_every = training.save_every or order.steps_per_epoch
+    scaler = torch.amp.GradScaler(forward.device.split(":")[0], enabled=forward.dtype == "fp16")
+
+    state = TrainState()
+    if resume and (checkpoints := run.checkpoints()):
+        state = load_checkpoint(checkpoints[-1][1], model, optimizer, scaler)
+    movement = MovementCheck(model)
+    first_step = state.step
+    model.train()
+    window = Window(forward.device)
+
+    while state.step < total_steps and not state.stopped_early:
+        batch = [examples[index] for index in order.step(state.step)]
+        lr = learning_rate(config.optimizer, config.lr, state.step, total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        loss = accumulate_gradients(
+            forward, objective, batch, training.micro_batch_size, config.data.packing, pad_id, scaler
+        )
+        scaler.unscale_(optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+        state.step += 1
+        window.add(loss, batch)
+        last = state.step == total_steps
+        eval_due = evaluate is not None and (state.step % eval_every == 0 or last)
+        save_due = state.step % save_every == 0 or last or stop.signal is not None
+
+        if state.step % training.log_every == 0 or eval_due or save_due:
+            metrics = window.close(state, lr, grad_norm, order.steps_per_epoch)
+            log(metrics.event())
+            refuse_not_finite(metrics.loss, metrics.grad_norm, state.step, window.closed_lines, forward.dtype)
+        if state.step == first_step + CHECK_MOVEMENT_AT and (names := movement.unmoved()):
+            log({"event": "warning", "step": state.step, "message": f"trainable tensors that have not moved: {names}"})
+        if eval_due:
+            assert evaluate is not None
+            values = evaluate(state.step)
+            log({"event": "eval", "step": state.step, "metrics": dict(values)})
+            if _is_best(state, values, config):
+                save_due = True
+                log({"event": "best", "step": state.step, "metric": _tracked(config)[0], "value": state.best_value})
+            patience = training.early_stopping.patience
+            state.stopped_early = (
+                training.early_stopping.metric is not None and state.evaluations_without_improvement >= patience
+            )
+        if save_due or state.stopped_early:
+            save_checkpoint(run.checkpoint_path(state.step), model, optimizer, state, scaler)
+            if state.best_step == state.step and state.best_value is not None:
+                run.mark_best(state.step, _tracked(config)[0], state.best_value)
+            run.prune_checkpoints(training.save_total_limit)
+            log({"event": "checkpoint", "step": state.step})
+        if stop.signal is not None and state.step < total_steps and not state.stopped_early:
+            log({"event": "interrupted", "step": state.step, "signal": stop.signal})
+            raise Interrupted(
+                f"stopped by {stop.signal} at step {state.step} of {total_steps}; state saved: `tunesmith resume {run.path}` goes on"
+            )
+        if eval_due or save_due:
+            window.restart()
+
+    if state.step > first_step + 1:  # a LoRA A has no gradient in its first step: B is still zero
+        movement.refuse_unmoved()
+    if training.early_stopping.metric is not None and state.best_step not in (0, state.step):
+        load_weights(model, run.checkpoint_path(state.best_step))
+        log(
+            {
+                "event": "decision",
+                "message": f"kept the weights of step {state.best_step}, the best {training.early_stopping.metric}",
+            }
+        )
+    return state
+
+
+def num_steps(config: RunConfig, num_examples: int) -> int:
+    """Optimizer steps of the whole run: epochs · ⌈examples / batch_size⌉, at most `max_steps`."""
+    steps_per_epoch = -(-num_examples // config.training.batch_size)
+    total = max(1, math.ceil(config.training.epochs * steps_per_epoch))
+    return min(total, config.training.max_steps or total)
+
+
+def accumulate_gradients(
+    forward: ModelForward,
+    objective: Objective,
+    examples: Sequence[TokenizedExample],
+    micro_batch_size: int,
+    packing: bool,
+    pad_id: int,
+    scaler: torch.amp.GradScaler,
+) -> torch.Tensor:
+    """Add the gradient of one step's loss to the parameters; returns the loss, a detached fp32 scalar on the device.
+
+    Changes nothing but gradients: after `zero_grad` it can be called again with a smaller `micro_batch_size`.
+    """
+    counts = global_counts(objective.counts(examples))
+    loss = torch.zeros((), device=forward.device)
+    for positions in split([len(example) for example in examples], micro_batch_size, packing):
+        batch = make_batch([examples[position] for position in positions], packing, pad_id, forward.device)
+        with forward.autocast():
+            terms = objective.terms(forward, batch)
+            part = torch.stack([term.weight * term.sum / counts[term.name] for term in terms]).sum()
+        scaler.scale(part).backward()
+        loss += part.detach()
+    return loss
+
+
+def global_counts(counts: dict[str, int]) -> dict[str, int]:
+    """A step's counts over all ranks: the one place where they are added up. Single-process: as they are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        names = sorted(counts)
+        totals = torch.tensor([counts[name] for name in names])
+        torch.distributed.all_reduce(totals)
+        return dict(zip(names, totals.tolist(), strict=True))
+    return counts
+
+
+def evaluate_loss(
+    forward: ModelForward,
+    objective: Objective,
+    examples: Sequence[TokenizedExample],
+    micro_batch_size: int,
+    packing: bool,
+    pad_id: int,
+) -> float:
+    """The objective over `examples` without gradients, normalised by all their units together."""
+    counts = objective.counts(examples)
+    total = torch.zeros((), device=forward.device)
+    was_training = forward.model.training
+    forward.model.eval()
+    for positions in split([len(example) for example in examples], micro_batch_size, packing):
+        batch = make_batch([examples[position] for position in positions], packing, pad_id, forward.device)
+        with torch.no_grad(), forward.autocast():
+            for term in objective.terms(forward, batch):
+                total += term.weight * term.sum / counts[term.name]
+    forward.model.train(was_training)
+    return float(total)
+
+
+@dataclass
+class Window:
+    """What happened since the last log line. Losses stay on the device until `close`."""
+
+    device: str
+    started: float = 0.0
+    examples: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    lines: tuple[int, ...] = ()
+    closed_lines: tuple[int, ...] = ()  # data lines of the window that was closed last
+    loss_sum: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock again, after time that was not training."""
+        self.started = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, examples: Sequence[TokenizedExample]) -> None:
+        """Count one step in."""
+        supervised = sum(example.supervised for example in examples)
+        self.examples += len(examples)
+        self.tokens += sum(len(example) for example in examples)
+        self.supervised += supervised
+        self.lines += tuple(example.line for example in examples)
+        weighted = loss * supervised
+        self.loss_sum = weighted if self.loss_sum is None else self.loss_sum + weighted
+
+    def close(self, state: TrainState, lr: float, grad_norm: torch.Tensor, steps_per_epoch: int) -> StepMetrics:
+        """Wait for the device, report the window, add it to `state` and begin the next one."""
+        assert self.loss_sum is not None
+        loss_sum, norm = float(self.loss_sum), float(grad_norm)
+        seconds = time.perf_counter() - self.started
+        metrics = StepMetrics(
+            step=state.step,
+            epoch=state.step / steps_per_epoch,
+            loss=loss_sum / self.supervised,
+            lr=lr,
+            grad_norm=norm,
+            examples=self.examples,
+            tokens=self.tokens,
+            supervised_tokens=self.supervised,
+            seconds=seconds,
+            memory_gb=memory_in_use_gb(self.device),
+        )
+        state.examples += self.examples
+        state.tokens += self.tokens
+        state.supervised_tokens += self.supervised
+        state.seconds += seconds
+        state.loss_sum += loss_sum
+        self.examples = self.tokens = self.supervised = 0
+        self.closed_lines, self.lines = self.lines, ()
+        self.loss_sum = None
+        self.restart()
+        return metrics
+
+
+def _tracked(config: RunConfig) -> tuple[str, str]:
+    """The metric that decides which checkpoint is best, and whether `min` or `max` is."""
+    early = config.training.early_stopping
+    return early.metric or "eval_loss", early.mode or "min"
+
+
+def _is_best(state: TrainState, values: Mapping[str, float], config: RunConfig) -> bool:
+    """Whether this evaluation is the best so far; keeps the count of evaluations without improvement."""
+    metric, mode = _tracked(config)
+    if metric not in values:
+        raise ConfigError(f"training.early_stopping.metric is {metric!r}; this run evaluates {', '.join(values)}")
+    value = values[metric]
+    state.eval_loss = values.get("eval_loss", state.eval_loss)
+    sign = 1.0 if mode == "max" else -1.0
+    delta = config.training.early_stopping.min_delta
+    if state.best_value is None or sign * (value - state.best_value) > delta:
+        state.best_value, state.best_step, state.evaluations_without_improvement = value, state.step, 0
+        return True
+    state.evaluations_without_improvement += 1
+    return False

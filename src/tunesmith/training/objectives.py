@@ -1,0 +1,66 @@
+"""What is minimised. An objective turns a micro-batch into terms; the loop sums and normalises them.
+
+An objective knows, from the examples alone, how many units each of its terms will count in a whole step, so that the
+loop divides by the step's count before the first backward. Accumulation, packing and ranks then give the same gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tunesmith.memory.policy import LOSS_ROWS
+from tunesmith.models.forward import ModelForward
+from tunesmith.types import IGNORE_INDEX, Batch, Term, TokenizedExample
+
+
+class Objective(Protocol):
+    """What the loop needs of an objective."""
+
+    def counts(self, examples: Iterable[TokenizedExample]) -> dict[str, int]:
+        """Units of each term over all examples of a step, e.g. supervised tokens."""
+
+    def terms(self, forward: ModelForward, batch: Batch) -> list[Term]:
+        """The terms of one micro-batch, each a sum (with its graph) over its own units."""
+
+
+class SupervisedFineTuning:
+    """Cross-entropy of the supervised tokens: -Σ log p(label | what came before), counted in supervised tokens."""
+
+    def counts(self, examples: Iterable[TokenizedExample]) -> dict[str, int]:
+        """Supervised tokens."""
+        return {"nll": sum(example.supervised for example in examples)}
+
+    def terms(self, forward: ModelForward, batch: Batch) -> list[Term]:
+        """One term, `nll`. The head runs on the N supervised rows only, in chunks whose logits are recomputed."""
+        hidden_BTD = forward.hidden(batch)
+        rows_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.supervised)
+        labels_N = batch.labels.reshape(-1).index_select(0, batch.supervised)
+        return [Term("nll", cross_entropy_sum(forward, rows_ND, labels_N), batch.num_supervised)]
+
+
+def cross_entropy_sum(forward: ModelForward, rows_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Σ cross-entropy of head(rows) against labels, a scalar in fp32.
+
+    More than LOSS_ROWS rows are done in chunks under activation checkpointing: at most LOSS_ROWS x vocabulary logits
+    exist at a time, for one more product with the head in the backward.
+    """
+
+    def chunk_sum(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(forward.logits(rows), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    if len(rows_ND) <= LOSS_ROWS:
+        return chunk_sum(rows_ND, labels_N)
+    sums = [
+        checkpoint(chunk_sum, rows, labels, use_reentrant=False)
+        for rows, labels in zip(rows_ND.split(LOSS_ROWS), labels_N.split(LOSS_ROWS), strict=True)
+    ]
+    return torch.stack(sums).sum()
+
+
+OBJECTIVES: dict[str, type[SupervisedFineTuning]] = {"sft": SupervisedFineTuning}
+"""Objectives by `objective.name`."""

@@ -1,0 +1,60 @@
+"""Optimizers and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import math
+from typing import Any
+
+import torch
+
+from tunesmith.config import OptimizerConfig
+from tunesmith.errors import MachineError
+
+
+def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters: no weight decay on norms and biases (anything with fewer than two axes).
+
+    Raises MachineError when bitsandbytes is needed and missing.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": lr, "betas": tuple(config.betas), "eps": config.eps}
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineError(
+            f"optimizer.name {config.name} needs bitsandbytes; install it with: pip install 'tunesmith[quantization]'"
+        )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # see models/load.py
+    import bitsandbytes as bnb
+
+    classes = {
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    }
+    return classes[config.name](groups, **options)
+
+
+def learning_rate(config: OptimizerConfig, peak: float, step: int, total_steps: int) -> float:
+    """The rate of optimizer step `step` (from 0) of `total_steps`.
+
+    Warm-up over the first W = ceil(warmup_ratio · total) steps: peak · (step + 1) / (W + 1). Then with progress
+    p = (step - W) / (total - W): cosine peak · (1 + cos πp) / 2 (Loshchilov & Hutter 2017), linear peak · (1 - p), or
+    constant.
+    """
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if config.schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.schedule == "linear":
+        return peak * (1 - progress)
+    return peak

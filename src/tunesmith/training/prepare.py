@@ -1,0 +1,55 @@
+"""Between adapters and optimizer: apply the memory plan to the model, and prove that its forward is what we think it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tunesmith.data.batches import make_batch
+from tunesmith.errors import ModelError
+from tunesmith.models.forward import ModelForward
+from tunesmith.types import MemoryPlan, TokenizedExample
+
+
+def prepare(model: Any, plan: MemoryPlan) -> None:
+    """Make `model` (transformers, with or without PEFT) follow `plan`, in place: which layers recompute activations."""
+    if not plan.recompute_layers:
+        model.gradient_checkpointing_disable()
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", None) is True]
+    blocks = [layer for layer in layers if not hasattr(layer, "layers")]
+    for block in blocks[plan.recompute_layers :]:
+        block.gradient_checkpointing = False
+
+
+def check_forward(forward: ModelForward, packing: bool) -> None:
+    """Two forwards on a few tokens that make silent wrong training impossible. Raises ModelError.
+
+    1. head(hidden) equals the model's own logits. 2. With packing, changing one document changes no bit of another.
+    """
+    import torch
+
+    vocabulary = forward.base.get_input_embeddings().num_embeddings
+    ids = [(7919 * (i + 1)) % vocabulary for i in range(24)]
+    first, other, second = (TokenizedExample(tuple(part), (True,) * 8) for part in (ids[:8], ids[8:16], ids[16:]))
+    was_training = forward.model.training
+    forward.model.eval()
+    with torch.no_grad(), forward.autocast():
+        batch = make_batch([second], packing, 0, forward.device)
+        ours = forward.logits(forward.hidden(batch))
+        theirs = forward.base(input_ids=batch.input_ids, use_cache=False).logits.float()
+        difference = ((ours - theirs).norm() / theirs.norm()).item()
+        if packing:
+            one = forward.hidden(make_batch([first, second], True, 0, forward.device))[0, 8:]
+            two = forward.hidden(make_batch([other, second], True, 0, forward.device))[0, 8:]
+            isolated = torch.equal(one, two)
+    forward.model.train(was_training)
+    if not difference < 0.02:
+        raise ModelError(
+            f"{type(forward.base).__name__} does something to its logits that tunesmith does not know (its own differ by "
+            f"{difference:.1%}); this architecture is not supported yet"
+        )
+    if packing and not isolated:
+        raise ModelError(
+            f"{type(forward.base).__name__} lets packed documents see each other; set data.packing: false for this model"
+        )

@@ -1,0 +1,1 @@
+"""Workflows: what the commands do, composed of the parts below."""

@@ -1,0 +1,54 @@
+"""Talk to a model: one reply at a time, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tunesmith.types import Message
+from tunesmith.workflows.load import LoadedModel
+
+
+def reply(
+    loaded: LoadedModel,
+    history: Sequence[Message],
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> str:
+    """The model's answer to `history` (which ends with a user message). Greedy at temperature 0, else sampled.
+
+    `on_text` gets the answer piece by piece as it is generated. Raises DataError if the history cannot be rendered.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    from tunesmith.models.generate import end_tokens
+
+    pieces: list[str] = []
+
+    class Stream(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+            on_text(text)
+
+    forward, tokenizer = loaded.forward, loaded.tokenizer
+    ids = torch.tensor([loaded.chat.encode_prompt(history)], device=forward.device)
+    ends = end_tokens(forward.base, tokenizer)
+    sampling = (
+        {"do_sample": True, "temperature": temperature}
+        if temperature > 0
+        else {"do_sample": False, "temperature": None}
+    )
+    with torch.no_grad(), forward.autocast():
+        forward.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            top_p=None,
+            top_k=None,
+            pad_token_id=ends[0],
+            eos_token_id=ends,
+            streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+    return "".join(pieces)

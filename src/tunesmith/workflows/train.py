@@ -1,0 +1,436 @@
+"""Train a run from its configuration, or go on with one: check everything, load, train, save, report.
+
+`start` and `restart` do all that can fail early, in the order of what it costs: settings, data, then the model.
+`TrainingSession.run` trains.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import random
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tunesmith.config import RunConfig
+from tunesmith.data.chat import ChatFormat, tokenize
+from tunesmith.data.formats import read_examples
+from tunesmith.errors import ConfigError, MachineError, RunError
+from tunesmith.evaluation.answers import check_questions, generate_answers, sample_rows
+from tunesmith.evaluation.metrics import score
+from tunesmith.files import atomic_folder, sha256_file, sha256_text
+from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, free_memory_gb, memory_in_use_gb, probe
+from tunesmith.memory.policy import plan_memory
+from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32, weights_gb
+from tunesmith.models.forward import ModelForward
+from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
+from tunesmith.runs import RunFolder, default_run_path
+from tunesmith.training.checkpoint import TrainState, save_weights
+from tunesmith.training.guards import stop_on_signal
+from tunesmith.training.loop import evaluate_loss, num_steps, train_loop
+from tunesmith.training.objectives import OBJECTIVES, Objective
+from tunesmith.training.optimizers import make_optimizer
+from tunesmith.training.prepare import check_forward, prepare
+from tunesmith.types import (
+    GB,
+    Event,
+    EventSink,
+    Example,
+    MemoryPlan,
+    Progress,
+    TokenizedExample,
+    TrainResult,
+    no_progress,
+)
+from tunesmith.version import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "triton")
+
+
+def no_event(event: Event) -> None:
+    """An EventSink that drops everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """A run's examples, tokenized, with the facts about them for metadata.json."""
+
+    train: list[TokenizedExample]
+    eval: list[TokenizedExample]
+    eval_rows: list[Example]
+    facts: dict[str, Any]
+    notes: list[str]
+
+
+@dataclass
+class TrainingSession:
+    """A run that is ready to train: everything was checked and loaded."""
+
+    config: RunConfig
+    run: RunFolder
+    data: RunData
+    source: ModelSource
+    tokenizer: Any
+    chat: ChatFormat
+    hardware: Hardware
+    forward: ModelForward
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    plan: MemoryPlan
+    resumed: bool
+
+    def train(self, sink: EventSink = no_event, progress: Progress = no_progress) -> TrainResult:
+        """Train to the end, save the result, write metrics.json. Events go to events.jsonl and to `sink`."""
+        with _locked(self.run), self.run.event_log() as write, stop_on_signal() as stop:
+
+            def log(event: Event) -> None:
+                write(event)
+                sink(event)
+
+            started = time.perf_counter()
+            checkpoints = self.run.checkpoints()
+            if self.resumed:
+                log({"event": "resume", "step": checkpoints[-1][0] if checkpoints else 0})
+            log(self._start_event())
+            for note in self.data.notes:
+                log({"event": "warning", "message": note})
+            state = train_loop(
+                config=self.config,
+                run=self.run,
+                forward=self.forward,
+                objective=self.objective,
+                optimizer=self.optimizer,
+                examples=self.data.train,
+                pad_id=pad_token(self.tokenizer),
+                log=log,
+                stop=stop,
+                evaluate=self._evaluation(progress) if self.data.eval else None,
+                resume=self.resumed,
+            )
+            self._save_result()
+            metrics = self._metrics(state, time.perf_counter() - started)
+            self.run.write_metrics(metrics)
+            status = "stopped_early" if state.stopped_early else "finished"
+            log({"event": "end", "status": status, "step": state.step})
+        return TrainResult(str(self.run.path), "stopped_early" if state.stopped_early else "finished", metrics)
+
+    def _evaluation(self, progress: Progress) -> Any:
+        """Evaluation during training: the loss, and scored answers if the config asks for them."""
+        config = self.config
+        questions = sample_rows(self.data.eval_rows, config.evaluation.max_rows)
+
+        def evaluate(step: int) -> Mapping[str, float]:
+            micro, packing = config.training.micro_batch_size, config.data.packing
+            pad = pad_token(self.tokenizer)
+            values = {"eval_loss": evaluate_loss(self.forward, self.objective, self.data.eval, micro, packing, pad)}
+            if config.evaluation.generate:
+                rows = generate_answers(
+                    self.forward,
+                    self.tokenizer,
+                    self.chat,
+                    questions,
+                    config.evaluation,
+                    progress,
+                    f"evaluating step {step}",
+                )
+                values |= {name: result.value for name, result in score("eval", rows).items()}
+            return values
+
+        return evaluate
+
+    def _save_result(self) -> None:
+        """`adapter/` for an adapter, `model/` (with tokenizer, in the compute type) for full fine-tuning."""
+        model = self.forward.model
+        if self.config.method != "full":
+            with atomic_folder(self.run.adapter_path) as folder:
+                save_weights(model, folder)
+                for file in (folder / "adapter").iterdir():
+                    file.rename(folder / file.name)
+                (folder / "adapter").rmdir()
+            return
+        from tunesmith.hardware import torch_dtype
+
+        dtype = torch_dtype(self.forward.dtype)
+        state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        with atomic_folder(self.run.model_path) as folder:
+            self.forward.base.save_pretrained(folder, state_dict=state)
+            self.tokenizer.chat_template = self.chat.template
+            self.tokenizer.save_pretrained(folder)
+
+    def _start_event(self) -> Event:
+        trainable, total = count_parameters(self.forward.model)
+        return {
+            "event": "start",
+            "steps": num_steps(self.config, len(self.data.train)),
+            "examples": len(self.data.train),
+            "method": self.config.method,
+            "engine": "reference",
+            "device": self.hardware.name,
+            "dtype": self.forward.dtype,
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "memory": self.plan.reason,
+            "recompute_layers": self.plan.recompute_layers,
+            "predicted_peak_gb": self.plan.predicted_peak_gb,
+        }
+
+    def _metrics(self, state: TrainState, seconds: float) -> dict[str, Any]:
+        trainable, total = count_parameters(self.forward.model)
+        rate = 1 / state.seconds if state.seconds else 0.0
+        return {
+            "steps": state.step,
+            "tokens_per_second": state.tokens * rate,
+            "supervised_tokens_per_second": state.supervised_tokens * rate,
+            "examples_per_second": state.examples * rate,
+            "peak_memory_gb": memory_in_use_gb(self.hardware.device),
+            "train_loss": state.loss_sum / state.supervised_tokens if state.supervised_tokens else None,
+            "eval_loss": state.eval_loss,
+            "best_step": state.best_step or None,
+            "supervised_tokens": state.supervised_tokens,
+            "wall_seconds": seconds,
+            "train_seconds": state.seconds,
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+        }
+
+
+def start(config: RunConfig, out: Path | None = None, progress: Progress = no_progress) -> TrainingSession:
+    """Check everything about a new run, load it, and make its folder. Raises UserError or MachineError."""
+    config = config.resolved()
+    path = out or default_run_path(config)
+    RunFolder.refuse_existing(path)
+    return _build(config, path, None, progress)
+
+
+def restart(path: Path, progress: Progress = no_progress) -> TrainingSession:
+    """Load a run to go on with it from its newest checkpoint. Refused if its data or base has changed since."""
+    run = RunFolder.open(path)
+    if run.metrics:
+        raise RunError(f"{path}: this run is finished ({run.metrics['steps']} steps); there is nothing to resume")
+    return _build(run.config, path, run, progress)
+
+
+def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: Progress) -> TrainingSession:
+    _check_settings(config)
+    hardware = probe(config.model.device)
+    dtype = compute_dtype(config.model.dtype, hardware)
+    source = find_model(config.model)
+    tokenizer = load_tokenizer(source, config.model)
+    chat = ChatFormat(tokenizer, config.data.chat_template)
+    data = read_data(config, chat, progress)
+    source = fetch_weights(source, config.model)
+    base_hash = weight_hash(source)
+    if existing:
+        _refuse_changed(existing, base_hash, data.facts)
+
+    progress("loading the model", 0, 1)
+    _limit_memory(config, hardware)
+    torch.manual_seed(config.training.seed)
+    model = _load_trainable(config, source, hardware, dtype)
+    progress("loading the model", 1, 1)
+    forward = ModelForward(model, hardware.device, dtype)
+    check_forward(forward, config.data.packing)
+    plan = _plan(config, forward, hardware, data.train)
+    prepare(model, plan)
+    optimizer = make_optimizer(model, config.optimizer, config.lr)
+    run = existing or RunFolder.create(
+        path, config, _metadata(config, source, base_hash, chat, data, hardware, forward)
+    )
+    return TrainingSession(
+        config=config,
+        run=run,
+        data=data,
+        source=source,
+        tokenizer=tokenizer,
+        chat=chat,
+        hardware=hardware,
+        forward=forward,
+        objective=OBJECTIVES[config.objective.name](),
+        optimizer=optimizer,
+        plan=plan,
+        resumed=existing is not None,
+    )
+
+
+def read_data(config: RunConfig, chat: ChatFormat, progress: Progress = no_progress) -> RunData:
+    """Read, check and tokenize the training and evaluation files. Raises DataError with all problems of a file."""
+    settings = config.data
+    progress("reading the data", 0, 1)
+    file = read_examples(settings.path)
+    rows = file.examples
+    generator = random.Random(config.training.seed)
+    if settings.max_rows is not None and settings.max_rows < len(rows):
+        rows = [rows[index] for index in sorted(generator.sample(range(len(rows)), settings.max_rows))]
+    eval_rows: list[Example] = []
+    facts: dict[str, Any] = {"path": settings.path, "sha256": sha256_file(Path(settings.path)), "form": file.form}
+    if settings.eval_path:
+        eval_rows = read_examples(settings.eval_path).examples
+        facts |= {"eval_path": settings.eval_path, "eval_sha256": sha256_file(Path(settings.eval_path))}
+    elif settings.eval_fraction:
+        held_out = set(generator.sample(range(len(rows)), max(1, round(settings.eval_fraction * len(rows)))))
+        if len(held_out) == len(rows):
+            raise ConfigError(f"data.eval_fraction {settings.eval_fraction} leaves no row of {len(rows)} for training")
+        eval_rows = [row for index, row in enumerate(rows) if index in held_out]
+        rows = [row for index, row in enumerate(rows) if index not in held_out]
+    if config.evaluation.generate:
+        check_questions(eval_rows)
+    train, notes = tokenize(chat, rows, settings.max_seq_length, settings.overlong, settings.train_on)
+    held: list[TokenizedExample] = []
+    if eval_rows:
+        held, more = tokenize(chat, eval_rows, settings.max_seq_length, settings.overlong, settings.train_on)
+        notes += [f"evaluation data: {note}" for note in more]
+    facts |= {
+        "rows": len(file.examples),
+        "train_rows": len(train),
+        "eval_rows": len(held),
+        "train_tokens": sum(map(len, train)),
+        "supervised_tokens": sum(example.supervised for example in train),
+    }
+    progress("reading the data", 1, 1)
+    return RunData(train, held, eval_rows, facts, notes)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """The id that fills padding: the tokenizer's, else its end token (padding is masked, so either is exact)."""
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id)
+
+
+def _check_settings(config: RunConfig) -> None:
+    """What the configuration alone says, all problems at once."""
+    problems = []
+    if not config.model.name:
+        problems.append("no model: pass --model, or set model.name")
+    if not config.data.path:
+        problems.append("no training data: pass --data, or set data.path")
+    metric = config.training.early_stopping.metric
+    known = ["eval_loss", *(["accuracy", "exact_match"] if config.evaluation.generate else [])]
+    if metric is not None and metric not in known:
+        hint = "; set evaluation.generate: true for accuracy" if metric in ("accuracy", "exact_match") else ""
+        problems.append(f"training.early_stopping.metric is {metric!r}: this run evaluates {', '.join(known)}{hint}")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _load_trainable(config: RunConfig, source: ModelSource, hardware: Hardware, dtype: ComputeDType) -> Any:
+    """The model with its trainable weights in fp32: an adapter over a frozen base, or the whole model."""
+    if config.method == "full":
+        model = load_model(source, config.model, hardware, "fp32")
+        keep_trainable_in_fp32(model)
+        return model
+    quantization = config.quantization if config.method == "qlora" else None
+    model = load_model(source, config.model, hardware, dtype, quantization)
+    # A hub id stays one; a folder is recorded by its absolute path (for a GGUF file, where its safetensors are).
+    base_name = source.name if source.revision else str(source.path.absolute())
+    return add_adapter(model, config.adapter, base_name)
+
+
+def _plan(config: RunConfig, forward: ModelForward, hardware: Hardware, examples: list[TokenizedExample]) -> MemoryPlan:
+    shape = forward.base.config.get_text_config()
+    longest = sorted(map(len, examples), reverse=True)[: config.training.micro_batch_size]
+    trainable, _ = count_parameters(forward.model)
+    state_bytes = {"adamw": 8, "paged_adamw_32bit": 8}.get(config.optimizer.name, 2)
+    return plan_memory(
+        shape,
+        mode=config.memory.mode,
+        tokens=sum(longest),
+        bytes_per_value=4 if forward.dtype == "fp32" else 2,
+        static_gb=weights_gb(forward.model) + trainable * (4 + state_bytes) / GB,
+        budget_gb=config.memory.limit_gb or free_memory_gb(hardware) + (weights_gb(forward.model)),
+        num_layers=shape.num_hidden_layers,
+    )
+
+
+def _limit_memory(config: RunConfig, hardware: Hardware) -> None:
+    if hardware.type != "cuda":
+        return
+    torch.cuda.reset_peak_memory_stats(hardware.device)
+    if config.memory.limit_gb is not None:
+        share = config.memory.limit_gb / hardware.memory_gb
+        if share > 1:
+            raise MachineError(
+                f"memory.limit_gb {config.memory.limit_gb} is more than the card has: {hardware.memory_gb:.1f}"
+            )
+        torch.cuda.set_per_process_memory_fraction(share, hardware.device)
+
+
+def _refuse_changed(run: RunFolder, base_hash: str, facts: dict[str, Any]) -> None:
+    """A resumed run must see the same base and the same data, or its losses would not be what they would have been."""
+    metadata = run.metadata
+    if metadata["model"]["weight_hash"] != base_hash:
+        raise RunError(f"{run.path}: the base model's weights have changed since this run started; it cannot go on")
+    for key in ("sha256", "eval_sha256"):
+        if metadata["data"].get(key) != facts.get(key):
+            name = facts["path"] if key == "sha256" else facts.get("eval_path")
+            raise RunError(f"{run.path}: {name} has changed since this run started; start a new run")
+
+
+def _metadata(
+    config: RunConfig,
+    source: ModelSource,
+    base_hash: str,
+    chat: ChatFormat,
+    data: RunData,
+    hardware: Hardware,
+    forward: ModelForward,
+) -> dict[str, Any]:
+    trainable, total = count_parameters(forward.model)
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "tunesmith": __version__,
+        "method": config.method,
+        "objective": config.objective.name,
+        "model": {
+            "name": source.name,
+            "path": str(source.path.absolute()),
+            "revision": source.revision,
+            "weight_hash": base_hash,
+            "architecture": type(forward.base).__name__,
+            "model_type": source.config.get("model_type"),
+        },
+        "tokenizer": {"hash": _tokenizer_hash(source)},
+        "chat_template": {"name": chat.name, "hash": chat.hash},
+        "data": data.facts,
+        "packages": _versions(),
+        "hardware": hardware.describe(),
+        "dtype": forward.dtype,
+        "seed": config.training.seed,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "parent": config.adapter.init_from,
+    }
+
+
+def _tokenizer_hash(source: ModelSource) -> str:
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
+    return sha256_text(f"{name} {sha256_file(source.path / name)}" for name in names if (source.path / name).is_file())
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _locked(run: RunFolder) -> Iterator[None]:
+    """Hold the run: two processes that train it would write over each other. The system frees it when we die."""
+    with (run.path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{run.path}: another process is training this run") from None
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

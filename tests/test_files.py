@@ -1,0 +1,292 @@
+"""Atomic files and folders: what a failure or a kill in the middle leaves behind, and how disk errors are reported."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tunesmith.errors import MachineError, RunError, TunesmithError
+from tunesmith.files import (
+    atomic_folder,
+    cache_folder,
+    check_writable,
+    disk_errors,
+    finite,
+    remove_folder,
+    sha256_file,
+    sha256_text,
+    write_atomic,
+    write_json,
+)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below `folder` with its text; folders end in a slash."""
+    return {
+        str(path.relative_to(folder)) + ("/" if path.is_dir() else ""): "" if path.is_dir() else path.read_text()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def failing(number: int) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+# -- write_atomic -----------------------------------------------------------------------------------------------------
+
+
+def test_write_atomic_writes_text_and_bytes_and_replaces(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a", "né\n")
+    assert (tmp_path / "a").read_bytes() == b"n\xc3\xa9\n"
+    write_atomic(tmp_path / "a", b"\x00\xff")
+    assert (tmp_path / "a").read_bytes() == b"\x00\xff"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_write_that_runs_out_of_space_keeps_the_old_file(tmp_path: Path, file_size_limit: Any) -> None:
+    write_atomic(tmp_path / "a", "old")
+    with file_size_limit(100), pytest.raises(MachineError) as caught:
+        write_atomic(tmp_path / "a", "x" * 1000)
+    assert caught.value.exit_code == 3
+    assert str(caught.value).startswith(f"{tmp_path / 'a'}: no space left on the disk (")
+    assert str(caught.value).endswith(
+        " MB free); nothing that was saved before is lost: free some space, then `tunesmith resume`"
+    )
+    assert tree(tmp_path) == {"a": "old"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_fsync_that_runs_out_of_space_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    write_atomic(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", failing(number))
+    with pytest.raises(MachineError, match="no space left"):
+        write_atomic(tmp_path / "a", "new")
+    assert tree(tmp_path) == {"a": "old"}
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"), [(errno.EACCES, "Permission denied"), (errno.EROFS, "Read-only file system")]
+)
+def test_a_place_that_cannot_be_written_is_the_users_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str
+) -> None:
+    write_atomic(tmp_path / "a", "old")
+    monkeypatch.setattr(os, "fsync", failing(number))
+    with pytest.raises(RunError) as caught:
+        write_atomic(tmp_path / "a", "new")
+    assert str(caught.value) == f"{tmp_path / 'a'}: cannot be written ({reason}); choose another folder"
+    assert caught.value.exit_code == 2
+    assert tree(tmp_path) == {"a": "old"}
+
+
+def test_other_errors_pass_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write_atomic(tmp_path / "a", "new")
+    assert not isinstance(caught.value, TunesmithError)
+    assert tree(tmp_path) == {}
+
+
+def test_a_path_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match=r"file/a: cannot be written \(Not a directory\); choose another folder"):
+        write_atomic(tmp_path / "file" / "a", "new")
+
+
+def test_safetensors_own_error_for_a_full_disk(tmp_path: Path, file_size_limit: Any) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    path = tmp_path / "model.safetensors"
+    with file_size_limit(1000), pytest.raises(MachineError, match="no space left"), disk_errors(path):
+        save_file({"weight": np.zeros(5000, dtype=np.float32)}, path)
+
+
+def test_safetensors_other_errors_pass_as_they_are(tmp_path: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(SafetensorError, match="header"), disk_errors(tmp_path):
+        load_file(tmp_path / "bad.safetensors")
+
+
+# -- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def test_json_has_no_nan_and_keeps_unicode(tmp_path: Path) -> None:
+    value = {"loss": math.nan, "rows": [math.inf, (1.5, -math.inf)], "name": "é", "n": 3, "ok": True, "none": None}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert "é" in text
+    assert text.endswith("}\n")
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "loss": None,
+        "rows": [None, [1.5, None]],
+        "name": "é",
+        "n": 3,
+        "ok": True,
+        "none": None,
+    }
+    assert math.isnan(value["loss"]), "the caller's object is left alone"
+
+
+def test_finite_keeps_what_is_finite() -> None:
+    assert finite([0.0, -1.5, 7, "nan", {"a": 1e308}]) == [0.0, -1.5, 7, "nan", {"a": 1e308}]
+
+
+# -- atomic_folder ----------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_appears_whole_and_only_at_the_end(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "deep" / "run") as folder:
+        (folder / "a").write_text("1")
+        assert not (tmp_path / "deep" / "run").exists()
+    assert tree(tmp_path) == {"deep/": "", "deep/run/": "", "deep/run/a": "1"}
+
+
+def test_an_existing_folder_is_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").write_text("old")
+    with atomic_folder(tmp_path / "run") as folder:
+        (folder / "new").write_text("new")
+        assert tree(tmp_path / "run") == {"old": "old"}
+    assert tree(tmp_path) == {"run/": "", "run/new": "new"}
+
+
+@pytest.mark.parametrize("error", [ValueError("boom"), KeyboardInterrupt()])
+def test_a_failure_leaves_nothing_new(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").write_text("old")
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "run") as folder:
+            (folder / "new").write_text("new")
+            raise error
+
+    with pytest.raises(type(error)):
+        write()
+    assert tree(tmp_path) == {"run/": "", "run/old": "old"}
+
+
+def test_a_full_disk_leaves_nothing_new(tmp_path: Path, file_size_limit: Any) -> None:
+    def write() -> None:
+        with atomic_folder(tmp_path / "run") as folder:
+            (folder / "small").write_text("fits")
+            (folder / "big").write_text("x" * 1000)
+
+    with file_size_limit(100), pytest.raises(MachineError, match=r"run: no space left on the disk \(\d+ MB free\)"):
+        write()
+    assert tree(tmp_path) == {}
+
+
+def test_a_flush_that_fails_leaves_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
+    with pytest.raises(MachineError, match="no space left"), atomic_folder(tmp_path / "run") as folder:
+        (folder / "a").write_text("1")
+    assert tree(tmp_path) == {}
+
+
+def test_every_file_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_folder(tmp_path / "run") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a").write_text("1")
+        (folder / "b").write_text("2")
+    assert {"a", "b", ".tmp-run"} <= set(flushed)
+    assert flushed[-1] == tmp_path.name, "the rename itself is flushed last"
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from tunesmith.files import atomic_folder
+with atomic_folder(Path(sys.argv[1])) as folder:
+    (folder / "a").write_text("1")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_sigkill_in_the_middle_leaves_no_half_folder(tmp_path: Path, existing: bool) -> None:
+    run = tmp_path / "run"
+    if existing:
+        run.mkdir()
+        (run / "old").write_text("old")
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(run)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert (tree(run) == {"old": "old"}) if existing else (not run.exists())
+    with atomic_folder(run) as folder:  # the leftovers are in nobody's way
+        (folder / "b").write_text("2")
+    assert tree(tmp_path) == {"run/": "", "run/b": "2"}
+
+
+def test_remove_folder(tmp_path: Path) -> None:
+    (tmp_path / "run" / "sub").mkdir(parents=True)
+    remove_folder(tmp_path / "run")
+    remove_folder(tmp_path / "absent")
+    assert tree(tmp_path) == {}
+
+
+# -- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def test_check_writable_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "some" / "new" / "run")
+    assert tree(tmp_path) == {}
+
+
+def test_check_writable_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(RunError, match=r"file/run: cannot be written \(Not a directory\); choose another folder"):
+        check_writable(tmp_path / "file" / "run")
+
+
+def test_check_writable_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "mkdir", failing(errno.EACCES))  # root may write anywhere, so the bits cannot be used
+    with pytest.raises(RunError, match=r"run: cannot be written \(Permission denied\); choose another folder"):
+        check_writable(tmp_path / "run")
+
+
+def test_hashes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_text(["é", "b"]) == hashlib.sha256("é\nb\n".encode()).hexdigest()
+    assert sha256_text(["ab"]) != sha256_text(["a", "b"])
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", "/x/cache")
+    assert cache_folder() == Path("/x/cache")
+    monkeypatch.delenv("TUNESMITH_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x/xdg")
+    assert cache_folder() == Path("/x/xdg/tunesmith")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_folder() == Path.home() / ".cache" / "tunesmith"

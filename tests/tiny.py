@@ -1,0 +1,145 @@
+"""Small, offline, deterministic stand-ins: a random model folder, a byte-level tokenizer, and rows to train on.
+
+folder = make_tiny_model(tmp_path / "model", family="qwen2")
+write_jsonl(tmp_path / "train.jsonl", chat_rows(64, seed=0))
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+IM_START, IM_END, PAD, BOS = "<|im_start|>", "<|im_end|>", "<|pad|>", "<|bos|>"
+
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_tokenizer(
+    *, chat_template: str | None = CHATML, merges: Iterable[tuple[str, str]] = (), adds_bos: bool = False
+) -> Any:
+    """A byte-level fast tokenizer: ids 0-255 are the bytes, then one token for each of `merges`, then the control tokens.
+
+    `<|im_end|>` ends a sequence. `merges` are pairs in the byte-level alphabet (a space is `Ġ`). With `adds_bos` the
+    tokenizer has a `<|bos|>` token and puts it before every text that is tokenized with special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    merges = list(merges)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(left + right for left, right in merges)]
+    backend = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([IM_START, IM_END, PAD, *([BOS] if adds_bos else [])])
+    if adds_bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, backend.token_to_id(BOS))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=IM_END,
+        pad_token=PAD,
+        **({"bos_token": BOS} if adds_bos else {}),
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_tiny_model(
+    folder: Path,
+    *,
+    seed: int = 0,
+    family: str = "llama",
+    hidden: int = 32,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocab: int = 320,
+    tokenizer: Any = None,
+    **settings: Any,
+) -> Path:
+    """Save a random causal language model (fp32 safetensors) with its tokenizer in `folder`, and return `folder`.
+
+    `family` is transformers' model type (llama, mistral, qwen2, qwen3, gemma2, gemma3_text, phi3, smollm3, ...);
+    `settings` go into its config. Norm weights and biases are perturbed, so that code which ignores one is found out.
+    The model has a few more embedding rows than the tokenizer has tokens, as real ones do.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = tokenizer or make_tokenizer()
+    assert vocab >= len(tokenizer)
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": hidden // heads,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.1,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **settings,
+        },
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    """Write `rows` as JSON Lines, and return `path`."""
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return Path(path)
+
+
+BINS = {
+    "newspaper": "paper",
+    "box": "paper",
+    "bottle": "glass",
+    "jar": "glass",
+    "peel": "compost",
+    "leaf": "compost",
+    "can": "metal",
+    "nail": "metal",
+}
+"""What `chat_rows` asks about, and the right answers."""
+
+PLACES = ("", " on the table", " that was left in the old kitchen", " I found behind the shed in the garden")
+
+
+def chat_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """`n` single-turn conversations of unequal length; the answer depends on one word of the question."""
+    rng = random.Random(seed)
+    rows = []
+    for _ in range(n):
+        thing = rng.choice(sorted(BINS))
+        question = f"Which bin takes the {thing}{rng.choice(PLACES)}?"
+        rows.append(
+            {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": BINS[thing]}]}
+        )
+    return rows
