@@ -113,7 +113,8 @@ def _parse_line(raw: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line, object_pairs_hook=_unique_keys)
     except json.JSONDecodeError as error:
-        raise _RowProblem(f"not valid JSON: {error.msg[0].lower()}{error.msg[1:]} at column {error.colno}") from None
+        message = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
+        raise _RowProblem(f"not valid JSON: {message} at column {error.colno}") from None
     except RecursionError:
         raise _RowProblem("nested too deeply to be a row of training data") from None
     except ValueError as error:

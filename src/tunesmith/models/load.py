@@ -137,6 +137,8 @@ def load_model(
             f"{source.name}: {len(missing)} weights are missing from its files and would be random "
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}); the model is not complete"
         )
+    if quantization is not None:
+        _keep_unpacked(model)
     return model
 
 
@@ -243,6 +245,17 @@ def _bitsandbytes_config(quantization: QuantizationConfig, dtype: ComputeDType) 
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=torch_dtype(dtype),
     )
+
+
+def _keep_unpacked(model: Any) -> None:
+    """Keep 4-bit weights in the layout that has a backward.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks them for good at the first forward in eval mode, for a product
+    without a backward: training after any evaluation would silently lose every gradient that flows through the base.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _converted_gguf(path: Path) -> Path:

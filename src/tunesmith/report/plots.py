@@ -229,12 +229,13 @@ def _draw(name: str, label: str, series: Sequence[Series], tick_unit: float) -> 
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))  # an SVG has 72 units to the inch
         figure.patch.set_alpha(0)
-        axes = figure.add_axes((0.115, 0.155, 0.865, 0.8))
+        axes = figure.add_axes((0.115, 0.18, 0.865, 0.775))
         axes.patch.set_alpha(0)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(COLOURS["axis"])
         axes.grid(axis="y", color=COLOURS["grid"], alpha=0.25, linewidth=0.8)
         axes.tick_params(axis="y", length=0)
+        axes.tick_params(axis="x", pad=5)
         for item in series:
             _draw_series(axes, item)
         axes.margins(x=0.02, y=0.08)
@@ -242,7 +243,7 @@ def _draw(name: str, label: str, series: Sequence[Series], tick_unit: float) -> 
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value / tick_unit)))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        axes.set_xlabel("step", color=COLOURS["axis"], labelpad=2)
+        axes.set_xlabel("step", color=COLOURS["axis"], labelpad=4)
         buffer = io.BytesIO()
         FigureCanvasSVG(figure).print_svg(buffer)
     return _inline(buffer.getvalue(), name, label)

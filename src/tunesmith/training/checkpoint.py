@@ -103,29 +103,34 @@ def _own_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.data for name, parameter in model.named_parameters()}
 
 
-def _flatten(state: dict[int, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]:
-    """Optimizer state as tensors by `parameter.key` and plain values by parameter and key.
+def _flatten(state: dict[Any, Any], path: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Nested optimizer state as tensors by `parameter/key/...` and, in the same way, plain values.
 
-    bitsandbytes shares its quantization maps among parameters; safetensors stores no shared memory, hence the clones.
+    bitsandbytes shares its quantization maps among parameters; safetensors stores no shared memory, hence the copies.
     """
     tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for index, entries in state.items():
-        for key, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{key}"] = value.detach().to("cpu", copy=True).contiguous()
-            else:
-                values.setdefault(str(index), {})[key] = value
+    values: dict[str, Any] = {}
+    for key, value in state.items():
+        name = f"{path}{key}"
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        elif isinstance(value, dict):
+            inner_tensors, inner_values = _flatten(value, f"{name}/")
+            tensors |= inner_tensors
+            values |= inner_values
+        else:
+            values[name] = value
     return tensors, values
 
 
-def _unflatten(tensors: dict[str, torch.Tensor], values: dict[str, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def _unflatten(tensors: dict[str, torch.Tensor], values: dict[str, Any]) -> dict[int, dict[str, Any]]:
     state: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    for index, entries in values.items():
-        state.setdefault(int(index), {}).update(entries)
+    for name, value in [*tensors.items(), *values.items()]:
+        index, *inner, key = name.split("/")
+        entry = state.setdefault(int(index), {})
+        for part in inner:
+            entry = entry.setdefault(part, {})
+        entry[key] = value
     return state
 
 

@@ -1,0 +1,301 @@
+"""What the loop does between steps: evaluation, checkpoints, early stopping, guards, memory plans, precisions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny import make_tiny_model
+from tunesmith.config import OptimizerConfig, RunConfig, load_config
+from tunesmith.errors import ConfigError, DataError, VerificationError
+from tunesmith.training import loop
+from tunesmith.training.guards import MovementCheck
+from tunesmith.training.loop import num_steps
+from tunesmith.training.optimizers import learning_rate, make_optimizer
+from tunesmith.workflows.train import TrainingSession, start
+
+Session = Callable[..., TrainingSession]
+Configure = Callable[..., RunConfig]
+
+
+def events(session: TrainingSession, kind: str) -> list[dict[str, Any]]:
+    return [event for event in session.run.events() if event["event"] == kind]
+
+
+def test_number_of_steps() -> None:
+    config = load_config(None, ["training.batch_size=16", "training.epochs=3"])
+    assert num_steps(config, 33) == 9
+    assert num_steps(config, 16) == 3
+    assert num_steps(load_config(None, ["training.epochs=0.5"]), 160) == 5
+    assert num_steps(load_config(None, ["training.max_steps=4"]), 1000) == 4
+    assert num_steps(load_config(None, ["training.epochs=0.01"]), 16) == 1
+
+
+def test_learning_rate_schedules() -> None:
+    config = OptimizerConfig(warmup_ratio=0.1, schedule="cosine")
+    rates = [learning_rate(config, 1.0, step, 100) for step in range(100)]
+    assert rates[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.5)
+    assert rates[99] == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
+    linear = OptimizerConfig(warmup_ratio=0.0, schedule="linear")
+    assert [learning_rate(linear, 2.0, step, 4) for step in range(4)] == pytest.approx([2.0, 1.5, 1.0, 0.5])
+    constant = OptimizerConfig(warmup_ratio=0.5, schedule="constant")
+    assert [learning_rate(constant, 3.0, step, 4) for step in range(4)] == pytest.approx([1.0, 2.0, 3.0, 3.0])
+
+
+def test_no_weight_decay_on_norms_and_biases(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    groups = make_optimizer(model, OptimizerConfig(weight_decay=0.3), 1e-3).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in groups[1]["params"]} == {
+        "input_layernorm", "post_attention_layernorm", "norm",
+    }  # fmt: skip
+    assert len(groups[0]["params"]) + len(groups[1]["params"]) == len(names)
+
+
+def test_metrics_count_what_was_trained(session: Session) -> None:
+    run = session("training.epochs=2")
+    metrics = run.train().metrics
+    steps = events(run, "step")
+    assert len(steps) == 6
+    assert sum(step["examples"] for step in steps) == 48
+    assert sum(step["tokens"] for step in steps) == 2 * sum(map(len, run.data.train))
+    supervised = 2 * sum(example.supervised for example in run.data.train)
+    assert sum(step["supervised_tokens"] for step in steps) == metrics["supervised_tokens"] == supervised
+    weighted = sum(step["loss"] * step["supervised_tokens"] for step in steps) / supervised
+    assert metrics["train_loss"] == pytest.approx(weighted)
+    seconds = sum(step["seconds"] for step in steps)
+    assert metrics["examples_per_second"] == pytest.approx(48 / seconds)
+    assert metrics["supervised_tokens_per_second"] == pytest.approx(supervised / seconds)
+    assert steps[-1]["epoch"] == 2.0
+    widths = [(32, 32), (32, 16), (32, 16), (32, 32), (32, 64), (32, 64), (64, 32)]  # q k v o gate up down
+    assert metrics["trainable_parameters"] == 2 * 16 * sum(map(sum, widths))
+    embedding, norms = 320 * 32, 5 * 32
+    base = 2 * embedding + norms + 2 * sum(a * b for a, b in widths)
+    assert metrics["total_parameters"] == base + metrics["trainable_parameters"]
+    assert run.run.metrics == metrics
+
+
+def test_log_every_reports_the_mean_of_its_window(session: Session) -> None:
+    each = session("training.epochs=2", "training.save_every=100")
+    each.train()
+    pairs = session("training.epochs=2", "training.save_every=100", "training.log_every=2")
+    pairs.train()
+    single, double = events(each, "step"), events(pairs, "step")
+    assert [event["step"] for event in double] == [2, 4, 6]
+    first = sum(e["loss"] * e["supervised_tokens"] for e in single[:2]) / sum(
+        e["supervised_tokens"] for e in single[:2]
+    )
+    assert double[0]["loss"] == pytest.approx(first, rel=1e-6)
+    assert double[0]["examples"] == 16
+
+
+def test_evaluation_during_training(session: Session) -> None:
+    run = session("training.epochs=2", "data.eval_path=HELD", "evaluation.generate=true", "evaluation.max_new_tokens=8")
+    metrics = run.train().metrics
+    evaluations = events(run, "eval")
+    assert [event["step"] for event in evaluations] == [3, 6]
+    assert set(evaluations[0]["metrics"]) == {"eval_loss", "accuracy", "exact_match"}
+    assert evaluations[1]["metrics"]["eval_loss"] < evaluations[0]["metrics"]["eval_loss"]
+    assert metrics["eval_loss"] == evaluations[1]["metrics"]["eval_loss"]
+
+
+def test_eval_loss_does_not_depend_on_its_batches(session: Session) -> None:
+    from tunesmith.training.loop import evaluate_loss
+
+    run = session("data.eval_path=HELD")
+    values = {
+        evaluate_loss(run.forward, run.objective, run.data.eval, size, packing, 0)
+        for size in (1, 8)
+        for packing in (True, False)
+    }
+    assert max(values) - min(values) < 1e-5
+
+
+def test_early_stopping_keeps_the_best_weights(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = iter([3.0, 1.0, 2.0, 2.5, 0.1])
+    monkeypatch.setattr("tunesmith.workflows.train.evaluate_loss", lambda *_: next(script))
+    run = session(
+        "training.epochs=10", "data.eval_path=HELD", "training.eval_every=2", "training.save_every=2",
+        "training.early_stopping.metric=eval_loss", "training.early_stopping.patience=2", "training.save_total_limit=1",
+    )  # fmt: skip
+    result = run.train()
+    assert result.status == "stopped_early"
+    assert result.metrics["steps"] == 8
+    assert result.metrics["best_step"] == 4
+    assert [step for step, _ in run.run.checkpoints()] == [4, 8], "the best one is kept beside the newest"
+    best = load_file(run.run.checkpoint_path(4) / "adapter" / "adapter_model.safetensors")
+    final = load_file(run.run.adapter_path / "adapter_model.safetensors")
+    last = load_file(run.run.checkpoint_path(8) / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(best[name], final[name]) for name in best)
+    assert not all(torch.equal(last[name], final[name]) for name in best)
+    assert run.run.best() == {"step": 4, "metric": "eval_loss", "value": 1.0}
+
+
+def test_early_stopping_on_a_metric_that_should_rise(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.types import EvalResult
+
+    values = iter([0.2, 0.5, 0.5, 0.5])
+    monkeypatch.setattr(
+        "tunesmith.workflows.train.score", lambda *_: {"accuracy": EvalResult("eval", "accuracy", next(values), 0.0, 8)}
+    )
+    run = session(
+        "training.epochs=10", "data.eval_path=HELD", "evaluation.generate=true", "evaluation.max_new_tokens=1",
+        "training.early_stopping.metric=accuracy", "training.early_stopping.patience=2",
+    )  # fmt: skip
+    assert run.config.training.early_stopping.mode == "max"
+    assert run.train().metrics["best_step"] == 6
+    assert run.run.metrics["steps"] == 12
+
+
+def test_an_unknown_metric_is_refused_before_training(configure: Configure, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"early_stopping.metric is 'f1': this run evaluates eval_loss"):
+        start(configure("data.eval_path=HELD", "training.early_stopping.metric=f1"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_save_total_limit(session: Session) -> None:
+    run = session("training.epochs=2", "training.save_every=1", "training.save_total_limit=2")
+    run.train()
+    assert [step for step, _ in run.run.checkpoints()] == [5, 6]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = session("training.epochs=2", "training.save_every=1")
+    original, calls = loop.accumulate_gradients, {"n": 0}
+
+    def poison(*arguments: Any) -> torch.Tensor:
+        loss = original(*arguments)
+        calls["n"] += 1
+        return loss * float("nan") if calls["n"] == 4 else loss
+
+    monkeypatch.setattr(loop, "accumulate_gradients", poison)
+    with pytest.raises(
+        VerificationError, match=r"loss is nan at step 4 \(data lines [\d, ]+\); the last checkpoint is from before"
+    ):
+        run.train()
+    assert [step for step, _ in run.run.checkpoints()] == [2, 3]
+    assert not run.run.metrics
+
+
+def test_a_tensor_that_never_moves_stops_the_run(session: Session) -> None:
+    run = session("training.epochs=1")
+    stuck = next(p for name, p in run.forward.model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in name)
+    stuck.register_hook(torch.zeros_like)
+    with pytest.raises(
+        VerificationError, match=r"2 of 28 trainable tensors have not moved at all \(.*layers.1.mlp.up_proj.lora_A"
+    ):
+        _without_decay(run).train()
+
+
+def _without_decay(run: TrainingSession) -> TrainingSession:
+    for group in run.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    return run
+
+
+def test_movement_is_exact() -> None:
+    layer = torch.nn.Linear(3, 3)
+    check = MovementCheck(layer)
+    assert check.unmoved() == ["weight", "bias"]
+    with torch.no_grad():
+        layer.weight[1, 2] += 1e-6
+    assert check.unmoved() == ["bias"]
+
+
+@pytest.mark.parametrize("mode", ["min", "auto", "fast"])
+def test_recomputing_changes_no_loss(session: Session, mode: str) -> None:
+    plain = session("training.epochs=1", "memory.mode=fast")
+    plain.train()
+    limit = ["memory.limit_gb=0.0001"] if mode == "auto" else []
+    run = session("training.epochs=1", f"memory.mode={mode}", *limit)
+    assert run.plan.recompute_layers == {"min": 2, "auto": 2, "fast": 0}[mode]
+    run.train()
+    assert [e["loss"] for e in events(run, "step")] == [e["loss"] for e in events(plain, "step")]
+    assert events(run, "start")[0]["recompute_layers"] == run.plan.recompute_layers
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", "bf16"), ("full", "bf16"), ("qlora", "bf16"), ("qlora", "fp32")]
+)
+def test_other_precisions_train_with_fp32_weights(session: Session, tmp_path: Path, method: str, dtype: str) -> None:
+    model = make_tiny_model(tmp_path / "wide", hidden=64)
+    run = session(f"method={method}", f"model.dtype={dtype}", "training.epochs=6", model=model)
+    assert {p.dtype for p in run.forward.model.parameters() if p.requires_grad} == {torch.float32}
+    if method != "full":
+        base = run.forward.base.model.layers[0].mlp.up_proj.base_layer.weight
+        expected = torch.uint8 if method == "qlora" else torch.bfloat16
+        assert base.dtype == expected
+    run.train()
+    steps = events(run, "step")
+    assert steps[-1]["loss"] < 0.9 * steps[0]["loss"]
+
+
+def test_a_run_starts_from_the_same_weights_whatever_came_before(session: Session) -> None:
+    first = session("training.epochs=1")
+    torch.randn(1000)
+    second = session("training.epochs=1")
+    first.train()
+    second.train()
+    assert [e["loss"] for e in events(first, "step")] == [e["loss"] for e in events(second, "step")]
+    other = session("training.epochs=1", "training.seed=1")
+    other.train()
+    assert [e["loss"] for e in events(first, "step")] != [e["loss"] for e in events(other, "step")]
+
+
+def test_training_goes_on_from_an_adapter(session: Session, configure: Configure, tmp_path: Path) -> None:
+    first = session("training.epochs=8", "adapter.r=4")
+    first.train()
+    second = session("training.epochs=1", f"adapter.init_from={first.run.path}")
+    second.train()
+    assert events(second, "step")[0]["loss"] < 0.7 * events(first, "step")[0]["loss"]
+    assert second.run.metadata["parent"] == str(first.run.path)
+    assert second.forward.model.peft_config["default"].r == 4
+
+
+def test_metadata_traces_the_run(session: Session) -> None:
+    from tunesmith.files import sha256_file
+
+    run = session("training.epochs=1")
+    metadata = run.run.metadata
+    assert metadata["format_version"] == 1
+    assert metadata["data"]["sha256"] == sha256_file(Path(run.config.data.path))
+    assert metadata["data"]["rows"] == 24
+    assert metadata["seed"] == 3407
+    assert metadata["packages"]["torch"] == importlib.metadata.version("torch")
+    assert metadata["chat_template"]["hash"] == run.chat.hash
+    assert len(metadata["model"]["weight_hash"]) == len(metadata["tokenizer"]["hash"]) == 64
+    assert metadata["hardware"]["device"] == "cpu"
+    assert run.run.config == run.config
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5])
+def test_eval_fraction_holds_rows_out(session: Session, fraction: float) -> None:
+    run = session(f"data.eval_fraction={fraction}", "training.epochs=1")
+    assert len(run.data.eval) == round(24 * fraction)
+    assert len(run.data.train) + len(run.data.eval) == 24
+    assert not {e.line for e in run.data.train} & {e.line for e in run.data.eval}
+
+
+def test_bad_data_is_refused_before_the_model_is_loaded(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure()
+    Path(config.data.path).write_text('{"messages": 3}\n', encoding="utf-8")
+    monkeypatch.setattr("tunesmith.workflows.train.load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(DataError, match="1: `messages` is a number"):
+        start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
