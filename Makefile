@@ -1,5 +1,6 @@
 # Two commands set everything up: `make quickstart` (try it) and `make test` (check it). Both make .venv themselves.
 PYTHON ?= python3
+QUICKSTART_ARGS ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
@@ -8,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 .PHONY: quickstart test check slow-test docs clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/tunesmith quickstart
+	$(BIN)/tunesmith quickstart $(QUICKSTART_ARGS)
 
 # Linters, types, layers, then every test. -n 2: two cores.
 test: $(VENV)/.installed-test
@@ -24,7 +25,7 @@ check: $(VENV)/.installed-test
 
 # The whole quickstart as a user runs it, against its promises (about six minutes).
 slow-test: $(VENV)/.installed-test
-	$(BIN)/pytest -m slow_quickstart -o addopts="-q"
+	TUNESMITH_WHOLE_QUICKSTART=1 $(BIN)/pytest -m whole_quickstart
 
 # Pages that are made from the code; `make test` fails when they are out of date.
 docs: $(VENV)/.installed-test

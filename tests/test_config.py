@@ -201,6 +201,8 @@ def test_anchors_and_merge_keys_are_ordinary_yaml(run_yaml: Any) -> None:
         ("data.path=a=b.jsonl", lambda c: c.data.path, "a=b.jsonl"),
         ("data.path=C: [odd", lambda c: c.data.path, "C: [odd"),
         ("data.path='2020-13-45'", lambda c: c.data.path, "2020-13-45"),
+        ("data.path=2020-13-45", lambda c: c.data.path, "2020-13-45"),
+        ("data.path=&x [*x]", lambda c: c.data.path, "&x [*x]"),
         ("training.early_stopping.patience=5", lambda c: c.training.early_stopping.patience, 5),
         ("training.save_total_limit=null", lambda c: c.training.save_total_limit, None),
     ],

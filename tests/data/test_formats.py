@@ -80,6 +80,12 @@ def test_line_separators_inside_a_string_do_not_end_a_row(tmp_path: Path) -> Non
     assert read_examples(path).examples[0].text == text
 
 
+def test_a_carriage_return_alone_is_white_space_not_the_end_of_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text":\r"one"}\r\n{"text": "two"}\r\n')
+    assert [(e.text, e.line) for e in read_examples(path).examples] == [("one", 1), ("two", 2)]
+
+
 @pytest.mark.parametrize(
     "text",
     ["👨\u200d👩\u200d👧\u200d👦", unicodedata.normalize("NFD", "한국어 é"), "ﬁ №", "  indented\n\ttab \r\n", "\u200b!", "\\n"],

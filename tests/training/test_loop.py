@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tiny import make_tiny_model
 from tunesmith.config import OptimizerConfig, RunConfig, load_config
-from tunesmith.errors import ConfigError, DataError, VerificationError
+from tunesmith.errors import ConfigError, DataError, MachineError, VerificationError
 from tunesmith.training import loop
 from tunesmith.training.guards import MovementCheck
 from tunesmith.training.loop import num_steps
@@ -298,4 +298,17 @@ def test_bad_data_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("tunesmith.workflows.train.load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(DataError, match="1: `messages` is a number"):
         start(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_training(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("tunesmith.workflows.train.shutil.disk_usage", lambda _: SimpleNamespace(free=100_000))
+    with pytest.raises(
+        MachineError, match=r"the run needs about 0.00 GB for 4 checkpoints and its result, 0.00 GB are free"
+    ):
+        start(configure(), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console as RichConsole
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -120,7 +121,7 @@ def percent(metric: Mapping[str, float]) -> str:
 def metrics_table(result: Mapping[str, Any]) -> Table:
     """The metrics of one evaluation, before and after where there is a baseline."""
     baseline = result["baseline"]
-    table = Table(title=f"{result['task']}: {result['n']} of {result['rows_in_file']} rows, greedy decoding")
+    table = Table(title=f"{escape(result['task'])}: {result['n']} of {result['rows_in_file']} rows, greedy decoding")
     table.add_column("metric")
     if baseline:
         table.add_column("base", justify="right")

@@ -38,6 +38,7 @@ def plan_memory(
     *,
     mode: Literal["auto", "min", "fast"],
     tokens: int,
+    supervised: int,
     bytes_per_value: int,
     static_gb: float,
     budget_gb: float | None,
@@ -45,11 +46,11 @@ def plan_memory(
 ) -> MemoryPlan:
     """Choose how many decoder layers recompute their activations.
 
-    `tokens` is the largest micro-batch, `static_gb` weights, gradients and optimizer state, `budget_gb` what may be used
+    `tokens` is the largest micro-batch and `supervised` its supervised tokens, `static_gb` weights, gradients and optimizer state, `budget_gb` what may be used
     (None: no bound known). `auto` recomputes the fewest layers whose predicted peak fits 90% of the budget.
     """
     kept, recomputed = activation_gb(config, tokens, bytes_per_value)
-    logits = min(tokens, LOSS_ROWS) * config.vocab_size * 4 * 3 / GB  # fp32 logits, their gradient, the softmax
+    logits = min(supervised, LOSS_ROWS) * config.vocab_size * 4 * 3 / GB  # fp32 logits, their gradient, the softmax
 
     def peak(recompute_layers: int) -> float:
         stored = (num_layers - recompute_layers) * kept + recompute_layers * recomputed

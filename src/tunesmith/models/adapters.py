@@ -7,6 +7,7 @@ keeps trainable weights in fp32 whatever the base is stored in, and refuses what
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,8 @@ def target_modules(model: PreTrainedModel, setting: str | list[str]) -> list[str
         )
     if not chosen:
         raise ModelError(
-            f"adapter.target_modules: {setting} matches no linear layer of this model; it has {', '.join(sorted(names))}"
+            f"adapter.target_modules: {setting} matches no linear layer of this model; "
+            f"it has {', '.join(sorted(names)) or 'none (its layers are of another type)'}"
         )
     return sorted(chosen)
 
@@ -103,11 +105,21 @@ def load_adapter(model: PreTrainedModel, path: Path, trainable: bool = False) ->
 
     folder = find_adapter(path)
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{folder}: this adapter cannot be loaded on the model: {str(error).splitlines()[0]}"
-        ) from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+            # Once more, for its report: `from_pretrained` returns none.
+            report = adapted.load_adapter(str(folder), "default", is_trainable=trainable)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 300 else f"{text[:297]}..."
+        raise ModelError(f"{folder}: this adapter cannot be loaded on the model: {text}") from error
+    for keys, what in (
+        (report.missing_keys, "tensors of the adapter are missing from its file and would be random"),
+        (report.unexpected_keys, "tensors in the adapter's file have no place in this model"),
+    ):
+        if keys:
+            raise ModelError(f"{folder}: {len(keys)} {what} ({keys[0]}); it was made for another base, or is damaged")
     keep_trainable_in_fp32(adapted)
     return adapted
 
@@ -126,9 +138,10 @@ def base_of_adapter(path: Path) -> str:
     """The base model's name as the adapter's config records it. Raises ModelError."""
     config = find_adapter(path) / "adapter_config.json"
     try:
-        name = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{config}: not valid JSON: {error}") from None
+    name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
     if not name:
         raise ModelError(f"{config}: names no base model; pass it with --model")
     return str(name)

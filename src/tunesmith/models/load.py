@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import ModelConfig, QuantizationConfig
 from tunesmith.errors import MachineError, ModelError
-from tunesmith.files import atomic_folder, cache_folder, sha256_file, sha256_text, write_json
+from tunesmith.files import atomic_folder, cache_folder, disk_errors, sha256_file, sha256_text, write_json
 from tunesmith.hardware import ComputeDType, Hardware, torch_dtype
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+CONVERSION = 2
+"""Of GGUF files: part of the converted folder's name, so raise it when what is written changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class ModelSource:
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
         config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        assert isinstance(config, dict)
+        if not isinstance(config, dict):
+            raise ValueError("expected a JSON object")
         return config
 
 
@@ -55,6 +59,10 @@ def find_model(config: ModelConfig) -> ModelSource:
     if not name:
         raise ModelError("no model given; pass --model with a model folder, a .gguf file or a hub id (org/model)")
     path = Path(name).expanduser()
+    if config.revision and path.exists():
+        raise ModelError(
+            f"model.revision is {config.revision!r}, but {name} is on this disk, not on the hub; remove it"
+        )
     if path.is_file() and path.suffix == ".gguf":
         return ModelSource(name, _converted_gguf(path))
     if path.is_dir():
@@ -90,8 +98,12 @@ def load_tokenizer(source: ModelSource, config: ModelConfig) -> PreTrainedTokeni
         return AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=config.trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{source.name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:
+        known = isinstance(error, (OSError, ValueError, KeyError, TypeError, AttributeError))
+        if not known and type(error) is not Exception:  # the tokenizers library raises plain Exception
+            raise
+        lost = "" if (source.path / "tokenizer.json").is_file() else " (there is no tokenizer.json)"
+        raise ModelError(f"{source.name}: its tokenizer cannot be loaded{lost}: {_first_line(error)}") from error
 
 
 def load_model(
@@ -122,6 +134,7 @@ def load_model(
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, where the message can say which
             **options,
         )
     except torch.OutOfMemoryError as error:
@@ -131,6 +144,12 @@ def load_model(
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}") from error
+    if report["mismatched_keys"]:
+        tensor, found, expected = min(report["mismatched_keys"])
+        raise ModelError(
+            f"{source.name}: {len(report['mismatched_keys'])} weights do not have the shape that its config.json says "
+            f"({tensor}: {tuple(found)} in the file, {tuple(expected)} expected)"
+        )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ModelError(
@@ -156,11 +175,12 @@ def _file_hash(file: Path) -> str:
     memory = cache_folder() / "hashes.json"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         known = {}
     if key not in known:
         known[key] = sha256_file(file)
-        memory.parent.mkdir(parents=True, exist_ok=True)
+        with disk_errors(memory):
+            memory.parent.mkdir(parents=True, exist_ok=True)
         write_json(memory, known)
     return str(known[key])
 
@@ -174,7 +194,10 @@ def _check_folder(source: ModelSource, trust_remote_code: bool) -> None:
     folder = source.path
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index}: not an index of weight files: {_first_line(error)}") from error
         _refuse_missing(source.name, [shard for shard in sorted(shards) if not (folder / shard).is_file()])
     elif not _weight_files(folder):
         pickles = [file.name for pattern in PICKLES for file in folder.glob(pattern)]
@@ -192,6 +215,7 @@ def _refuse_missing(name: str, missing: list[str]) -> None:
 
 
 def _check_config(source: ModelSource, trust_remote_code: bool) -> None:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     path = source.path / "config.json"
@@ -200,7 +224,7 @@ def _check_config(source: ModelSource, trust_remote_code: bool) -> None:
         raise ModelError(f"{source.name}: not a model folder (it has no config.json){hint}")
     try:
         config = source.config
-    except (ValueError, OSError, AssertionError) as error:
+    except (ValueError, OSError) as error:
         raise ModelError(f"{path}: not valid JSON: {_first_line(error)}") from error
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -211,6 +235,11 @@ def _check_config(source: ModelSource, trust_remote_code: bool) -> None:
                 f"{source.name}: this model runs its own Python code; read it, then allow it with "
                 "--set model.trust_remote_code=true"
             )
+        return
+    try:
+        CONFIG_MAPPING[model_type].from_dict(config)
+    except (ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+        raise ModelError(f"{path}: transformers refuses this configuration: {' '.join(str(error).split())}") from error
 
 
 def _snapshot(config: ModelConfig, patterns: list[str]) -> Path:
@@ -261,8 +290,9 @@ def _keep_unpacked(model: Any) -> None:
 def _converted_gguf(path: Path) -> Path:
     """The folder of safetensors made from a GGUF file, converting it on first use (about 25 s for 135M parameters)."""
     import importlib.util
+    import struct
 
-    folder = cache_folder() / "models" / f"{path.stem}-{sha256_file(path)[:16]}"
+    folder = cache_folder() / "models" / f"{path.stem}-{sha256_file(path)[:16]}-{CONVERSION}"
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:
@@ -274,9 +304,14 @@ def _converted_gguf(path: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch_dtype("bf16")
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, struct.error) as error:
         raise ModelError(f"{path}: transformers cannot read this GGUF file: {_first_line(error)}") from error
     tokenizer.clean_up_tokenization_spaces = False  # it would strip spaces before punctuation from BPE text
+    # transformers 5.17 reads the wrong end token from a llama file (the first token's); the model's own ids are right.
+    for name in ("bos", "eos", "pad"):
+        number = getattr(model.config, f"{name}_token_id", None)
+        if number is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

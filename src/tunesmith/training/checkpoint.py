@@ -27,7 +27,8 @@ class TrainState:
     examples: int = 0
     tokens: int = 0
     supervised_tokens: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # in steps
+    wall_seconds: float = 0.0  # with evaluations and checkpoints, over all processes that worked on the run
     loss_sum: float = 0.0
     best_value: float | None = None
     best_step: int = 0

@@ -62,6 +62,7 @@ def train_loop(
         state = load_checkpoint(checkpoints[-1][1], model, optimizer, scaler)
     movement = MovementCheck(model)
     first_step = state.step
+    began = time.perf_counter() - state.wall_seconds
     model.train()
     window = Window(forward.device)
 
@@ -103,6 +104,7 @@ def train_loop(
             state.stopped_early = (
                 training.early_stopping.metric is not None and state.evaluations_without_improvement >= patience
             )
+        state.wall_seconds = time.perf_counter() - began
         if save_due or state.stopped_early:
             save_checkpoint(run.checkpoint_path(state.step), model, optimizer, state, scaler)
             if state.best_step == state.step and state.best_value is not None:

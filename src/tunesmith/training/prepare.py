@@ -11,7 +11,14 @@ from tunesmith.types import MemoryPlan, TokenizedExample
 
 
 def prepare(model: Any, plan: MemoryPlan) -> None:
-    """Make `model` (transformers, with or without PEFT) follow `plan`, in place: which layers recompute activations."""
+    """Make `model` (transformers, with or without PEFT) ready to train as `plan` says, in place.
+
+    The first `recompute_layers` decoder layers run under activation checkpointing. Training runs under autocast, which
+    casts what LoRA's matrices need by itself: PEFT's own cast of every input to fp32 is only copied back, and is off.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
     if not plan.recompute_layers:
         model.gradient_checkpointing_disable()
         return
@@ -42,14 +49,16 @@ def check_forward(forward: ModelForward, packing: bool) -> None:
         if packing:
             one = forward.hidden(make_batch([first, second], True, 0, forward.device))[0, 8:]
             two = forward.hidden(make_batch([other, second], True, 0, forward.device))[0, 8:]
-            isolated = torch.equal(one, two)
+            leak = float((one - two).norm() / one.norm())
     forward.model.train(was_training)
     if not difference < 0.02:
         raise ModelError(
             f"{type(forward.base).__name__} does something to its logits that tunesmith does not know (its own differ by "
             f"{difference:.1%}); this architecture is not supported yet"
         )
-    if packing and not isolated:
+    # LLM.int8() picks its outlier columns over the whole batch, so documents touch each other by rounding: allow that.
+    allowed = 0.05 if getattr(forward.base, "is_loaded_in_8bit", False) else 0.0
+    if packing and not leak <= allowed:
         raise ModelError(
             f"{type(forward.base).__name__} lets packed documents see each other; set data.packing: false for this model"
         )

@@ -24,6 +24,8 @@ REQUIRED = (
     "huggingface_hub",
     "numpy",
     "pydantic",
+    "jinja2",
+    "matplotlib",
 )
 OPTIONAL = {
     "bitsandbytes": "method qlora and 8-bit optimizers: pip install 'tunesmith[quantization]'",
@@ -45,32 +47,29 @@ class Fact:
 
 def examine() -> tuple[list[Fact], dict[str, Any]]:
     """All facts, and the same as JSON. Never fails: what is missing is a fact."""
-    hardware = probe()
     free_disk = shutil.disk_usage(_existing(cache_folder())).free / GB
-    dtype = compute_dtype("auto", hardware)
     facts = [
         Fact("Python", platform.python_version(), "ok"),
-        Fact("device", f"{hardware.name} ({hardware.device}), {available_cores()} cores", "ok"),
-        Fact("memory", f"{free_memory_gb(hardware):.1f} of {hardware.memory_gb:.1f} GB free", "ok"),
         Fact(
             "disk", f"{free_disk:.0f} GB free for the cache in {cache_folder()}", "ok" if free_disk > 1 else "missing"
         ),
-        Fact("compute type", dtype, "ok", "" if hardware.bf16 else "this device has no native bf16"),
-        Fact("engine", "reference", "ok", "runs the model's own modules on any device"),
     ]
-    for name in REQUIRED:
-        facts.append(Fact(name, *_version(name, "required: pip install tunesmith")))
-    for name, use in OPTIONAL.items():
-        facts.append(Fact(name, *_version(name, use)))
-    report = {
-        "ok": all(fact.status != "missing" for fact in facts if fact.name not in OPTIONAL),
-        "device": hardware.describe(),
-        "dtype": dtype,
-        "engine": "reference",
-        "free_memory_gb": free_memory_gb(hardware),
-        "packages": {fact.name: fact.value if fact.status == "ok" else None for fact in facts[6:]},
-    }
-    return facts, report
+    report: dict[str, Any] = {"device": None, "dtype": None, "engine": "reference", "free_memory_gb": None}
+    if importlib.util.find_spec("torch") is not None:  # PyTorch is who knows the device
+        hardware = probe()
+        dtype, free = compute_dtype("auto", hardware), free_memory_gb(hardware)
+        report |= {"device": hardware.describe(), "dtype": dtype, "free_memory_gb": free}
+        facts += [
+            Fact("device", f"{hardware.name} ({hardware.device}), {available_cores()} cores", "ok"),
+            Fact("memory", f"{free:.1f} of {hardware.memory_gb:.1f} GB free", "ok"),
+            Fact("compute type", dtype, "ok", "" if hardware.bf16 else "this device has no native bf16"),
+        ]
+    facts.append(Fact("engine", "reference", "ok", "runs the model's own modules on any device"))
+    packages = [Fact(name, *_version(name, "required: pip install tunesmith")) for name in REQUIRED]
+    packages += [Fact(name, *_version(name, use)) for name, use in OPTIONAL.items()]
+    facts += packages
+    report["packages"] = {fact.name: fact.value if fact.status == "ok" else None for fact in packages}
+    return facts, {"ok": all(fact.status != "missing" for fact in facts), **report}
 
 
 def _version(name: str, use: str) -> tuple[str, Literal["ok", "missing", "info"], str]:

@@ -14,7 +14,7 @@ from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError
 from tunesmith.evaluation.answers import SAMPLE_SEED, check_questions, generate_answers, sample_rows
 from tunesmith.evaluation.metrics import score
-from tunesmith.files import sha256_file, write_json
+from tunesmith.files import disk_errors, sha256_file, write_json
 from tunesmith.runs import RunFolder
 from tunesmith.types import EvalResult, Example, Generation, Progress, no_progress
 from tunesmith.workflows.load import LoadedModel, load
@@ -49,8 +49,7 @@ def evaluate(
     tuned = answer(loaded, rows_used, settings, progress, "answers of the tuned model" if baseline else "answers")
     before = None
     if baseline and full:
-        assert loaded.run is not None
-        base = load(loaded.run.config.model.name, None, dtype, device, progress=progress)
+        base = load(target, model, dtype, device, base=True, progress=progress)
         before = answer(base, rows_used, settings, progress, "answers of the base model")
     elif baseline:
         before = answer(loaded, rows_used, settings, progress, "answers of the base model", base=True)
@@ -111,7 +110,8 @@ def summarize(
 def write_evaluation(run: RunFolder, result: dict[str, Any]) -> Path:
     """Write to RUN/evaluations/<task>.json, or <task>-2.json and so on: an earlier result is never overwritten."""
     folder = run.path / "evaluations"
-    folder.mkdir(exist_ok=True)
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
     stem = re.sub(r"[^\w.-]+", "-", result["task"]) or "evaluation"
     names = (f"{stem}.json" if number == 1 else f"{stem}-{number}.json" for number in range(1, 1_000_000))
     path = next(folder / name for name in names if not (folder / name).exists())

@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.config import ModelConfig, QuantizationConfig, RunConfig
 from tunesmith.data.chat import ChatFormat
-from tunesmith.errors import ModelError, RunError
+from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, probe
 from tunesmith.models.adapters import base_of_adapter, load_adapter
 from tunesmith.models.forward import ModelForward
@@ -37,26 +37,37 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     quantized: bool = True,
+    base: bool = False,
     progress: Progress = no_progress,
 ) -> LoadedModel:
     """Load `target`: a run folder, a PEFT adapter folder, a model folder, a .gguf file or a hub id.
 
     `model` overrides the base of an adapter. A QLoRA run's base is quantized as in training unless `quantized` is False.
-    Raises ModelError, RunError or MachineError; a run whose base has other weights than it was trained on is refused.
+    With `base`, a run's base is loaded as the run had it at its start, with the same settings and chat template. Raises
+    ModelError, RunError or MachineError; a run whose base has other weights than it was trained on is refused.
     """
     path = Path(target)
     run = RunFolder.open(path) if RunFolder.is_run(path) else None
     config = run.config if run else RunConfig()
     is_adapter = run is None and (path / "adapter_config.json").is_file()
+    if model and run is None and not is_adapter:
+        raise ModelError(f"{target}: --model names the base of a run or an adapter, and this is neither; leave it out")
     name = model or (config.model.name if run else base_of_adapter(path) if is_adapter else target)
     settings = config.model.model_copy(update={"name": name})
+    if dtype not in ("auto", "bf16", "fp16", "fp32"):
+        raise ConfigError(f"dtype is {dtype!r}: expected auto, bf16, fp16 or fp32")
     if dtype != "auto":
-        settings.dtype = dtype  # type: ignore[assignment]  # validated on assignment
+        settings.dtype = dtype  # type: ignore[assignment]  # one of the four
     if device != "auto":
         settings.device = device
-    if run and config.method == "full":
-        settings = settings.model_copy(update={"name": str(_finished(run, run.model_path))})
-    adapter = _finished(run, run.adapter_path) if run and config.method != "full" else path if is_adapter else None
+    if model:
+        settings.revision = None  # it named a commit of the other model
+    tuned = run if not base else None
+    if tuned and config.method == "full":
+        settings = settings.model_copy(update={"name": str(_finished(tuned, tuned.model_path)), "revision": None})
+    adapter = (
+        _finished(tuned, tuned.adapter_path) if tuned and config.method != "full" else path if is_adapter else None
+    )
 
     hardware = probe(settings.device)
     computes = compute_dtype(settings.dtype, hardware)
@@ -64,7 +75,7 @@ def load(
     tokenizer = load_tokenizer(source, settings)
     chat = ChatFormat(tokenizer, config.data.chat_template)
     source = fetch_weights(source, settings)
-    if run and adapter:
+    if run and (adapter or base):
         _check_base(run, source)
     progress("loading the model", 0, 1)
     quantization: QuantizationConfig | None = config.quantization if config.method == "qlora" and quantized else None

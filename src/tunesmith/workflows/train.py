@@ -10,6 +10,7 @@ import fcntl
 import importlib.metadata
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +51,9 @@ from tunesmith.types import (
     no_progress,
 )
 from tunesmith.version import __version__
+
+STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+"""Optimizer state in bytes a trainable parameter: two moments of 32 or 8 bits."""
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "triton")
 
@@ -94,7 +98,6 @@ class TrainingSession:
                 write(event)
                 sink(event)
 
-            started = time.perf_counter()
             checkpoints = self.run.checkpoints()
             if self.resumed:
                 log({"event": "resume", "step": checkpoints[-1][0] if checkpoints else 0})
@@ -115,7 +118,7 @@ class TrainingSession:
                 resume=self.resumed,
             )
             self._save_result()
-            metrics = self._metrics(state, time.perf_counter() - started)
+            metrics = self._metrics(state)
             self.run.write_metrics(metrics)
             status = "stopped_early" if state.stopped_early else "finished"
             log({"event": "end", "status": status, "step": state.step})
@@ -181,7 +184,7 @@ class TrainingSession:
             "predicted_peak_gb": self.plan.predicted_peak_gb,
         }
 
-    def _metrics(self, state: TrainState, seconds: float) -> dict[str, Any]:
+    def _metrics(self, state: TrainState) -> dict[str, Any]:
         trainable, total = count_parameters(self.forward.model)
         rate = 1 / state.seconds if state.seconds else 0.0
         return {
@@ -194,7 +197,7 @@ class TrainingSession:
             "eval_loss": state.eval_loss,
             "best_step": state.best_step or None,
             "supervised_tokens": state.supervised_tokens,
-            "wall_seconds": seconds,
+            "wall_seconds": state.wall_seconds,
             "train_seconds": state.seconds,
             "trainable_parameters": trainable,
             "total_parameters": total,
@@ -240,6 +243,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     plan = _plan(config, forward, hardware, data.train)
     prepare(model, plan)
     optimizer = make_optimizer(model, config.optimizer, config.lr)
+    _check_disk(path, model, config)
     run = existing or RunFolder.create(
         path, config, _metadata(config, source, base_hash, chat, data, hardware, forward)
     )
@@ -334,15 +338,17 @@ def _load_trainable(config: RunConfig, source: ModelSource, hardware: Hardware, 
 
 def _plan(config: RunConfig, forward: ModelForward, hardware: Hardware, examples: list[TokenizedExample]) -> MemoryPlan:
     shape = forward.base.config.get_text_config()
-    longest = sorted(map(len, examples), reverse=True)[: config.training.micro_batch_size]
+    micro = config.training.micro_batch_size
+    longest = sorted(map(len, examples), reverse=True)[:micro]
+    supervised = sorted((example.supervised for example in examples), reverse=True)[:micro]
     trainable, _ = count_parameters(forward.model)
-    state_bytes = {"adamw": 8, "paged_adamw_32bit": 8}.get(config.optimizer.name, 2)
     return plan_memory(
         shape,
         mode=config.memory.mode,
         tokens=sum(longest),
+        supervised=sum(supervised),
         bytes_per_value=4 if forward.dtype == "fp32" else 2,
-        static_gb=weights_gb(forward.model) + trainable * (4 + state_bytes) / GB,
+        static_gb=weights_gb(forward.model) + trainable * (4 + STATE_BYTES[config.optimizer.name]) / GB,
         budget_gb=config.memory.limit_gb or free_memory_gb(hardware) + (weights_gb(forward.model)),
         num_layers=shape.num_hidden_layers,
     )
@@ -359,6 +365,20 @@ def _limit_memory(config: RunConfig, hardware: Hardware) -> None:
                 f"memory.limit_gb {config.memory.limit_gb} is more than the card has: {hardware.memory_gb:.1f}"
             )
         torch.cuda.set_per_process_memory_fraction(share, hardware.device)
+
+
+def _check_disk(path: Path, model: Any, config: RunConfig) -> None:
+    """Raise MachineError unless the checkpoints that will stand side by side, and the result, have room."""
+    trainable, _ = count_parameters(model)
+    checkpoint = trainable * (4 + STATE_BYTES[config.optimizer.name])
+    kept = (config.training.save_total_limit or 1) + 2  # the best one, and the one being written
+    needed = (kept * checkpoint + 4 * trainable) / GB
+    free = shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free / GB
+    if free < needed:
+        raise MachineError(
+            f"{path}: the run needs about {needed:.2f} GB for {kept} checkpoints and its result, {free:.2f} GB are free; "
+            "free some space, choose another --out, or lower training.save_total_limit"
+        )
 
 
 def _refuse_changed(run: RunFolder, base_hash: str, facts: dict[str, Any]) -> None:

@@ -1,0 +1,104 @@
+"""Write the pages that are made from the code: docs/configuration.md, docs/commands.md and the JSON schema.
+
+    make docs
+
+tests/test_docs.py fails when one of them is out of date.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+from tunesmith.config import RunConfig, json_schema
+
+DOCS = Path(__file__).parent
+SCHEMA = DOCS.parent / "src" / "tunesmith" / "run.schema.json"
+COMMANDS = ("quickstart", "train", "resume", "eval", "chat", "merge", "report", "doctor")
+
+
+def configuration() -> str:
+    """Every key with its type, default and meaning."""
+    lines = [
+        "# Configuration",
+        "",
+        "Every key of `run.yaml`, made from the code by `make docs`. Any of them can be set on the command line with",
+        "`--set section.key=value`. For completion and checks in an editor, point it at the JSON schema that ships in the",
+        "package (`run.schema.json`), for instance with this first line in the YAML file:",
+        "",
+        "```yaml",
+        "# yaml-language-server: $schema=PATH/TO/tunesmith/run.schema.json",
+        "```",
+        "",
+        "| key | default | meaning |",
+        "|---|---|---|",
+    ]
+    lines += [f"| `{key}` | `{default}` | {meaning} |" for key, default, meaning in _rows(RunConfig)]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    defaults: Any = model()
+    for name, info in model.model_fields.items():
+        value = getattr(defaults, name)
+        if isinstance(value, BaseModel):
+            yield from _rows(type(value), f"{prefix}{name}.")
+            continue
+        shown = (
+            "none"
+            if value is None
+            else "true"
+            if value is True
+            else "false"
+            if value is False
+            else str(value) or "none"
+        )
+        allowed = _choices(info.annotation)
+        meaning = (info.description or "").replace("|", "\\|")
+        if allowed and not all(f"`{choice}`" in meaning for choice in allowed):
+            meaning += f" One of {', '.join(f'`{choice}`' for choice in allowed)}."
+        yield f"{prefix}{name}", shown, meaning
+
+
+def _choices(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Literal:
+        return [str(choice) for choice in get_args(annotation)]
+    return []
+
+
+def commands() -> str:
+    """Every command's --help."""
+    parts = ["# Commands", "", "Made from the code by `make docs`.", ""]
+    for name in ("", *COMMANDS):
+        title = f"tunesmith {name}".strip()
+        parts += [f"## `{title}`", "", "```text", help_of(name), "```", ""]
+    return "\n".join(parts)
+
+
+def help_of(name: str) -> str:
+    """The help text of one command, 80 columns wide."""
+    arguments = [sys.executable, "-m", "tunesmith", *([name] if name else []), "--help"]
+    environment = os.environ | {"COLUMNS": "80", "TERMINAL_WIDTH": "80"}
+    text = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout
+    return text.replace("python -m tunesmith", "tunesmith").rstrip()
+
+
+def pages() -> dict[Path, str]:
+    """What each generated file should hold."""
+    return {
+        DOCS / "configuration.md": configuration(),
+        DOCS / "commands.md": commands(),
+        SCHEMA: json_schema(),
+    }
+
+
+if __name__ == "__main__":
+    for path, content in pages().items():
+        path.write_text(content, encoding="utf-8")
+        print(path)
