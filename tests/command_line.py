@@ -31,8 +31,12 @@ class Result:
 
 def tunesmith(*arguments: str | Path) -> Result:
     """Run `tunesmith ARGUMENTS`. An exception that the command line lets through fails the test."""
+    from transformers.utils import logging
+
     from tunesmith.cli import main
 
+    # The command line turns them off before transformers is imported; here it was imported long ago.
+    logging.disable_progress_bar()
     out, err = io.StringIO(), io.StringIO()
     with (
         mock.patch.object(sys, "argv", ["tunesmith", *map(str, arguments)]),

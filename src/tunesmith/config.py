@@ -74,8 +74,8 @@ class DataConfig(Section):
     """Which tokens the loss covers: the assistant's turns with their end-of-turn token, or every token. Plain text is always covered whole."""
     chat_template: str = "auto"
     """`auto` (the tokenizer's own, else `alpaca`), `alpaca`, `none` (prompt and answer joined as they are), or a .jinja file."""
-    packing: bool = True
-    """Lay documents end to end without padding, isolated from each other. Off: padded rows."""
+    packing: bool = False
+    """Lay the examples of a micro-batch end to end without padding, isolated from each other. Pays where their lengths differ much; the reference engine's attention covers the whole packed row."""
 
 
 class AdapterConfig(Section):

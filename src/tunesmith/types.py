@@ -75,8 +75,8 @@ class TokenizedExample:
 class Batch:
     """A micro-batch on its device.
 
-    Packed (the default layout): one row that holds D documents end to end, no padding, `attention_mask` None;
-    positions restart at each document and `cu_seqlens` gives their bounds. Padded (`data.packing: false`): B rows,
+    Packed (`data.packing: true`): one row that holds D documents end to end, no padding, `attention_mask` None;
+    positions restart at each document and `cu_seqlens` gives their bounds. Padded: B rows,
     right-padded, with an `attention_mask`.
     """
 

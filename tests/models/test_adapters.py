@@ -276,6 +276,12 @@ def test_peft_loads_what_we_save_with_equal_logits(adapter: Path, tiny_model: Pa
     assert sorted(written["target_modules"]) == SEPARATE["all-linear"]
 
 
+def test_the_base_is_recorded_under_the_name_it_was_given(tiny_model: Path, tmp_path: Path) -> None:
+    """A hub id stays one, although the weights came from a folder."""
+    save_weights(add_adapter(base_model(tiny_model), AdapterConfig(r=2), "org/base"), tmp_path)
+    assert base_of_adapter(tmp_path) == "org/base"
+
+
 @pytest.mark.parametrize(
     "settings",
     [

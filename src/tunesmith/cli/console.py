@@ -48,7 +48,7 @@ class Console:
         self.tasks: dict[str, TaskID] = {}
         self.total_steps = 0
         self._last_line = 0.0
-        self._started: dict[str, float] = {}
+        self._started: dict[str, tuple[float, int]] = {}
 
     def __enter__(self) -> Console:
         if self.err.is_terminal:
@@ -75,10 +75,10 @@ class Console:
             self.bars.update(self.tasks[stage], completed=done, note=note)
             return
         now = time.monotonic()
-        started = self._started.setdefault(stage, now)
+        started, first = self._started.setdefault(stage, (now, done))
         if done == total or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            left = f", {(now - started) / done * (total - done):.0f} s left" if 0 < done < total else ""
+            left = f", {(now - started) / (done - first) * (total - done):.0f} s left" if first < done < total else ""
             self.announce(f"{stage}: {done}/{total}{left}{'  ' + note if note else ''}")
 
     def event(self, event: Event) -> None:

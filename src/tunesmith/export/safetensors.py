@@ -1,7 +1,8 @@
 """Merge an adapter into its base and write whole safetensors, then prove that they compute the same.
 
 The merged weights are W + s·B·A rounded to the base's type. Before anything is called done, the written folder is loaded
-back and its logits on fixed prompts are compared with those of base and adapter apart.
+back and its logits on fixed prompts are compared with those of base and adapter apart. Logits are computed in fp32
+whatever the weights' type: two bf16 forwards of one model differ by 3% (SmolLM2-135M), rounding its weights by 0.5%.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import VerificationError
 from tunesmith.files import atomic_folder
-from tunesmith.hardware import ComputeDType
+from tunesmith.hardware import ComputeDType, torch_dtype
 from tunesmith.types import Message
 
 PROMPTS = (
@@ -67,15 +68,19 @@ def merge_adapter(
     VerificationError, and leaves nothing at `out`, when the reloaded model does not compute what base + adapter did.
     """
     prompts = [chat.encode_prompt([Message("user", text)]) for text in PROMPTS]
+    stored = {name.replace(".base_layer.", "."): p.dtype for name, p in model.get_base_model().named_parameters()}
+    model.float()
     tuned = _logits(model, prompts)
     with model.disable_adapter():
         base = _logits(model, prompts)
     merged = model.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        parameter.data = parameter.data.to(stored.get(name, torch_dtype(dtype)))
     with atomic_folder(out) as folder:
         merged.save_pretrained(folder)
         tokenizer.chat_template = chat.template  # what it was trained with, which need not be the base's own
         tokenizer.save_pretrained(folder)
-        check = compare_logits(_logits(reload(folder), prompts), tuned, base)
+        check = compare_logits(_logits(reload(folder).float(), prompts), tuned, base)
         if not check.passed(dtype):
             raise VerificationError(
                 f"the merged model does not compute what base + adapter do: logits differ by {check.difference:.2%} "

@@ -27,6 +27,10 @@ def reply(
     pieces: list[str] = []
 
     class Stream(TextStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            if self.next_tokens_are_prompt or int(value[-1]) not in ends:  # the end token need not be a special one
+                super().put(value)
+
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             pieces.append(text)
             on_text(text)
@@ -46,6 +50,7 @@ def reply(
             max_new_tokens=max_new_tokens,
             top_p=None,
             top_k=None,
+            repetition_penalty=1.0,  # the model's own (Qwen2 has 1.05) would make it answer otherwise than in evaluation
             pad_token_id=ends[0],
             eos_token_id=ends,
             streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),

@@ -1,0 +1,298 @@
+"""Merging: the written model computes what base and adapter do, and one that does not is never left behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trained import copy_run, tiny_base, tiny_run
+from tunesmith.config import AdapterConfig, ModelConfig
+from tunesmith.data.chat import ChatFormat
+from tunesmith.errors import ModelError, RunError, VerificationError
+from tunesmith.export.safetensors import NOISE, TOLERANCE, MergeCheck, compare_logits, merge_adapter
+from tunesmith.hardware import ComputeDType, probe
+from tunesmith.models.adapters import add_adapter
+from tunesmith.models.load import find_model, load_model, load_tokenizer
+from tunesmith.workflows.load import load_plain
+from tunesmith.workflows.merge import merge
+
+CPU = probe("cpu")
+IDS = torch.arange(40)[None]
+
+
+@pytest.fixture
+def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return copy_run(tiny_run(tmp_path_factory), tmp_path / "run")
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+    """What transformers and PEFT alone compute, in fp32."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter) if adapter else model
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_merges_into_a_model_that_computes_the_same(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = tiny_base(tmp_path_factory)
+    result = merge(str(run))
+    assert list(result) == ["path", "dtype", "difference", "effect", "kl", "top1", "tokens"]
+    assert (result["path"], result["dtype"], result["top1"]) == (str(run / "merged"), "fp32", 1.0)
+    assert result["difference"] < 1e-5
+    assert abs(result["kl"]) < 1e-6
+    tuned = logits(base, run / "adapter")
+    torch.testing.assert_close(logits(run / "merged"), tuned, rtol=1e-4, atol=1e-4)
+    assert (logits(base) - tuned).norm() > 0.5 * tuned.norm()
+    assert result["effect"] > 0.5
+
+
+def test_the_weights_are_w_plus_scale_times_b_times_a(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    merge(str(run))
+    before = load_file(tiny_base(tmp_path_factory) / "model.safetensors")
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    after = load_file(run / "merged" / "model.safetensors")
+    assert set(after) == set(before)
+    for name, tensor in after.items():
+        path = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = before[name]
+        if f"{path}.lora_A.weight" in adapter:
+            expected = expected + 32 / 16 * adapter[f"{path}.lora_B.weight"] @ adapter[f"{path}.lora_A.weight"]
+        torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_in_bf16_the_weights_are_rounded_once(run: Path) -> None:
+    merge(str(run), run / "exact")
+    result = merge(str(run), run / "rounded", dtype="bf16")
+    assert (result["dtype"], result["path"]) == ("bf16", str(run / "rounded"))
+    assert json.loads((run / "rounded" / "config.json").read_text())["dtype"] == "bfloat16"
+    exact = load_file(run / "exact" / "model.safetensors")
+    rounded = load_file(run / "rounded" / "model.safetensors")
+    for name, tensor in rounded.items():
+        # The base was rounded too when it was loaded in bf16: two roundings of 2^-9 each.
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor.float(), exact[name], rtol=2**-8, atol=2e-3)
+    assert 0 < result["difference"] < 0.02
+
+
+def test_the_folder_loads_elsewhere_with_its_tokenizer_and_template(
+    run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merge(str(run))
+    base = tiny_base(tmp_path_factory)
+    before, after = AutoTokenizer.from_pretrained(base), AutoTokenizer.from_pretrained(run / "merged")
+    text = "<|im_start|>user\nWhich bin? 어때요<|im_end|>"
+    assert after(text)["input_ids"] == before(text)["input_ids"]
+    assert (after.eos_token, after.pad_token) == (before.eos_token, before.pad_token)
+    conversation = [{"role": "user", "content": "hi"}]
+    assert after.apply_chat_template(conversation, tokenize=False) == before.apply_chat_template(
+        conversation, tokenize=False
+    )
+    model = AutoModelForCausalLM.from_pretrained(run / "merged")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert not hasattr(model, "peft_config")
+    assert model.generation_config.eos_token_id == before.eos_token_id
+
+
+def test_the_template_it_was_trained_with_goes_along(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from transformers import AutoTokenizer
+
+    run = copy_run(tiny_run(tmp_path_factory, "lora", **{"data.chat_template": "alpaca"}), tmp_path / "run")
+    merge(str(run))
+    tokenizer = AutoTokenizer.from_pretrained(run / "merged")
+    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert rendered.startswith("### Instruction:\nhi")
+
+
+def test_a_qlora_adapter_merges_into_the_unquantized_base(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = copy_run(tiny_run(tmp_path_factory, "qlora"), tmp_path / "run")
+    result = merge(str(run))
+    tuned = logits(tiny_base(tmp_path_factory, 64), run / "adapter")
+    torch.testing.assert_close(logits(run / "merged"), tuned, rtol=1e-4, atol=1e-4)
+    assert result["difference"] < 1e-5
+    config = json.loads((run / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert {t.dtype for t in load_file(run / "merged" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_an_adapter_folder_merges_beside_itself(run: Path) -> None:
+    result = merge(str(run / "adapter"), dtype="fp32")
+    assert result["path"] == str(run / "adapter-merged")
+    merge(str(run))
+    ours, theirs = (load_file(run / name / "model.safetensors") for name in ("adapter-merged", "merged"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_weak_adapter_over_a_deep_bf16_base_is_not_refused(tmp_path: Path) -> None:
+    """Two bf16 forwards differ by more than a weak adapter does: the comparison must not be made in bf16."""
+    from tiny import make_tiny_model
+
+    base = make_tiny_model(tmp_path / "base", layers=12, initializer_range=0.3)
+    config = ModelConfig(name=str(base))
+    source = find_model(config)
+    tokenizer = load_tokenizer(source, config)
+    model = add_adapter(load_model(source, config, CPU, "bf16"), AdapterConfig(), "base")
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 3e-3 * torch.randn(parameter.shape, generator=generator)
+    check = merge_adapter(
+        model, tokenizer, ChatFormat(tokenizer), tmp_path / "merged", "bf16", lambda path: load_plain(path, "bf16", CPU)
+    )
+    assert check.effect < 0.2
+    assert check.difference < 0.5 * check.effect
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_an_existing_folder_is_not_touched(run: Path) -> None:
+    (run / "merged").mkdir()
+    (run / "merged" / "mine.txt").write_text("keep")
+    with pytest.raises(RunError) as caught:
+        merge(str(run))
+    assert str(caught.value) == f"{run / 'merged'} exists already; choose another --out"
+    assert left(run / "merged") == ["mine.txt"]
+    with pytest.raises(RunError, match="adapter exists already; choose another --out"):
+        merge(str(run), run / "adapter")
+
+
+def test_a_full_run_has_nothing_to_merge(tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = tiny_run(tmp_path_factory, "full")
+    with pytest.raises(ModelError) as caught:
+        merge(str(run))
+    assert str(caught.value) == (f"{run}: a full fine-tuning has no adapter to merge; its model is {run / 'model'}")
+
+
+def test_a_model_has_nothing_to_merge(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        merge(str(tiny_model), tmp_path / "out")
+    assert str(caught.value) == f"{tiny_model}: there is no adapter to merge; pass a run or a PEFT adapter folder"
+    assert left(tmp_path) == []
+
+
+# -- what is found out ------------------------------------------------------------------------------------------------
+
+
+def refusal(run: Path, dtype: str) -> str:
+    before = left(run)
+    with pytest.raises(VerificationError) as caught:
+        merge(str(run), dtype=dtype)
+    assert caught.value.exit_code == 1
+    assert left(run) == before
+    message = str(caught.value)
+    assert message.startswith("the merged model does not compute what base + adapter do: logits differ by ")
+    assert message.endswith("%; nothing was kept")
+    return message
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_merge_that_drops_the_adapter(run: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModel
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    message = refusal(run, dtype)
+    assert f"(allowed: {'0.01' if dtype == 'fp32' else '5.00'}%; the adapter itself moves them by " in message
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_merge_of_half_the_layers(run: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peft import PeftModel
+
+    def half(self: Any) -> Any:
+        for name, parameter in self.named_parameters():
+            if "layers.1" in name and "lora_B" in name:
+                parameter.data.zero_()
+        return self.base_model.merge_and_unload()
+
+    monkeypatch.setattr(PeftModel, "merge_and_unload", half, raising=False)
+    refusal(run, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("damage", ["scaled", "swapped", "not a number"])
+def test_a_tensor_that_was_written_wrong(run: Path, dtype: str, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.workflows import merge as workflow
+
+    names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
+
+    def tampered(folder: Path, *rest: Any) -> Any:
+        tensors = load_file(folder / "model.safetensors")
+        first, second = (tensors[name] for name in names)
+        tensors[names[0]] = {"scaled": 1.5 * first, "swapped": second.clone(), "not a number": math.nan * first}[damage]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return load_plain(folder, *rest)
+
+    monkeypatch.setattr(workflow, "load_plain", tampered)
+    refusal(run, dtype)
+
+
+def test_a_folder_that_does_not_load_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.workflows import merge as workflow
+
+    def cut(folder: Path, *rest: Any) -> Any:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        return load_plain(folder, *rest)
+
+    monkeypatch.setattr(workflow, "load_plain", cut)
+    before = left(run)
+    with pytest.raises(ModelError, match="cannot be loaded: Error while deserializing header"):
+        merge(str(run))
+    assert left(run) == before
+
+
+def test_an_adapter_that_does_nothing_may_merge(run: Path) -> None:
+    path = run / "adapter" / "adapter_model.safetensors"
+    save_file({name: torch.zeros_like(t) if "lora_B" in name else t for name, t in load_file(path).items()}, path)
+    result = merge(str(run))
+    assert (result["difference"], result["effect"], result["top1"]) == (0.0, 0.0, 1.0)
+
+
+# -- the comparison ---------------------------------------------------------------------------------------------------
+
+
+def test_the_comparison_to_the_last_digit() -> None:
+    tuned = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    merged = torch.tensor([[3.0, 0.0], [4.0, 0.0]])
+    base = torch.tensor([[0.0, 0.0], [0.0, 4.0]])
+    check = compare_logits(merged, tuned, base)
+    assert check.difference == pytest.approx(math.sqrt(32) / 5)
+    assert check.effect == pytest.approx(3 / 5)
+    p = 1 / (1 + math.exp(-4))  # tuned puts p on the second token and merged on the first
+    assert check.kl == pytest.approx((p * 4 + (1 - p) * -4) / 2)
+    assert (check.top1, check.tokens) == (0.5, 2)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_what_passes(dtype: ComputeDType) -> None:
+    def passed(difference: float, effect: float) -> bool:
+        return MergeCheck(difference, effect, 0.0, 1.0, 10).passed(dtype)
+
+    allowed, noise = TOLERANCE[dtype], NOISE[dtype]
+    assert passed(0.0, 0.0)
+    assert passed(allowed, 3 * allowed)
+    assert not passed(1.01 * allowed, 100.0)
+    assert passed(noise, noise)  # too weak to be told from rounding
+    assert not passed(noise, 1.5 * noise)  # visible, but not in the merged model
+    assert not passed(math.nan, 1.0)
+    assert not passed(0.0, math.nan)

@@ -1,0 +1,124 @@
+"""`import tunesmith`: quick, complete, and what its documentation says."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tunesmith
+from tunesmith import errors
+
+NAMES = [
+    "RunConfig",
+    "evaluate",
+    "load",
+    "load_config",
+    "merge",
+    "quickstart",
+    "reply",
+    "resume",
+    "train",
+    "write_report",
+]
+
+
+def test_the_public_names() -> None:
+    assert [name for name in dir(tunesmith) if not name.startswith("_") and name not in vars(tunesmith)] == NAMES
+    for name in NAMES:
+        assert getattr(tunesmith, name).__doc__, name
+    assert tunesmith.__version__ == "0.1.0"
+
+
+def test_what_type_checkers_see_is_what_there_is() -> None:
+    tree = ast.parse(inspect.getsource(tunesmith))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: (node.module, alias.asname)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == {name: (home, name) for name, home in tunesmith._HOMES.items()}
+    assert Path(tunesmith.__file__).with_name("py.typed").exists()
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match=r"^module 'tunesmith' has no attribute 'fine_tune'$"):
+        tunesmith.fine_tune  # noqa: B018
+
+
+def test_importing_it_imports_nothing_heavy() -> None:
+    script = (
+        "import sys, tunesmith\n"
+        "print(*sorted(name for name in ('torch', 'transformers', 'pydantic', 'yaml', 'rich', 'typer') "
+        "if name in sys.modules))\n"
+        "tunesmith.load_config\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines() == ["", "False"]
+
+
+def test_settings_are_keyword_only_where_their_order_says_nothing() -> None:
+    for function, positional in {
+        tunesmith.train: ["config", "out"],
+        tunesmith.resume: ["run"],
+        tunesmith.evaluate: ["target", "data"],
+        tunesmith.merge: ["target", "out"],
+        tunesmith.write_report: ["run"],
+    }.items():
+        parameters = inspect.signature(function).parameters.values()
+        assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional
+
+
+def test_every_error_has_the_exit_code_of_its_kind() -> None:
+    codes = {
+        name: value.exit_code
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.TunesmithError)
+    }
+    assert codes == {
+        "TunesmithError": 1,
+        "UserError": 2,
+        "ConfigError": 2,
+        "DataError": 2,
+        "ModelError": 2,
+        "RunError": 2,
+        "MachineError": 3,
+        "VerificationError": 1,
+        "Interrupted": 130,
+    }
+    assert errors.__doc__ is not None
+    assert all(name in errors.__doc__ for name in codes)
+    for kind in (errors.ConfigError, errors.DataError):
+        assert kind("one").problems == ["one"]
+        assert str(kind(["one", "two"])) == "one\ntwo"
+
+
+def test_the_example_of_the_documentation_runs(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """api.py opens with it."""
+    import tunesmith.api
+    from tiny import chat_rows, write_jsonl
+
+    assert tunesmith.api.__doc__ is not None
+    example = tunesmith.api.__doc__.split("lazily.\n", 1)[1]
+    write_jsonl(tmp_path / "test.jsonl", chat_rows(4))
+    (tmp_path / "run.yaml").write_text(
+        f"model: {{name: {tiny_model}, dtype: fp32}}\n"
+        f"data: {{path: {tmp_path / 'test.jsonl'}}}\n"
+        "training: {max_steps: 2}\n"
+        "evaluation: {max_new_tokens: 2}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})  # noqa: S102
+    metrics = ast.literal_eval(capsys.readouterr().out.strip())
+    assert set(metrics) == {"accuracy", "exact_match"}
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
+    assert "\n  r: 8\n" in (tmp_path / "runs" / "first" / "config.yaml").read_text()
