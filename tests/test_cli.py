@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,13 @@ def one_object(result: Result) -> Any:
 
 
 def best_of_five(*arguments: str) -> tuple[float, subprocess.CompletedProcess[str]]:
+    """Seconds of processor time: beside other tests on two cores, wall time says how busy those are."""
     times = []
     for _ in range(5):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = subprocess.run([EXECUTABLE, *arguments], capture_output=True, text=True, timeout=60)
-        times.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         if times[-1] < 0.3:
             break
     return min(times), result

@@ -59,7 +59,7 @@ PUBLISHED_DEFAULTS = {
     "data.max_seq_length": 2048,
     "data.overlong": "error",
     "data.train_on": "assistant",
-    "data.packing": True,
+    "data.packing": False,
     "model.engine": "auto",
     "model.trust_remote_code": False,
     "memory.mode": "auto",

@@ -15,6 +15,9 @@ A message says what was found, where, what is allowed and what to change. The co
 
 from __future__ import annotations
 
+SHOWN_PROBLEMS = 20
+"""How many problems of a data file a message lists."""
+
 
 class TunesmithError(Exception):
     """Base of all errors that tunesmith raises on purpose."""
@@ -37,11 +40,13 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data file, or rows of it, cannot be trained on. `problems` holds one line for each."""
+    """A data file, or rows of it, cannot be trained on. `problems` holds one line for each; the message shows the first 20."""
 
     def __init__(self, problems: list[str] | str):
         self.problems = [problems] if isinstance(problems, str) else problems
-        super().__init__("\n".join(self.problems))
+        hidden = len(self.problems) - SHOWN_PROBLEMS
+        more = [f"and {hidden} more rows with problems"] if hidden > 0 else []
+        super().__init__("\n".join(self.problems[:SHOWN_PROBLEMS] + more))
 
 
 class ModelError(UserError):

@@ -207,9 +207,12 @@ def test_a_wrong_first_row_still_decides_the_form(tmp_path: Path) -> None:
 
 def test_many_problems_are_counted(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"text": ""}] * 45)
-    problems = problems_of(path)
-    assert problems[:20] == [f"{path}:{line}: `text` is empty" for line in range(1, 21)]
-    assert problems[20:] == [f"{path}: and 25 more rows with problems"]
+    assert problems_of(path) == [f"{path}:{line}: `text` is empty" for line in range(1, 46)]
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    shown = str(caught.value).splitlines()
+    assert shown[:20] == [f"{path}:{line}: `text` is empty" for line in range(1, 21)]
+    assert shown[20:] == ["and 25 more rows with problems"]
 
 
 # -- what is wrong with a file ----------------------------------------------------------------------------------------

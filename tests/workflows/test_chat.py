@@ -35,7 +35,6 @@ def test_pieces_add_up_to_the_reply_that_evaluation_generates(loaded: LoadedMode
 def test_a_reply_comes_in_pieces(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that answers with words: the stream shows each when the next begins."""
     ids = loaded.tokenizer("the metal bin of course<|im_end|>")["input_ids"]
-    start = len(loaded.chat.encode_prompt(HISTORY))
     head = loaded.forward.base.lm_head
 
     def speak(module: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
@@ -44,6 +43,7 @@ def test_a_reply_comes_in_pieces(loaded: LoadedModel, monkeypatch: pytest.Monkey
         output[..., spoken[-1]] = 1e4
         return output
 
+    monkeypatch.setattr(loaded.forward.base.generation_config, "eos_token_id", None)  # the tokenizer knows it
     spoken: list[int] = []
     hook = head.register_forward_hook(speak)
     try:
@@ -53,7 +53,6 @@ def test_a_reply_comes_in_pieces(loaded: LoadedModel, monkeypatch: pytest.Monkey
         hook.remove()
     assert text == "the metal bin of course"
     assert [piece for piece in pieces if piece] == ["the ", "metal ", "bin ", "of ", "course"]
-    assert start > 0
 
 
 def test_greedy_is_repeatable_and_sampling_follows_the_temperature(loaded: LoadedModel) -> None:

@@ -108,9 +108,7 @@ class ChatFormat:
                 asked = [next(prompt_ids) for begin, _ in spans if begin]
                 encoded.append(self._mask(example, text, spans, ids, offsets, asked))
         if problems:
-            raise DataError(
-                problems[:20] + ([f"and {len(problems) - 20} more rows with problems"] if len(problems) > 20 else [])
-            )
+            raise DataError(problems)
         return encoded
 
     def _render_spans(self, example: Example, train_on: str) -> tuple[str, list[tuple[int, int]]]:
@@ -232,9 +230,7 @@ def tokenize(
             continue
         kept.append(example)
     if problems:
-        raise DataError(
-            problems[:20] + ([f"and {len(problems) - 20} more rows with problems"] if len(problems) > 20 else [])
-        )
+        raise DataError(problems)
     notes = []
     if long:
         verb = "cut to" if overlong == "truncate" else "dropped: longer than"

@@ -23,8 +23,6 @@ from typing import Any
 from tunesmith.errors import DataError
 from tunesmith.types import ROLES, Example, Message
 
-SHOWN_PROBLEMS = 20
-
 BLANK_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
 """Unicode's control, format (zero-width) and separator characters: a text of nothing else is blank."""
 
@@ -45,7 +43,7 @@ class _RowProblem(Exception):
 def read_examples(path: str | Path) -> DataFile:
     """Read and check a JSON Lines file.
 
-    Raises DataError with one line for every problem in the file (the first 20, and how many more).
+    Raises DataError with every problem in the file.
     """
     path = Path(path)
     lines = _read_lines(path)
@@ -71,18 +69,11 @@ def read_examples(path: str | Path) -> DataFile:
             continue
         examples.append(Example(messages, text, str(path), number))
     if problems:
-        raise DataError(_summary(path, problems))
+        raise DataError([f"{path}:{line}: {text}" for line, text in problems])
     if not examples:
         raise DataError(f"{path}: the file holds no rows (only blank lines); expected one JSON object a line")
     assert form is not None
     return DataFile(str(path), form, examples)
-
-
-def _summary(path: Path, problems: Sequence[tuple[int, str]]) -> list[str]:
-    shown = [f"{path}:{line}: {text}" for line, text in problems[:SHOWN_PROBLEMS]]
-    if len(problems) > SHOWN_PROBLEMS:
-        shown.append(f"{path}: and {len(problems) - SHOWN_PROBLEMS} more rows with problems")
-    return shown
 
 
 def _read_lines(path: Path) -> list[bytes]:
