@@ -338,12 +338,28 @@ def test_doctor_shows_the_facts() -> None:
     assert ["ok", "compute", "type", value["dtype"]] in [line[:4] for line in words]
 
 
-def test_doctor_names_the_extra_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_names_the_extra_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setenv("TUNESMITH_CACHE", "/tmp")  # a long path would make the table wrap
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TUNESMITH_CACHE", "cache")  # a long path would make the table wrap
     result = tunesmith("doctor")
     assert result.code == 0
     assert "pip install 'tunesmith[quantization]'" in result.out
+
+
+def test_where_there_is_no_terminal_a_stage_says_now_and_then_where_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tunesmith.cli import console
+
+    clock = iter([100.0, 105.0, 112.0, 113.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    shown = console.Console()
+    for done in (1, 2, 4, 8):
+        shown.progress("asking", done, 8)
+    shown.progress("loading", 0, 1)
+    shown.progress("loading", 1, 1)
+    assert capsys.readouterr() == ("", "asking: 1/8\nasking: 4/8, 16 s left\nasking: 8/8\nloading ...\n")
 
 
 # -- in a process of its own ------------------------------------------------------------------------------------------

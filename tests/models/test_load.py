@@ -271,6 +271,7 @@ def test_an_unreachable_hub_is_one_clear_line_too(tmp_path: Path) -> None:
         "HF_HUB_OFFLINE": "0",
         "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing listens on the discard port
         "HF_HOME": str(tmp_path),
+        "NO_PROXY": "127.0.0.1",
     }
     script = (
         "import time\n"
