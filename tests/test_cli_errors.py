@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -412,13 +413,17 @@ def test_a_missing_package(
     assert list(tmp_path.iterdir()) == []
 
 
-FULL = r": no space left on the disk \(\d+ MB free\); nothing that was saved before is lost: free some space, then `tunesmith resume`"
+FULL = (
+    r": no space left on the disk \(\d+ MB free\); free some space and try again; nothing that was saved before is lost"
+)
 
 
 def out_of_space(result: Result, path: str) -> None:
+    """It ended with the line for a full disk at `path`; a temporary name stands without its random end."""
     assert "Traceback" not in result.err
     assert (result.code, result.out, len(result.problems)) == (3, "", 1)
-    assert re.fullmatch(re.escape(f"tunesmith: {path}") + FULL, result.problems[0]), result.problems
+    problem = re.sub(r"(/\.tmp-[^/]+)-[0-9a-f]{8}/", r"\1/", result.problems[0])
+    assert re.fullmatch(re.escape(f"tunesmith: {path}") + FULL, problem), problem
 
 
 def no_space(*_: Any, **__: Any) -> Any:
@@ -495,7 +500,7 @@ def test_a_disk_that_fills_up_at_the_beginning_or_the_end(
     fsync = os.fsync
 
     def full(descriptor: int) -> None:
-        if Path(f"/proc/self/fd/{descriptor}").readlink().name == f".tmp-{what}":
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name.startswith(f".tmp-{what}-"):
             no_space()
         fsync(descriptor)
 
@@ -595,7 +600,12 @@ def test_memory_that_runs_out(tiny_model: Path, data: Path, tmp_path: Path, monk
 
     monkeypatch.setattr(loop, "make_batch", none_left)
     result = tunesmith("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run", *FAST)
-    refused(result, 3, "not enough memory; lower training.micro_batch_size, or set memory.mode=min")
+    refused(
+        result,
+        3,
+        "not enough memory; use a smaller batch size or a smaller model; "
+        "when training, lower training.micro_batch_size or set memory.mode=min",
+    )
 
 
 def test_a_gpu_that_runs_out_of_memory(
@@ -613,9 +623,21 @@ def test_a_gpu_that_runs_out_of_memory(
     refused(
         result,
         3,
-        "the GPU ran out of memory; lower training.micro_batch_size or data.max_seq_length, set memory.mode=min, "
-        "or use method: qlora",
+        "the GPU ran out of memory; use a smaller batch size or a smaller model; when training, lower "
+        "training.micro_batch_size or data.max_seq_length, set memory.mode=min, or use method: qlora",
     )
+
+
+def test_a_result_with_nan_is_valid_json(capsys: pytest.CaptureFixture[str]) -> None:
+    from tunesmith.cli.console import Console
+
+    Console().result({"loss": math.nan, "values": [math.inf, 0.5]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {"loss": None, "values": [None, 0.5]}
+
+
+def test_a_folder_where_none_can_be_made(tiny_model: Path, data: Path) -> None:
+    result = tunesmith("train", "--model", tiny_model, "--data", data, "--out", "/proc/x", *FAST)
+    refused(result, 2, "/proc/x: cannot be written (No such file or directory); choose another folder")
 
 
 def test_our_own_bugs_are_not_hidden(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

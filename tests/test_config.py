@@ -98,6 +98,13 @@ def test_resolved_early_stopping_mode_follows_the_metric(metric: str, mode: str)
     assert config.resolved().training.early_stopping.mode == mode
 
 
+@pytest.mark.parametrize(("batch", "micro"), [(2, 2), (4, 4), (16, 4)])
+def test_the_default_micro_batch_is_no_larger_than_the_batch(batch: int, micro: int) -> None:
+    config = load_config(overrides=[f"training.batch_size={batch}"])
+    assert config.resolved().training.micro_batch_size == micro
+    assert config.training.micro_batch_size == 4
+
+
 # -- YAML and back ----------------------------------------------------------------------------------------------------
 
 TEXT = st.text(max_size=20)
@@ -129,19 +136,21 @@ def valid_configs(draw: Any) -> RunConfig:
         },
         "training": {
             "epochs": draw(POSITIVE),
+            "batch_size": draw(st.integers(1, 9)),
             "seed": draw(st.integers(0, 2**32 - 1)),
             "save_total_limit": draw(st.none() | st.integers(1, 99)),
         },
         "memory": {"limit_gb": draw(st.none() | POSITIVE)},
     }
     if raw["data"]["eval_fraction"]:
-        raw["training"]["early_stopping"] = {"metric": draw(st.none() | TEXT), "patience": draw(st.integers(1, 9))}
+        raw["training"]["early_stopping"] = {"metric": draw(st.none() | TEXT), "patience": 3}
+        if raw["training"]["early_stopping"]["metric"] is not None:
+            raw["training"]["early_stopping"]["patience"] = draw(st.integers(1, 9))
     if method != "full":
-        raw["adapter"] = {
-            "alpha": draw(POSITIVE),
-            "target_modules": draw(TEXT | st.lists(TEXT, max_size=3)),
-            "init_from": draw(st.none() | TEXT),
-        }
+        raw["adapter"] = draw(
+            st.fixed_dictionaries({"init_from": st.none() | TEXT})
+            | st.fixed_dictionaries({"alpha": POSITIVE, "target_modules": TEXT | st.lists(TEXT, max_size=3)})
+        )
     return config_from_dict(raw)
 
 
@@ -203,7 +212,7 @@ def test_anchors_and_merge_keys_are_ordinary_yaml(run_yaml: Any) -> None:
         ("data.path='2020-13-45'", lambda c: c.data.path, "2020-13-45"),
         ("data.path=2020-13-45", lambda c: c.data.path, "2020-13-45"),
         ("data.path=&x [*x]", lambda c: c.data.path, "&x [*x]"),
-        ("training.early_stopping.patience=5", lambda c: c.training.early_stopping.patience, 5),
+        ("training.early_stopping.patience=3", lambda c: c.training.early_stopping.patience, 3),
         ("training.save_total_limit=null", lambda c: c.training.save_total_limit, None),
     ],
 )
@@ -394,6 +403,65 @@ def test_a_long_value_is_shortened_in_the_message(run_yaml: Any) -> None:
                 "--set adapter.rslora=true: adapter.rslora has no effect with method: full; remove it, or set method: lora",
             ],
         ),
+        (
+            [
+                "adapter.init_from=a",
+                "adapter.r=8",
+                "adapter.alpha=8",
+                "adapter.dropout=0.1",
+                "adapter.rslora=true",
+                "adapter.target_modules=qv",
+            ],
+            [
+                f"--set adapter.{setting}: adapter.{setting.partition('=')[0]} has no effect with adapter.init_from: "
+                "the loaded adapter's own applies; remove it"
+                for setting in ("r=8", "alpha=8", "dropout=0.1", "target_modules=qv", "rslora=true")
+            ],
+        ),
+        (
+            ["method=qlora", "quantization.scheme=int8", "quantization.double_quant=false"],
+            [
+                "--set quantization.double_quant=false: quantization.double_quant has no effect with "
+                "quantization.scheme: int8; remove it, or set scheme: nf4 or fp4"
+            ],
+        ),
+        (
+            ["data.eval_fraction=0.1", "training.early_stopping={mode: min, patience: 5, min_delta: 0.1}"],
+            [
+                "--set training.early_stopping={mode: min, patience: 5, min_delta: 0.1}: "
+                f"training.early_stopping.{name} has no effect without training.early_stopping.metric; remove it, or set "
+                "the metric"
+                for name in ("mode", "patience", "min_delta")
+            ],
+        ),
+        (
+            ["training.early_stopping.metric=loss"],
+            [
+                "--set training.early_stopping.metric=loss: training.early_stopping.metric needs evaluation data; set "
+                "data.eval_path or data.eval_fraction"
+            ],
+        ),
+        (
+            ["training.micro_batch_size=8", "training.batch_size=6"],
+            [
+                "--set training.micro_batch_size=8: training.micro_batch_size 8 has no effect beyond "
+                "training.batch_size 6; lower it, or raise training.batch_size"
+            ],
+        ),
+        # What decides whether it has an effect is itself wrong: not known.
+        (
+            [
+                "training.batch_size=x",
+                "training.micro_batch_size=32",
+                "training.early_stopping={metric: 3, patience: 5}",
+            ],
+            [
+                '--set training.batch_size=x: `training.batch_size` is "x": input should be a valid integer, unable to '
+                "parse string as an integer",
+                "--set training.early_stopping={metric: 3, patience: 5}: `training.early_stopping.metric` is 3: input "
+                "should be a valid string",
+            ],
+        ),
         # The method is a typo: whether quantization has an effect is not known.
         (
             ["method=qlroa", "quantization.scheme=fp4"],
@@ -411,7 +479,11 @@ def test_contradiction(overrides: list[str], expected: list[str]) -> None:
         ["method=full", "adapter.r=16"],  # the default, written out, as in a resolved file
         ["method=qlora", "quantization.scheme=fp4"],
         ["data.eval_fraction=0.1", "training.eval_every=5", "evaluation.generate=true"],
-        ["training.early_stopping.metric=loss"],
+        ["adapter.init_from=a", "adapter.r=16"],
+        ["method=qlora", "quantization.scheme=int8"],
+        ["training.early_stopping.patience=3"],
+        ["training.micro_batch_size=8", "training.batch_size=8"],
+        ["training.batch_size=2"],  # the micro-batch is the default, which follows
     ],
 )
 def test_no_contradiction(overrides: list[str]) -> None:
@@ -495,6 +567,11 @@ def test_the_json_schema_refuses_what_load_config_refuses(change: dict[str, Any]
         jsonschema.validate({**resolved, **change}, schema)
     with pytest.raises(ConfigError):
         config_from_dict(change)
+
+
+def test_the_row_limit_says_that_the_loss_uses_every_row() -> None:
+    described = json.loads(json_schema())["$defs"]["EvaluationConfig"]["properties"]["max_rows"]["description"]
+    assert described.endswith("`eval_loss` uses every row.")
 
 
 def test_every_key_of_the_schema_is_described() -> None:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,7 @@ def test_write_that_runs_out_of_space_keeps_the_old_file(tmp_path: Path, file_si
         write_atomic(tmp_path / "a", "x" * 1000)
     assert caught.value.exit_code == 3
     assert str(caught.value).startswith(f"{tmp_path / 'a'}: no space left on the disk (")
-    assert str(caught.value).endswith(
-        " MB free); nothing that was saved before is lost: free some space, then `tunesmith resume`"
-    )
+    assert str(caught.value).endswith(" MB free); free some space and try again; nothing that was saved before is lost")
     assert tree(tmp_path) == {"a": "old"}
 
 
@@ -81,7 +80,14 @@ def test_fsync_that_runs_out_of_space_keeps_the_old_file(
 
 
 @pytest.mark.parametrize(
-    ("number", "reason"), [(errno.EACCES, "Permission denied"), (errno.EROFS, "Read-only file system")]
+    ("number", "reason"),
+    [
+        (errno.EACCES, "Permission denied"),
+        (errno.EROFS, "Read-only file system"),
+        (errno.ENOENT, "No such file or directory"),
+        (errno.EINVAL, "Invalid argument"),
+        (errno.EBUSY, "Device or resource busy"),
+    ],
 )
 def test_a_place_that_cannot_be_written_is_the_users_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str
@@ -125,6 +131,68 @@ def test_safetensors_other_errors_pass_as_they_are(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(SafetensorError, match="header"), disk_errors(tmp_path):
         load_file(tmp_path / "bad.safetensors")
+
+
+def test_a_place_that_takes_no_new_folders() -> None:
+    for path in (Path("/proc/x"), Path("/proc/x/y")):
+        with pytest.raises(
+            RunError, match=rf"^{path}: cannot be written \(No such file or directory\); choose another"
+        ):
+            check_writable(path)
+
+
+MANY_WRITES = """
+import sys
+from pathlib import Path
+from tunesmith.files import atomic_folder, write_json
+place = Path(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(60):
+    write_json(place / "hashes.json", {"writer": sys.argv[2], "filler": "x" * 10000})
+    with atomic_folder(place / "model") as folder:
+        for name in "ab":
+            (folder / name).write_text(sys.argv[2] * 1000)
+"""
+
+
+def test_processes_that_write_the_same_file_and_folder(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", MANY_WRITES, str(tmp_path), writer],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for writer in "12"
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in processes:
+        _, problems = process.communicate(timeout=120)
+        assert (process.returncode, problems) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hashes.json", "model"]
+    assert json.loads((tmp_path / "hashes.json").read_text())["writer"] in {"1", "2"}
+    a, b = ((tmp_path / "model" / name).read_text() for name in "ab")
+    assert a == b
+    assert a in {"1" * 1000, "2" * 1000}
+
+
+def test_threads_that_write_the_same_file_and_folder(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        write_atomic(tmp_path / "file", f"{number}" * 1000)
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "a").write_text(f"{number}")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(200)))
+    assert sorted(tree(tmp_path)) == ["file", "model/", "model/a"]
 
 
 # -- JSON -------------------------------------------------------------------------------------------------------------
@@ -216,8 +284,55 @@ def test_every_file_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
         (folder / "sub").mkdir()
         (folder / "sub" / "a").write_text("1")
         (folder / "b").write_text("2")
-    assert {"a", "b", ".tmp-run"} <= set(flushed)
+    assert {"a", "b", folder.name} <= set(flushed)
     assert flushed[-1] == tmp_path.name, "the rename itself is flushed last"
+
+
+def test_a_folder_that_another_process_made_meanwhile_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename, late = Path.rename, iter(["once"])
+
+    def too_late(source: Path, target: Path) -> Path:
+        if target == tmp_path / "run" and next(late, None):
+            target.mkdir()
+            (target / "theirs").write_text("theirs")
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", too_late)
+    with atomic_folder(tmp_path / "run") as folder:
+        (folder / "ours").write_text("ours")
+    assert tree(tmp_path) == {"run/": "", "run/ours": "ours"}
+
+
+def test_a_temporary_folder_in_use_is_no_leftover(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "run") as first:
+        (first / "a").write_text("1")
+        with atomic_folder(tmp_path / "run") as second:
+            (second / "b").write_text("2")
+        assert tree(first) == {"a": "1"}
+    assert tree(tmp_path) == {"run/": "", "run/a": "1"}
+
+
+def test_a_mount_point_is_refused_at_once() -> None:
+    with (
+        pytest.raises(
+            RunError, match=r"^/proc: a mount point cannot be replaced; choose a folder in it, e\.g\. /proc/new$"
+        ),
+        atomic_folder(Path("/proc")),
+    ):
+        pytest.fail("the block was entered")
+
+
+def test_a_rename_that_fails_leaves_nothing_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()  # a bind mount, say: it looks like any folder, but cannot be renamed
+    monkeypatch.setattr(Path, "rename", failing(errno.EBUSY))
+    with (
+        pytest.raises(RunError, match=r"run: cannot be written \(Device or resource busy\); choose another folder"),
+        atomic_folder(tmp_path / "run") as folder,
+    ):
+        (folder / "a").write_text("1")
+    assert tree(tmp_path) == {"run/": ""}
 
 
 KILLED = """

@@ -279,7 +279,7 @@ def test_prune_keeps_the_newest_and_the_best(
     if best is not None:
         run.mark_best(best, "eval_loss", 0.5)
         assert run.best() == {"step": best, "metric": "eval_loss", "value": 0.5}
-    run.prune_checkpoints(keep)
+    run.prune_checkpoints(keep, 1)
     assert [number for number, _ in run.checkpoints()] == left
     names = {path.name for path in run.checkpoints_path.iterdir()} - {"best.json"}
     assert names == {f"step-{number:06d}" for number in left}, "nothing half written or half removed stays"

@@ -186,7 +186,7 @@ class EvaluationConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Prompts generated at once."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Evaluate on this many rows at most: a fixed sample, the same at every evaluation."""
+    """Generate answers to this many rows at most: a fixed sample, the same at every evaluation. `eval_loss` uses every row."""
     generate: bool = False
     """Also generate and score answers at each evaluation during training (the loss is always computed)."""
 
@@ -215,7 +215,10 @@ class RunConfig(Section):
         """A copy in which every default that depends on another setting is written out."""
         copy = self.model_copy(deep=True)
         copy.optimizer.lr = self.lr
-        early = copy.training.early_stopping
+        training = copy.training
+        if training.micro_batch_size == TrainingConfig().micro_batch_size:
+            training.micro_batch_size = min(training.micro_batch_size, training.batch_size)
+        early = training.early_stopping
         if early.metric and early.mode is None:
             early.mode = "min" if early.metric.endswith(("loss", "perplexity")) else "max"
         return copy
@@ -307,27 +310,61 @@ def json_schema() -> str:
 def contradictions(config: RunConfig) -> dict[str, str]:
     """Settings that are each legal but make no sense together, by the key to change: {key: message}."""
     found: dict[str, str] = {}
-    defaults = RunConfig()
     unused = {"full": {"adapter": "lora", "quantization": "qlora"}, "lora": {"quantization": "qlora"}, "qlora": {}}
     for section, method in unused[config.method].items():
-        values, unset = getattr(config, section), getattr(defaults, section)
-        for name in type(values).model_fields:
-            if getattr(values, name) != getattr(unset, name):
-                key = f"{section}.{name}"
-                found[key] = f"{key} has no effect with method: {config.method}; remove it, or set method: {method}"
+        for name in _changed(getattr(config, section)):
+            key = f"{section}.{name}"
+            found[key] = f"{key} has no effect with method: {config.method}; remove it, or set method: {method}"
+    if config.adapter.init_from and config.method != "full":
+        for name in _changed(config.adapter):
+            if name == "init_from":
+                continue
+            key = f"adapter.{name}"
+            found[key] = f"{key} has no effect with adapter.init_from: the loaded adapter's own applies; remove it"
+    if (
+        config.method == "qlora"
+        and config.quantization.scheme == "int8"
+        and "double_quant" in _changed(config.quantization)
+    ):
+        found["quantization.double_quant"] = (
+            "quantization.double_quant has no effect with quantization.scheme: int8; remove it, or set scheme: nf4 or fp4"
+        )
+    training = config.training
+    if training.micro_batch_size > training.batch_size and "micro_batch_size" in _changed(training):
+        found["training.micro_batch_size"] = (
+            f"training.micro_batch_size {training.micro_batch_size} has no effect beyond training.batch_size "
+            f"{training.batch_size}; lower it, or raise training.batch_size"
+        )
+    if training.early_stopping.metric is None:
+        for name in _changed(training.early_stopping):
+            key = f"training.early_stopping.{name}"
+            found[key] = f"{key} has no effect without training.early_stopping.metric; remove it, or set the metric"
     if config.data.eval_path and config.data.eval_fraction:
         found["data.eval_fraction"] = "data.eval_fraction has no effect beside data.eval_path; set one of the two"
     has_eval = bool(config.data.eval_path or config.data.eval_fraction)
     if not has_eval:
-        early = config.training.early_stopping.metric
         for key, is_set in {
             "training.eval_every": config.training.eval_every is not None,
-            "training.early_stopping.metric": early is not None and early != "loss",
+            "training.early_stopping.metric": config.training.early_stopping.metric is not None,
             "evaluation.generate": config.evaluation.generate,
         }.items():
             if is_set:
                 found[key] = f"{key} needs evaluation data; set data.eval_path or data.eval_fraction"
     return found
+
+
+CAUSES = {
+    "method": ("adapter.", "quantization."),
+    "training.batch_size": ("training.micro_batch_size",),
+    "training.early_stopping.metric": ("training.early_stopping.",),
+}
+"""Settings that decide whether others (by prefix) have an effect."""
+
+
+def _changed(section: Section) -> list[str]:
+    """Names of the settings that differ from their defaults. A default that is written out changes nothing."""
+    unset = type(section)()
+    return [name for name in type(section).model_fields if getattr(section, name) != getattr(unset, name)]
 
 
 def _validate(raw: dict[str, Any], origin: Mapping[tuple[str, ...], str]) -> tuple[RunConfig | None, list[str]]:
@@ -349,8 +386,8 @@ def _validate(raw: dict[str, Any], origin: Mapping[tuple[str, ...], str]) -> tup
             if json.dumps(raw, default=str) == before:
                 return None, problems
     for key, message in contradictions(config).items():
-        if "method" in wrong and key.startswith(("adapter.", "quantization.")):
-            continue  # the method was taken out: what it leaves unused is not known
+        if any(cause in wrong and key.startswith(CAUSES[cause]) for cause in CAUSES):
+            continue  # the cause was taken out: what it leaves unused is not known
         if not any(f"{key}.".startswith(f"{bad}.") for bad in wrong):
             problems.append(_place(tuple(key.split(".")), origin) + message)
     return (config if not problems else None), problems

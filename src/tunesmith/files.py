@@ -1,20 +1,24 @@
 """Files on disk: atomic writes, content hashes, the user's cache folder, and disk errors as our own.
 
 A file or folder is written beside its place, flushed to disk and renamed into it, so that a killed process leaves no
-half file that a reader could take for a whole one.
+half file that a reader could take for a whole one. The temporary name is new each time, `.tmp-NAME-xxxxxxxx`: processes
+that write the same file do not meet, and the last one wins.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,9 @@ NOT_WRITABLE = (
     errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
+    errno.ENOENT,  # /proc takes no new folders, nor does a folder that was removed meanwhile
+    errno.EINVAL,  # a name that the file system does not take
+    errno.EBUSY,  # a mount point cannot be replaced
 )
 
 
@@ -55,13 +62,13 @@ def disk_errors(path: Path) -> Iterator[None]:
 def _disk_full(path: Path) -> str:
     folder = next(parent for parent in (path, *path.parents) if parent.exists())
     free = shutil.disk_usage(folder).free / 2**20
-    return f"{path}: no space left on the disk ({free:.0f} MB free); nothing that was saved before is lost: free some space, then `tunesmith resume`"
+    return f"{path}: no space left on the disk ({free:.0f} MB free); free some space and try again; nothing that was saved before is lost"
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file, or leave what was there. Raises MachineError when the disk is full."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".tmp-{path.name}")
+    temporary = _beside(path)
     with disk_errors(path):
         try:
             with temporary.open("wb") as file:
@@ -94,35 +101,85 @@ def finite(value: Any) -> Any:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends without an error, and is removed otherwise.
 
-    An existing `path` is replaced. Files are flushed to disk before the rename.
+    An existing `path` is replaced, also one that another process made meanwhile. Files are flushed to disk before the
+    rename. Raises RunError where `path` cannot be written, MachineError when the disk is full.
     """
-    temporary = path.with_name(f".tmp-{path.name}")
+    if path.is_mount():
+        raise RunError(f"{path}: a mount point cannot be replaced; choose a folder in it, e.g. {path / 'new'}")
     with disk_errors(path):
-        remove_folder(temporary)
-        temporary.mkdir(parents=True)
+        _remove_leftovers(path)
+        temporary, lock = _locked_folder(path)
         try:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _fsync(file)
             _fsync(temporary)
+            _rename_over(temporary, path)
+            _fsync(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        if path.exists():
+        finally:
+            os.close(lock)
+
+
+def _rename_over(temporary: Path, path: Path) -> None:
+    while True:
+        if path.is_dir():
             remove_folder(path)
-        temporary.rename(path)
-        _fsync(path.parent)
+        try:
+            temporary.rename(path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                continue  # another process put its own there since
+            raise
+        return
 
 
 def remove_folder(path: Path) -> None:
     """Remove a folder; it vanishes from its place in one step, so that no reader sees half of it."""
-    if path.exists():
-        doomed = path if path.name.startswith(".tmp-") else path.with_name(f".tmp-removed-{path.name}")
-        if doomed != path:
-            shutil.rmtree(doomed, ignore_errors=True)
+    doomed = path
+    if not path.name.startswith(".tmp-"):
+        doomed = _beside(path)
+        with suppress(FileNotFoundError):  # another process was faster, or there is none
             path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
+
+
+def _locked_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside `path`, and a descriptor whose lock says that it is in use until the process ends."""
+    while True:
+        folder = _beside(path)
+        folder.mkdir(parents=True)
+        with suppress(FileNotFoundError):  # between two of these lines, another process took it for a leftover
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                taken = not folder.exists()
+            except OSError as error:  # on a file system without locks, nobody takes it for a leftover either
+                taken = isinstance(error, BlockingIOError)
+            if not taken:
+                return folder, descriptor
+            os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of `path`: the temporary folders that nobody holds a lock on."""
+    pattern = re.compile(re.escape(f".tmp-{path.name}-") + "[0-9a-f]{8}")
+    for folder in path.parent.glob(".tmp-*"):
+        if pattern.fullmatch(folder.name) and folder.is_dir():
+            with suppress(OSError):
+                descriptor = os.open(folder, os.O_RDONLY)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(folder, ignore_errors=True)
+                finally:
+                    os.close(descriptor)
 
 
 def _fsync(path: Path) -> None:

@@ -196,17 +196,16 @@ class RunFolder:
         """The best checkpoint's `{step, metric, value}`, if one was marked."""
         return self._read_json(f"checkpoints/{BEST_FILE}") if (self.checkpoints_path / BEST_FILE).exists() else None
 
-    def prune_checkpoints(self, keep: int | None) -> None:
+    def prune_checkpoints(self, keep: int | None, best_step: int = 0) -> None:
         """Remove all but the newest `keep` checkpoints and the best one, and what a killed process left half written."""
         for leftover in self.checkpoints_path.glob(".tmp-*"):
             if leftover.is_dir():
                 remove_folder(leftover)
         if keep is None:
             return
-        best = self.best()
         checkpoints = self.checkpoints()
         for step, path in checkpoints[: max(0, len(checkpoints) - keep)]:
-            if best is None or step != best["step"]:
+            if step != best_step:
                 remove_folder(path)
 
 

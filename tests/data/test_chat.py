@@ -463,6 +463,32 @@ def test_many_long_rows_are_listed_in_short(chatml: ChatFormat) -> None:
     assert notes == ["12 of 12 rows cut to 8 tokens (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)"]
 
 
+ENDLESS = CHATML.replace("<|im_end|>", "")
+UNENDED = (
+    "1 of 1 rows have answers without an end token (line 1: the last supervised token is '.'): the model does not learn "
+    "to stop; the chat template ({name}) writes none, choose another data.chat_template"
+)
+
+
+def test_answers_without_an_end_token_are_noted(with_template: Any) -> None:
+    format = with_template(ENDLESS)
+    kept, notes = tokenize(format, [chat(Q, A)], 200)
+    assert supervised(format.tokenizer, kept[0]) == ["Quite warm."]
+    assert notes == [UNENDED.format(name=format.name)]
+
+
+@pytest.mark.parametrize("template", [CHATML, "{{ messages[0].content }}{% if not add_generation_prompt %}"
+                                      "{{ messages[1].content }}{{ eos_token }}{% endif %}"])  # fmt: skip
+def test_answers_with_an_end_token_are_not(with_template: Any, template: str) -> None:
+    assert tokenize(with_template(template), [chat(Q, A)], 200)[1] == []
+
+
+def test_a_cut_answer_or_a_text_is_not_one_without_an_end(with_template: Any) -> None:
+    format = with_template(ENDLESS)
+    _, notes = tokenize(format, [chat(Q, Message("assistant", "x" * 300)), text("a text", 2)], 100, "truncate")
+    assert notes == ["1 of 2 rows cut to 100 tokens (lines 1)"]
+
+
 def test_nothing_left_after_dropping(chatml: ChatFormat, rows: list[Example]) -> None:
     with pytest.raises(DataError) as caught:
         tokenize(chatml, rows, 10, overlong="drop")

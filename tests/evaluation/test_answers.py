@@ -14,7 +14,7 @@ from tunesmith.data.chat import ChatFormat
 from tunesmith.data.formats import read_examples
 from tunesmith.errors import DataError
 from tunesmith.evaluation import answers
-from tunesmith.evaluation.answers import check_questions, generate_answers, sample_rows
+from tunesmith.evaluation.answers import check_questions, encode_questions, generate_answers, sample_rows
 from tunesmith.hardware import probe
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import find_model, load_model
@@ -83,7 +83,9 @@ def test_plain_text_is_refused_with_its_line(tmp_path: Path) -> None:
     path.write_text('\n\n{"text": "some prose"}\n{"text": "more"}\n')
     with pytest.raises(DataError) as caught:
         check_questions(read_examples(path).examples)
-    assert caught.value.problems == [f"{path}:3: plain text has no question to answer; evaluation needs conversations"]
+    assert caught.value.problems == [
+        f"{path}:{line}: plain text has no question to answer; evaluation needs conversations" for line in (3, 4)
+    ]
 
 
 # -- what is asked and what comes of it -------------------------------------------------------------------------------
@@ -138,6 +140,15 @@ def test_progress_counts_rows(forward: ModelForward, tiny_tokenizer: Any) -> Non
     assert seen == [("asking", done, 5) for done in (0, 2, 4, 5)]
 
 
+def test_every_question_that_cannot_be_encoded_is_named(tiny_tokenizer: Any) -> None:
+    rows = [conversation(line, ("user", f"hi<|im_end|>{line}"), ("assistant", "yes")) for line in (4, 7)]
+    with pytest.raises(DataError) as caught:
+        encode_questions(ChatFormat(tiny_tokenizer), [*questions(3), *rows])
+    assert [problem.partition(", a control")[0] for problem in caught.value.problems] == [
+        f"rows.jsonl:{line}: the user text holds '<|im_end|>'" for line in (4, 7)
+    ]
+
+
 def test_a_row_without_an_answer_is_refused_before_anything_is_generated(
     forward: ModelForward, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,3 +156,25 @@ def test_a_row_without_an_answer_is_refused_before_anything_is_generated(
     rows = [*questions(2), Example(None, "prose", "rows.jsonl", 3)]
     with pytest.raises(DataError, match=r"rows\.jsonl:3: plain text"):
         generate_answers(forward, tiny_tokenizer, ChatFormat(tiny_tokenizer), rows, EvaluationConfig())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_restored_after_an_interruption(forward: ModelForward, tiny_tokenizer: Any, training: bool) -> None:
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    forward.model.train(training)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            generate_answers(
+                forward,
+                tiny_tokenizer,
+                ChatFormat(tiny_tokenizer),
+                questions(2),
+                EvaluationConfig(max_new_tokens=1),
+                interrupt,
+            )
+        assert forward.model.training is training
+    finally:
+        forward.model.eval()

@@ -19,6 +19,7 @@ from tunesmith.export.safetensors import NOISE, TOLERANCE, MergeCheck, compare_l
 from tunesmith.hardware import ComputeDType, probe
 from tunesmith.models.adapters import add_adapter
 from tunesmith.models.load import find_model, load_model, load_tokenizer
+from tunesmith.runs import RunFolder
 from tunesmith.workflows.load import load_plain
 from tunesmith.workflows.merge import merge
 
@@ -51,7 +52,7 @@ def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
 
 def test_a_run_merges_into_a_model_that_computes_the_same(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tiny_base(tmp_path_factory)
-    result = merge(str(run))
+    result = merge(run)  # a Path does as well as a string
     assert list(result) == ["path", "dtype", "difference", "effect", "kl", "top1", "tokens"]
     assert (result["path"], result["dtype"], result["top1"]) == (str(run / "merged"), "fp32", 1.0)
     assert result["difference"] < 1e-5
@@ -78,7 +79,7 @@ def test_the_weights_are_w_plus_scale_times_b_times_a(run: Path, tmp_path_factor
 
 def test_in_bf16_the_weights_are_rounded_once(run: Path) -> None:
     merge(str(run), run / "exact")
-    result = merge(str(run), run / "rounded", dtype="bf16")
+    result = merge(run, str(run / "rounded"), model=Path(RunFolder.open(run).config.model.name), dtype="bf16")
     assert (result["dtype"], result["path"]) == ("bf16", str(run / "rounded"))
     assert json.loads((run / "rounded" / "config.json").read_text())["dtype"] == "bfloat16"
     exact = load_file(run / "exact" / "model.safetensors")
@@ -256,8 +257,12 @@ def test_a_folder_that_does_not_load_back(run: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(workflow, "load_plain", cut)
     before = left(run)
-    with pytest.raises(ModelError, match="cannot be loaded: Error while deserializing header"):
+    with pytest.raises(
+        VerificationError, match=r"^the merged model does not load back: .* deserializing header"
+    ) as caught:
         merge(str(run))
+    assert caught.value.exit_code == 1
+    assert str(caught.value).endswith("; nothing was kept")
     assert left(run) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,10 +19,10 @@ from safetensors.torch import load_file, save_file
 
 from tiny import CHATML, make_tiny_model, make_tokenizer
 from tunesmith.config import ModelConfig, QuantizationConfig
-from tunesmith.errors import MachineError, ModelError, RunError
+from tunesmith.errors import MachineError, ModelError
 from tunesmith.hardware import probe
 from tunesmith.models import load
-from tunesmith.models.load import ModelSource, find_model, load_model, load_tokenizer, weight_hash
+from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
 
 CPU = probe("cpu")
 
@@ -290,6 +291,44 @@ def test_an_unreachable_hub_is_one_clear_line_too(tmp_path: Path) -> None:
     assert int(seconds) < 15
 
 
+HUB_FILES = [
+    "README.md",
+    "code.py",
+    "config.json",
+    "consolidated.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "onnx/model.safetensors",
+    "original/consolidated.00.pth",
+    "original/model.safetensors",
+    "pytorch_model.bin",
+    "tokenizer.json",
+]
+SMALL = ["config.json", "model.safetensors.index.json", "tokenizer.json"]
+WEIGHTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_what_is_fetched_from_the_hub(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool) -> None:
+    """First the small files, then the weights that transformers reads; code only where it may run."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    fetched: list[list[str]] = []
+
+    def snapshot_download(name: str, revision: str | None, **patterns: list[str]) -> str:
+        assert (name, revision) == ("org/model", "main")
+        fetched.append(list(filter_repo_objects(HUB_FILES, **patterns)))
+        return str(tiny_model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    config = ModelConfig(name="org/model", revision="main", trust_remote_code=trusted)
+    assert fetch_weights(find_model(config), config).path == tiny_model
+    code = ["code.py"] if trusted else []
+    assert fetched == [sorted(SMALL + code), sorted(SMALL + WEIGHTS + code)]
+
+
 # -- the hash of the weights ------------------------------------------------------------------------------------------
 
 
@@ -340,10 +379,28 @@ def test_a_hub_file_is_known_by_the_name_of_its_blob(
 
 
 def test_a_cache_that_cannot_be_written(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = weight_hash(source_of(folder))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(RunError, match=r"hashes\.json: cannot be written \(Not a directory\)"):
-        weight_hash(source_of(folder))
+    assert weight_hash(source_of(folder)) == expected
+
+
+def test_a_full_disk_under_the_cache(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = weight_hash(source_of(folder))
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert weight_hash(source_of(folder)) == expected
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_weights_that_are_never_loaded_are_not_hashed(folder: Path) -> None:
+    expected = weight_hash(source_of(folder))
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert weight_hash(source_of(folder)) == expected
 
 
 # -- quantized bases --------------------------------------------------------------------------------------------------

@@ -265,6 +265,9 @@ START, STEP = {"event": "start", "time": 1000.0}, {"event": "step", "step": 1, "
         ([START, {**STEP, "time": 300.0}], {}, "interrupted", "the last event is 13 min 20 s old"),
         ([], {}, "not started", "Nothing was logged yet."),
         ([], {"steps": 3}, "finished", ""),
+        ([START, {**STEP, "time": 300.0}], {"steps": 1}, "finished", ""),  # killed before it could log its end
+        ([START, {"event": "interrupted", "step": 1}], {"steps": 1}, "finished", ""),
+        ([START, STEP, {"event": "end", "status": "stopped_early"}], {"steps": 1}, "stopped early", ""),
     ],
 )
 def test_status(events: list[dict[str, Any]], metrics: dict[str, Any], label: str, note: str) -> None:

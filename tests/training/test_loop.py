@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,7 @@ def test_early_stopping_keeps_the_best_weights(session: Session, monkeypatch: py
     assert all(torch.equal(best[name], final[name]) for name in best)
     assert not all(torch.equal(last[name], final[name]) for name in best)
     assert run.run.best() == {"step": 4, "metric": "eval_loss", "value": 1.0}
+    assert result.metrics["eval_loss"] == 1.0, "the metrics are those of the weights that were kept"
 
 
 def test_early_stopping_on_a_metric_that_should_rise(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,3 +314,59 @@ def test_a_disk_that_is_too_small_is_refused_before_training(
     ):
         start(configure(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_that_is_not_finite_stops_the_run(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.workflows.train.evaluate_loss", lambda *_: float("nan"))
+    run = session("training.epochs=2", "data.eval_path=HELD")
+    with pytest.raises(VerificationError, match="eval_loss is nan in the evaluation at step 3"):
+        run.train()
+    assert run.run.best() is None
+
+
+def test_fp16_overflows_are_told_and_then_stop_the_run(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One overflow is a skipped step and a warning; gradients that are never finite are an error, not a silent no-op."""
+    run = session("training.epochs=20", "training.save_every=1000")
+    run.forward.dtype = "fp16"
+    original, calls = loop.accumulate_gradients, {"n": 0}
+
+    def overflow(*arguments: Any) -> torch.Tensor:
+        loss = original(*arguments)
+        calls["n"] += 1
+        if calls["n"] == 2 or calls["n"] > 4:
+            next(p for p in run.forward.model.parameters() if p.grad is not None).grad.fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(loop, "accumulate_gradients", overflow)
+    with pytest.raises(VerificationError, match=r"gradient norm is (nan|inf) whatever the loss scale at step"):
+        run.train()
+    warnings = [event["message"] for event in events(run, "warning") if "skipped" in event["message"]]
+    assert warnings[0] == "step 2 was skipped: gradients overflowed fp16 (loss scale now 32768)"
+    assert warnings[1].startswith("step 5 was skipped")
+    assert calls["n"] == 20, "15 halvings take the scale from 32768 to 1, one more ends the run"
+
+
+def test_the_result_of_full_fine_tuning_says_what_it_is(session: Session, tmp_path: Path) -> None:
+    model = make_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    run = session("method=full", "model.dtype=bf16", "training.epochs=1", "optimizer.lr=1e-3", model=model)
+    run.train()
+    saved = load_file(run.run.model_path / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert "lm_head.weight" not in saved
+    assert json.loads((run.run.model_path / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+
+
+def test_a_run_can_be_used_from_any_folder(
+    configure: Configure, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.workflows.load import load
+
+    config = configure("training.epochs=1")
+    monkeypatch.chdir(tiny_model.parent)
+    config.model.name = tiny_model.name
+    run = start(config, tmp_path / "run")
+    run.train()
+    monkeypatch.chdir(tmp_path)
+    assert load(str(tmp_path / "run")).adapted
+    assert run.run.config.model.name == str(tiny_model)
+    assert run.run.config.model.dtype == "fp32"

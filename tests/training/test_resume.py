@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tunesmith.config import RunConfig
-from tunesmith.errors import Interrupted, MachineError, RunError
+from tunesmith.errors import Interrupted, MachineError, RunError, VerificationError
 from tunesmith.runs import RunFolder
 from tunesmith.training import checkpoint
 from tunesmith.training.guards import StopRequest
@@ -248,6 +248,121 @@ def test_a_base_that_changed_is_refused(configure: Configure, tmp_path: Path) ->
     make_tiny_model(tmp_path / "model", seed=1)
     with pytest.raises(RunError, match="the base model's weights have changed since this run started"):
         restart(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("kind", "step"), [("step", 2), ("step", 3), ("eval", 3), ("eval", 6)])
+def test_a_signal_at_any_point_of_a_step_saves(configure: Configure, tmp_path: Path, kind: str, step: int) -> None:
+    """The message says that the state is saved: whenever the signal came, there is a checkpoint of that very step."""
+    config = configure("training.epochs=4", "training.save_every=1000", "data.eval_path=HELD", "training.eval_every=3")
+    session = start(config, tmp_path / "run")
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == kind and event["step"] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Interrupted) as caught:
+        session.train(interrupt)
+    saved = session.run.checkpoints()[-1][0]
+    assert f"at step {saved} of 12; state saved" in str(caught.value)
+    assert saved == len(losses(session.run))
+
+
+def test_a_kill_between_a_checkpoint_and_its_mark_as_best(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = [3.0, 1.0, 2.0, 2.5]
+    calls: list[float] = []
+
+    def scripted(*_: Any) -> float:
+        calls.append(script[len(calls)])
+        return calls[-1]
+
+    monkeypatch.setattr("tunesmith.workflows.train.evaluate_loss", scripted)
+    config = configure(
+        "training.epochs=10", "data.eval_path=HELD", "training.eval_every=2", "training.save_every=2",
+        "training.early_stopping.metric=eval_loss", "training.early_stopping.patience=2", "training.save_total_limit=1",
+    )  # fmt: skip
+    session = start(config, tmp_path / "run")
+    mark = RunFolder.mark_best
+
+    def crash(self: RunFolder, step: int, metric: str, value: float) -> None:
+        if step == 4:
+            raise StopAt
+        mark(self, step, metric, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "mark_best", crash)
+        with pytest.raises(StopAt):
+            session.train()
+    assert session.run.best() == {"step": 2, "metric": "eval_loss", "value": 3.0}
+    result = restart(tmp_path / "run").train()
+    assert result.status == "stopped_early"
+    assert session.run.best() == {"step": 4, "metric": "eval_loss", "value": 1.0}
+    assert result.metrics["best_step"] == 4
+
+
+def test_a_stuck_tensor_is_not_forgotten_by_a_resume(configure: Configure, tmp_path: Path) -> None:
+    config = configure("training.epochs=1", "training.save_every=1", "optimizer.weight_decay=0")
+
+    def stick(session: TrainingSession) -> TrainingSession:
+        for name, parameter in session.forward.model.named_parameters():
+            if "layers.1.mlp.up_proj.lora_B" in name:
+                parameter.register_hook(torch.zeros_like)
+        return session
+
+    with pytest.raises(VerificationError, match="2 of 28 trainable tensors have not moved"):
+        stick(start(config, tmp_path / "run")).train()
+    with pytest.raises(VerificationError, match="2 of 28 trainable tensors have not moved"):
+        stick(restart(tmp_path / "run")).train()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_late_steps_too_small_to_move_a_tensor_are_fine(configure: Configure, tmp_path: Path) -> None:
+    """At the end of a cosine the rate is below what fp32 can add to a norm weight near 1."""
+    config = configure("method=full", "training.epochs=2", "training.save_every=4", "optimizer.lr=1e-3")
+    session = start(config, tmp_path / "run")
+
+    def crash(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 5:
+            raise StopAt
+
+    with pytest.raises(StopAt):
+        session.train(crash)
+    again = restart(tmp_path / "run")
+    for group in again.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    again.config.optimizer.lr = 1e-12
+    assert again.train().status == "finished"
+
+
+def test_a_template_that_changed_is_refused(configure: Configure, tmp_path: Path) -> None:
+    from tiny import CHATML
+
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHATML, encoding="utf-8")
+    start(configure(f"data.chat_template={template}"), tmp_path / "run")
+    template.write_text("Today is Monday.\n" + CHATML, encoding="utf-8")
+    with pytest.raises(RunError, match="the same rows give other tokens than when this run started"):
+        restart(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing tensor"])
+def test_damaged_weights_are_never_trained_on(configure: Configure, tmp_path: Path, damage: str) -> None:
+    session = start(configure("training.epochs=1", "training.save_every=1"), tmp_path / "run")
+    session.train()
+    (tmp_path / "run" / "metrics.json").unlink()
+    folder = session.run.checkpoints()[-1][1]
+    if damage == "truncated":
+        file = folder / "optimizer.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+    else:
+        file = folder / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        tensors.pop(min(tensors))
+        save_file(tensors, file)
+    message = r"this checkpoint cannot be read .* delete this folder to go on from the one before"
+    with pytest.raises(RunError, match=message):
+        restart(tmp_path / "run").train()
 
 
 def test_two_processes_cannot_train_one_run(session: Callable[..., TrainingSession]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tiny import make_tiny_model
+from tiny import chat_rows, make_tiny_model, write_jsonl
 from trained import ROWS, copy_run, tiny_run
 from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError, DataError, ModelError, RunError
@@ -213,6 +213,68 @@ def test_data_is_looked_at_before_the_model(run: Path, tmp_path: Path, monkeypat
         with pytest.raises(DataError) as caught:
             evaluate(str(run), str(path))
         assert caught.value.problems == [f"{path}:{' ' if 'absent' in path.name else ''}{problem}"]
+
+
+def test_a_control_token_in_a_question_is_found_before_the_weights_are_read(
+    run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.workflows import load as loading
+
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    rows = chat_rows(5)
+    for line in (2, 4):
+        rows[line - 1]["messages"][0]["content"] += "<|im_end|>"
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    for target in (run, tiny_model):
+        with pytest.raises(DataError) as caught:
+            evaluate(target, path)
+        assert [problem.partition(", a control")[0] for problem in caught.value.problems] == [
+            f"{path}:{line}: the user text holds '<|im_end|>'" for line in (2, 4)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        (
+            {"max_row": 3, "batch_size": 0, "max_new_tokens": None},
+            [
+                "`evaluation.max_new_tokens` is null: input should be a valid integer",
+                "`evaluation.batch_size` is 0: input should be greater than or equal to 1",
+                "unknown key `evaluation.max_row`; did you mean `evaluation.max_rows`?",
+            ],
+        ),
+        ({"generate": True}, ["evaluation.generate has no effect here: answers are always generated; remove it"]),
+    ],
+)
+def test_wrong_changes_are_named(
+    run: Path, questions: Path, changes: dict[str, Any], problems: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workflow, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError) as caught:
+        evaluate(run, questions, changes=changes)
+    assert caught.value.problems == problems
+
+
+def test_paths_and_strings_are_the_same(run: Path, tiny_model: Path, questions: Path) -> None:
+    changes = {"max_rows": 1, "max_new_tokens": 1}
+    for target, model in ((run, Path(run_base(run))), (tiny_model, None)):
+        given = evaluate(target, questions, model=model, changes=changes)
+        result = evaluate(str(target), str(questions), model=str(model) if model else None, changes=changes)
+        assert given["data"] == result["data"] == str(questions)
+        assert given["examples"] == result["examples"]
+
+
+def test_a_full_run_has_no_use_for_another_base(full_run: Path, questions: Path, tmp_path: Path) -> None:
+    run = copy_run(full_run, tmp_path / "run")
+    with pytest.raises(ModelError) as caught:
+        evaluate(run, questions, model=run_base(run))
+    assert str(caught.value) == (
+        f"{run}: a full fine-tuning has its own model; --model names its base, which only a comparison with the base "
+        "(eval --baseline) needs; leave it out"
+    )
+    result = evaluate(run, questions, model=run_base(run), baseline=True, changes={"max_rows": 1, "max_new_tokens": 1})
+    assert result["baseline"]
 
 
 def test_the_base_of_a_full_run_must_be_the_one_it_started_from(

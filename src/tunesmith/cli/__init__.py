@@ -320,7 +320,11 @@ def main() -> None:
             raise
         _fail(f"the package {error.name} is not installed; `tunesmith doctor` lists what is needed", 3)
     except MemoryError:
-        _fail("not enough memory; lower training.micro_batch_size, or set memory.mode=min", 3)
+        _fail(
+            "not enough memory; use a smaller batch size or a smaller model; "
+            "when training, lower training.micro_batch_size or set memory.mode=min",
+            3,
+        )
     except Exception as error:
         _handle_usage(error)
         _handle_out_of_memory(error)
@@ -342,8 +346,8 @@ def _handle_out_of_memory(error: Exception) -> None:
     torch: Any = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         _fail(
-            "the GPU ran out of memory; lower training.micro_batch_size or data.max_seq_length, "
-            "set memory.mode=min, or use method: qlora",
+            "the GPU ran out of memory; use a smaller batch size or a smaller model; when training, lower "
+            "training.micro_batch_size or data.max_seq_length, set memory.mode=min, or use method: qlora",
             3,
         )
 
@@ -360,8 +364,6 @@ def _set_up_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Waiting threads sleep instead of spinning: beside another busy process, spinning made a CPU step ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)

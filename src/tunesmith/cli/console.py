@@ -24,6 +24,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from tunesmith.files import finite
 from tunesmith.types import Event
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -104,8 +105,8 @@ class Console:
             self.announce(event.get("message") or f"going on from step {event['step']}")
 
     def result(self, value: Mapping[str, Any]) -> None:
-        """Print one JSON object on stdout."""
-        print(json.dumps(value, ensure_ascii=False, indent=2))
+        """Print one JSON object on stdout. NaN and infinities become null: JSON has neither."""
+        print(json.dumps(finite(value), ensure_ascii=False, indent=2))
 
     def table(self, table: Table) -> None:
         """Print a table on stdout, as wide as the terminal, or as wide as it needs where there is none."""

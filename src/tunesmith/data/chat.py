@@ -43,8 +43,9 @@ class ChatFormat:
             raise ConfigError(
                 "the tokenizer is a slow one (no offsets, so no exact loss mask); save it as tokenizer.json"
             )
-        specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        specials |= set(tokenizer.all_special_tokens)
+        added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        specials = {*added.values(), *tokenizer.all_special_tokens}
+        self.special_ids = {*added, *tokenizer.all_special_ids}
         self._control = re.compile("|".join(re.escape(token) for token in sorted(specials, key=len, reverse=True)))
         self._adds_bos = bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
         if self._adds_bos and self.name in ("alpaca", "none"):
@@ -199,7 +200,8 @@ def tokenize(
 ) -> tuple[list[TokenizedExample], list[str]]:
     """Tokenize, and apply `data.overlong` to examples of more than `max_seq_length` tokens.
 
-    Returns the examples and one note for each thing that was done to them. Raises DataError for rows that are too long
+    Returns the examples and one note for each thing that was done to them, or is amiss (answers that the chat template
+    does not end with a special token: the model would not learn to stop). Raises DataError for rows that are too long
     (`overlong: error`), and for rows that are left without a supervised token.
     """
     tokenized = chat.encode(examples, train_on)
@@ -207,6 +209,8 @@ def tokenize(
     kept: list[TokenizedExample] = []
     problems: list[str] = []
     long: list[TokenizedExample] = []
+    endless: list[TokenizedExample] = []
+    specials = chat.special_ids
     for example in tokenized:
         cut = len(example) > max_seq_length
         if cut:
@@ -229,6 +233,8 @@ def tokenize(
             )
             continue
         kept.append(example)
+        if train_on == "assistant" and not cut and _last_supervised(example) not in specials:
+            endless.append(example)
     if problems:
         raise DataError(problems)
     notes = []
@@ -236,9 +242,22 @@ def tokenize(
         verb = "cut to" if overlong == "truncate" else "dropped: longer than"
         lines = ", ".join(str(example.line) for example in long[:10]) + (", ..." if len(long) > 10 else "")
         notes.append(f"{len(long)} of {len(tokenized)} rows {verb} {max_seq_length} tokens (lines {lines})")
+    if endless:
+        last = chat.tokenizer.decode([_last_supervised(endless[0])])
+        notes.append(
+            f"{len(endless)} of {len(tokenized)} rows have answers without an end token (line {endless[0].line}: the last "
+            f"supervised token is {last!r}): the model does not learn to stop; the chat template ({chat.name}) writes "
+            "none, choose another data.chat_template"
+        )
     if not kept:
         raise DataError(f"no rows are left: all {len(tokenized)} are longer than data.max_seq_length {max_seq_length}")
     return kept, notes
+
+
+def _last_supervised(example: TokenizedExample) -> int:
+    return next(
+        token for token, mask in zip(reversed(example.input_ids), reversed(example.loss_mask), strict=True) if mask
+    )
 
 
 def _find_template(tokenizer: Any, setting: str) -> tuple[str, str]:

@@ -31,12 +31,31 @@ def sample_rows(examples: Sequence[Example], max_rows: int | None) -> list[Examp
 
 
 def check_questions(examples: Sequence[Example]) -> None:
-    """Raise DataError unless every example is a conversation that ends with an answer."""
+    """Raise DataError with a line for each example that is not a conversation which ends with an answer."""
+    problems = []
     for example in examples:
         if example.messages is None:
-            raise DataError(f"{example.where}: plain text has no question to answer; evaluation needs conversations")
-        if example.messages[-1].role != "assistant":
-            raise DataError(f"{example.where}: the conversation does not end with the assistant: no expected answer")
+            problems.append(f"{example.where}: plain text has no question to answer; evaluation needs conversations")
+        elif example.messages[-1].role != "assistant":
+            problems.append(f"{example.where}: the conversation does not end with the assistant: no expected answer")
+    if problems:
+        raise DataError(problems)
+
+
+def encode_questions(chat: ChatFormat, examples: Sequence[Example]) -> list[list[int]]:
+    """The prompt of each example: all before its last answer. Raises DataError with a line for each that has none."""
+    check_questions(examples)
+    prompts: list[list[int]] = []
+    problems: list[str] = []
+    for example in examples:
+        assert example.messages is not None
+        try:
+            prompts.append(chat.encode_prompt(example.messages[:-1]))
+        except DataError as error:
+            problems.append(f"{example.where}: {error}")
+    if problems:
+        raise DataError(problems)
+    return prompts
 
 
 def generate_answers(
@@ -49,11 +68,7 @@ def generate_answers(
     stage: str = "generating answers",
 ) -> list[Generation]:
     """The model's greedy answer to each example's last question, in the examples' order."""
-    check_questions(examples)
-    prompts = []
-    for example in examples:
-        assert example.messages is not None
-        prompts.append(chat.encode_prompt(example.messages[:-1]))
+    prompts = encode_questions(chat, examples)
     progress(stage, 0, len(prompts))
     answers = generate_greedy(
         forward,

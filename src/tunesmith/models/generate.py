@@ -44,16 +44,21 @@ def generate_greedy(
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     was_training = forward.model.training
     forward.model.eval()
-    with torch.inference_mode(), forward.autocast():
-        shared = shared_prefix(prompts) if _can_share(forward) else 0
-        prefix = _read(forward, torch.tensor([prompts[0][:shared]]), torch.ones(1, shared), None)[1] if shared else None
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            found = _generate_batch(forward, [prompts[index] for index in chunk], shared, prefix, ends, max_new_tokens)
-            for index, answer in zip(chunk, found, strict=True):
-                answers[index] = answer
-            on_progress(start + len(chunk))
-    forward.model.train(was_training)
+    try:
+        with torch.inference_mode(), forward.autocast():
+            shared = shared_prefix(prompts) if _can_share(forward) else 0
+            prefix = None
+            if shared:
+                prefix = _read(forward, torch.tensor([prompts[0][:shared]]), torch.ones(1, shared), None)[1]
+            for start in range(0, len(order), batch_size):
+                chunk = order[start : start + batch_size]
+                asked = [prompts[index] for index in chunk]
+                found = _generate_batch(forward, asked, shared, prefix, ends, max_new_tokens)
+                for index, answer in zip(chunk, found, strict=True):
+                    answers[index] = answer
+                on_progress(start + len(chunk))
+    finally:
+        forward.model.train(was_training)
     return answers
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import ModelConfig, QuantizationConfig
-from tunesmith.errors import MachineError, ModelError
-from tunesmith.files import atomic_folder, cache_folder, disk_errors, sha256_file, sha256_text, write_json
+from tunesmith.errors import MachineError, ModelError, RunError
+from tunesmith.files import atomic_folder, cache_folder, sha256_file, sha256_text, write_json
 from tunesmith.hardware import ComputeDType, Hardware, torch_dtype
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+DUPLICATES = ["*/*.safetensors", "consolidated*.safetensors"]
+"""Weights that transformers does not read: the maker's own format (original/, consolidated), or for other programs."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 CONVERSION = 2
@@ -179,14 +182,14 @@ def _file_hash(file: Path) -> str:
         known = {}
     if key not in known:
         known[key] = sha256_file(file)
-        with disk_errors(memory):
+        with suppress(OSError, RunError, MachineError):  # a cache that cannot be written costs time, not the run
             memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memory, known)
+            write_json(memory, known)
     return str(known[key])
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(file for file in folder.glob("*.safetensors") if not file.match(DUPLICATES[1]))
 
 
 def _check_folder(source: ModelSource, trust_remote_code: bool) -> None:
@@ -246,8 +249,14 @@ def _snapshot(config: ModelConfig, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+    if config.trust_remote_code:
+        patterns = [*patterns, "*.py"]
     try:
-        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                config.name, revision=config.revision, allow_patterns=patterns, ignore_patterns=DUPLICATES
+            )
+        )
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelError(
             f"{config.name}: no such folder here, and the hub cannot be reached; check the name or the network"

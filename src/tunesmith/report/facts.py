@@ -66,18 +66,21 @@ def events_of(events: Sequence[Event], kind: str) -> list[Event]:
 
 
 def status(events: Sequence[Event], metrics: Mapping[str, Any], now: float) -> Status:
-    """Finished, stopped early, interrupted, running or not started. `now` is in seconds since the epoch."""
-    for event in reversed(events):
-        kind = event.get("event")
-        if kind == "end":
-            return Status(as_text(event.get("status") or "finished").replace("_", " "))
-        if kind == "interrupted":
-            return Status("interrupted", "It was stopped and its state saved; `tunesmith resume` continues it.")
-        if kind in ("start", "resume"):
-            break
-    else:
-        if not events:
-            return Status("finished") if metrics else Status("not started", "Nothing was logged yet.")
+    """Finished, stopped early, interrupted, running or not started. `now` is in seconds since the epoch.
+
+    A run with metrics is finished, as for `tunesmith resume`, also if it was killed before it could log its end.
+    """
+    turns = ("start", "resume", "interrupted", "end")
+    last: Event = next((event for event in reversed(events) if event.get("event") in turns), {})
+    kind = last.get("event")
+    if kind == "end":
+        return Status(as_text(last.get("status") or "finished").replace("_", " "))
+    if metrics:
+        return Status("finished")
+    if kind == "interrupted":
+        return Status("interrupted", "It was stopped and its state saved; `tunesmith resume` continues it.")
+    if not events:
+        return Status("not started", "Nothing was logged yet.")
     times = [time for event in events if (time := as_number(event.get("time"))) is not None]
     silence = now - times[-1] if times else 0.0
     if silence > SILENCE_SECONDS:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tunesmith.errors import RunError
@@ -32,9 +33,11 @@ class TrainState:
     loss_sum: float = 0.0
     best_value: float | None = None
     best_step: int = 0
+    best_eval_loss: float | None = None
     evaluations_without_improvement: int = 0
     eval_loss: float | None = None
     stopped_early: bool = False
+    unmoved: list[str] | None = None  # trainable tensors that have not changed yet; None: nobody has looked
 
 
 def save_checkpoint(
@@ -60,17 +63,21 @@ def load_checkpoint(
         load_weights(model, folder)
         tensors = load_file(folder / "optimizer.safetensors")
         rng = load_file(folder / "rng.safetensors")
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(f"{folder}: this checkpoint cannot be read ({error})") from error
-    whole = optimizer.state_dict()
-    whole["state"] = _unflatten(tensors, saved["optimizer"])
-    optimizer.load_state_dict(whole)
-    if saved["scaler"]:
-        scaler.load_state_dict(saved["scaler"])
-    torch.set_rng_state(rng["cpu"])
+        whole = optimizer.state_dict()
+        whole["state"] = _unflatten(tensors, saved["optimizer"])
+        optimizer.load_state_dict(whole)
+        if saved["scaler"]:
+            scaler.load_state_dict(saved["scaler"])
+        state = TrainState(**saved["state"])
+        torch.set_rng_state(rng["cpu"])
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(
+            f"{folder}: this checkpoint cannot be read ({' '.join(str(error).split())}); "
+            "delete this folder to go on from the one before"
+        ) from error
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([rng[f"cuda.{i}"] for i in range(torch.cuda.device_count()) if f"cuda.{i}" in rng])
-    return TrainState(**saved["state"])
+    return state
 
 
 def save_weights(model: Any, folder: Path) -> None:
@@ -87,11 +94,13 @@ def save_weights(model: Any, folder: Path) -> None:
 def load_weights(model: Any, folder: Path) -> None:
     """Load what `save_weights` wrote into the same model. Raises KeyError when a tensor is missing."""
     if hasattr(model, "peft_config"):
-        from peft import set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        result = set_peft_model_state_dict(model, load_file(folder / "adapter" / "adapter_model.safetensors"))
-        if result.unexpected_keys:
-            raise KeyError(f"unexpected adapter weights {result.unexpected_keys[:3]}")
+        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+        different = get_peft_model_state_dict(model, save_embedding_layers=False).keys() ^ weights.keys()
+        if different:
+            raise KeyError(f"{len(different)} adapter weights are missing or unknown, e.g. {min(different)}")
+        set_peft_model_state_dict(model, weights)
         return
     saved = load_file(folder / "model.safetensors")
     with torch.no_grad():

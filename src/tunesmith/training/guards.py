@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 
 from tunesmith.errors import VerificationError
+from tunesmith.types import StepMetrics
 
 
 class StopRequest:
@@ -43,48 +44,65 @@ def stop_on_signal() -> Iterator[StopRequest]:
 
 
 class MovementCheck:
-    """Finds trainable tensors that training has not changed: the field's worst silent bug.
+    """Finds trainable tensors that training has never changed: the field's worst silent bug.
 
     Two double-precision sums of each tensor stand for its content; a tensor whose two sums are both exactly what they
-    were at the start has not moved.
+    were at the start has not moved. `among` are the names that an earlier process of the same run had not seen move;
+    a tensor that has moved once is never looked at again (late steps may be too small to change it).
     """
 
-    def __init__(self, model: torch.nn.Module):
-        self._parameters = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    def __init__(self, model: torch.nn.Module, among: list[str] | None = None):
+        self._all = [name for name, p in model.named_parameters() if p.requires_grad]
+        wanted = set(self._all if among is None else among)
+        self._parameters = [(name, p) for name, p in model.named_parameters() if name in wanted]
         self._start = self._sums()
 
     def unmoved(self) -> list[str]:
-        """Names of the trainable tensors that are what they were at the start."""
-        now = self._sums()
-        same = (now == self._start).all(dim=1).tolist()
-        return [name for (name, _), unmoved in zip(self._parameters, same, strict=True) if unmoved]
+        """Names of the trainable tensors that have not changed since the run began."""
+        if not self._parameters:
+            return []
+        same = (self._sums() == self._start).all(dim=1)
+        keep = same.nonzero().flatten().tolist()
+        self._parameters = [self._parameters[index] for index in keep]
+        self._start = self._start[same]
+        return [name for name, _ in self._parameters]
 
     def refuse_unmoved(self) -> None:
         """Raise VerificationError if a trainable tensor has not moved."""
         names = self.unmoved()
         if names:
             raise VerificationError(
-                f"{len(names)} of {len(self._parameters)} trainable tensors have not moved at all "
+                f"{len(names)} of {len(self._all)} trainable tensors have not moved at all "
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): no gradient reaches them; "
-                "leave them out of adapter.target_modules"
+                "the model does not use them; with an adapter, leave them out of adapter.target_modules"
             )
 
     def _sums(self) -> torch.Tensor:
         with torch.no_grad():
-            doubles = (parameter.detach().double() for _, parameter in self._parameters)
-            return torch.stack([torch.stack((tensor.sum(), tensor.square().sum())) for tensor in doubles])
+            tensors = (parameter.detach() for _, parameter in self._parameters)
+            sums = [
+                torch.stack((t.sum(dtype=torch.float64), torch.linalg.vector_norm(t, dtype=torch.float64)))
+                for t in tensors
+            ]
+            return torch.stack(sums) if sums else torch.empty(0, 2)
 
 
-def refuse_not_finite(loss: float, grad_norm: float, step: int, lines: tuple[int, ...], dtype: str) -> None:
-    """Raise VerificationError if the loss or the gradient norm is NaN or infinite.
+def refuse_not_finite(metrics: StepMetrics, lines: tuple[int, ...], scaler: torch.amp.GradScaler) -> str | None:
+    """Raise VerificationError if the loss or the gradient norm is NaN or infinite; `lines` are the data lines seen.
 
-    With fp16 the gradient scaler skips overflowing steps by itself, so only the loss is looked at.
+    With fp16 the gradient scaler skips a step whose gradients overflow and halves its scale: that is returned as a
+    warning. A scale below 1 means that the gradients themselves are not finite: no further halving can help.
     """
-    if math.isfinite(loss) and (math.isfinite(grad_norm) or dtype == "fp16"):
-        return
-    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {grad_norm}"
+    fp16 = scaler.is_enabled()
+    if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
+        return None
+    if fp16 and math.isfinite(metrics.loss) and scaler.get_scale() >= 1:
+        return f"step {metrics.step} was skipped: gradients overflowed fp16 (loss scale now {scaler.get_scale():g})"
+    what = f"loss is {metrics.loss}"
+    if math.isfinite(metrics.loss):
+        what = f"gradient norm is {metrics.grad_norm}" + (" whatever the loss scale" if fp16 else "")
     rows = ", ".join(map(str, sorted(lines)[:16])) + (", ..." if len(lines) > 16 else "")
     raise VerificationError(
-        f"{what} at step {step} (data lines {rows}); the last checkpoint is from before it. "
-        "Lower optimizer.lr, look at these rows" + (", or use bf16 or fp32 instead of fp16" if dtype == "fp16" else "")
+        f"{what} at step {metrics.step} (data lines {rows}); the last checkpoint is from before it. "
+        "Lower optimizer.lr, look at these rows" + (", or use bf16 or fp32 instead of fp16" if fp16 else "")
     )

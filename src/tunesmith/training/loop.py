@@ -16,7 +16,7 @@ import torch
 
 from tunesmith.config import RunConfig
 from tunesmith.data.batches import StepOrder, make_batch, split
-from tunesmith.errors import ConfigError, Interrupted
+from tunesmith.errors import ConfigError, Interrupted, VerificationError
 from tunesmith.hardware import memory_in_use_gb
 from tunesmith.models.forward import ModelForward
 from tunesmith.runs import RunFolder
@@ -60,8 +60,9 @@ def train_loop(
     state = TrainState()
     if resume and (checkpoints := run.checkpoints()):
         state = load_checkpoint(checkpoints[-1][1], model, optimizer, scaler)
-    movement = MovementCheck(model)
-    first_step = state.step
+        if state.best_value is not None:  # a kill may have come between the checkpoint and this mark
+            run.mark_best(state.best_step, _tracked(config)[0], state.best_value)
+    movement = MovementCheck(model, state.unmoved)
     began = time.perf_counter() - state.wall_seconds
     model.train()
     window = Window(forward.device)
@@ -85,13 +86,15 @@ def train_loop(
         window.add(loss, batch)
         last = state.step == total_steps
         eval_due = evaluate is not None and (state.step % eval_every == 0 or last)
-        save_due = state.step % save_every == 0 or last or stop.signal is not None
+        stopping = stop.signal  # looked at once: a signal that comes later waits for the next step
+        save_due = state.step % save_every == 0 or last or stopping is not None
 
         if state.step % training.log_every == 0 or eval_due or save_due:
             metrics = window.close(state, lr, grad_norm, order.steps_per_epoch)
             log(metrics.event())
-            refuse_not_finite(metrics.loss, metrics.grad_norm, state.step, window.closed_lines, forward.dtype)
-        if state.step == first_step + CHECK_MOVEMENT_AT and (names := movement.unmoved()):
+            if warning := refuse_not_finite(metrics, window.closed_lines, scaler):
+                log({"event": "warning", "step": state.step, "message": warning})
+        if state.step == CHECK_MOVEMENT_AT and (names := movement.unmoved()):
             log({"event": "warning", "step": state.step, "message": f"trainable tensors that have not moved: {names}"})
         if eval_due:
             assert evaluate is not None
@@ -106,23 +109,25 @@ def train_loop(
             )
         state.wall_seconds = time.perf_counter() - began
         if save_due or state.stopped_early:
+            state.unmoved = movement.unmoved()
             save_checkpoint(run.checkpoint_path(state.step), model, optimizer, state, scaler)
             if state.best_step == state.step and state.best_value is not None:
                 run.mark_best(state.step, _tracked(config)[0], state.best_value)
-            run.prune_checkpoints(training.save_total_limit)
+            run.prune_checkpoints(training.save_total_limit, state.best_step)
             log({"event": "checkpoint", "step": state.step})
-        if stop.signal is not None and state.step < total_steps and not state.stopped_early:
-            log({"event": "interrupted", "step": state.step, "signal": stop.signal})
+        if stopping is not None and not last and not state.stopped_early:
+            log({"event": "interrupted", "step": state.step, "signal": stopping})
             raise Interrupted(
-                f"stopped by {stop.signal} at step {state.step} of {total_steps}; state saved: `tunesmith resume {run.path}` goes on"
+                f"stopped by {stopping} at step {state.step} of {total_steps}; state saved: `tunesmith resume {run.path}` goes on"
             )
         if eval_due or save_due:
             window.restart()
 
-    if state.step > first_step + 1:  # a LoRA A has no gradient in its first step: B is still zero
+    if state.step > 1:  # a LoRA A has no gradient in its first step: B is still zero
         movement.refuse_unmoved()
     if training.early_stopping.metric is not None and state.best_step not in (0, state.step):
         load_weights(model, run.checkpoint_path(state.best_step))
+        state.eval_loss = state.best_eval_loss
         log(
             {
                 "event": "decision",
@@ -150,7 +155,7 @@ def accumulate_gradients(
 ) -> torch.Tensor:
     """Add the gradient of one step's loss to the parameters; returns the loss, a detached fp32 scalar on the device.
 
-    Changes nothing but gradients: after `zero_grad` it can be called again with a smaller `micro_batch_size`.
+    Changes nothing but gradients (and, with dropout, the random generator): after `zero_grad` it can be called again with a smaller `micro_batch_size`.
     """
     counts = global_counts(objective.counts(examples))
     loss = torch.zeros((), device=forward.device)
@@ -267,11 +272,17 @@ def _is_best(state: TrainState, values: Mapping[str, float], config: RunConfig) 
     if metric not in values:
         raise ConfigError(f"training.early_stopping.metric is {metric!r}; this run evaluates {', '.join(values)}")
     value = values[metric]
+    if not math.isfinite(value):
+        raise VerificationError(
+            f"{metric} is {value} in the evaluation at step {state.step}; the last checkpoint is from before it. "
+            "Lower optimizer.lr, or look at the evaluation data"
+        )
     state.eval_loss = values.get("eval_loss", state.eval_loss)
     sign = 1.0 if mode == "max" else -1.0
     delta = config.training.early_stopping.min_delta
     if state.best_value is None or sign * (value - state.best_value) > delta:
         state.best_value, state.best_step, state.evaluations_without_improvement = value, state.step, 0
+        state.best_eval_loss = state.eval_loss
         return True
     state.evaluations_without_improvement += 1
     return False

@@ -11,7 +11,7 @@ from tunesmith.workflows.load import LoadedModel
 def reply(
     loaded: LoadedModel,
     history: Sequence[Message],
-    max_new_tokens: int = 512,
+    max_new_tokens: int = 256,
     temperature: float = 0.0,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> str:

@@ -9,10 +9,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import EvaluationConfig
+from tunesmith.config import EvaluationConfig, config_from_dict
 from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError
-from tunesmith.evaluation.answers import SAMPLE_SEED, check_questions, generate_answers, sample_rows
+from tunesmith.evaluation.answers import (
+    SAMPLE_SEED,
+    check_questions,
+    encode_questions,
+    generate_answers,
+    sample_rows,
+)
 from tunesmith.evaluation.metrics import score
 from tunesmith.files import disk_errors, sha256_file, write_json
 from tunesmith.runs import RunFolder
@@ -21,11 +27,11 @@ from tunesmith.workflows.load import LoadedModel, load
 
 
 def evaluate(
-    target: str,
-    data: str,
+    target: str | Path,
+    data: str | Path,
     *,
     baseline: bool = False,
-    model: str | None = None,
+    model: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
     changes: Mapping[str, Any] | None = None,
@@ -35,17 +41,27 @@ def evaluate(
 
     `changes` are evaluation settings that differ from the run's (or the defaults), e.g. {"max_rows": 200}.
     With `baseline` the base model answers the same prompts. The result (see docs/run-folder.md) is returned, and written
-    to RUN/evaluations/ when `target` is a run. Raises DataError before the model is loaded if the file has no answers.
+    to RUN/evaluations/ when `target` is a run. Raises ConfigError for wrong `changes`, and DataError with every row that
+    cannot be asked, before the model is loaded.
     """
+    data = str(data)
+    changed = _changed_settings(changes or {})
     rows = read_examples(data).examples
     check_questions(rows)
-    loaded = load(target, model, dtype, device, progress=progress)
-    own = loaded.run.config.evaluation if loaded.run else EvaluationConfig()
-    settings = own.model_copy(update=dict(changes or {}))
-    full = loaded.run is not None and loaded.run.config.method == "full"
+    config = RunFolder.open(target).config if RunFolder.is_run(target) else None
+    settings = (config.evaluation if config else EvaluationConfig()).model_copy(update=changed)
+    full = config is not None and config.method == "full"
+    rows_used = sample_rows(rows, settings.max_rows)
+    loaded = load(
+        target,
+        None if full and baseline else model,  # the base's, which is loaded below
+        dtype,
+        device,
+        progress=progress,
+        check=lambda chat: encode_questions(chat, rows_used),
+    )
     if baseline and not (loaded.adapted or full):
         raise ConfigError(f"{target} is itself a base model: there is no other to compare with; leave --baseline out")
-    rows_used = sample_rows(rows, settings.max_rows)
     tuned = answer(loaded, rows_used, settings, progress, "answers of the tuned model" if baseline else "answers")
     before = None
     if baseline and full:
@@ -117,6 +133,13 @@ def write_evaluation(run: RunFolder, result: dict[str, Any]) -> Path:
     path = next(folder / name for name in names if not (folder / name).exists())
     write_json(path, result)
     return path
+
+
+def _changed_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes`, validated. Raises ConfigError with a line for each that is wrong."""
+    if "generate" in changes:
+        raise ConfigError("evaluation.generate has no effect here: answers are always generated; remove it")
+    return config_from_dict({"evaluation": dict(changes)}).evaluation.model_dump(exclude_unset=True)
 
 
 def _metrics(results: dict[str, EvalResult]) -> dict[str, dict[str, float]]:

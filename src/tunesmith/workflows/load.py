@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,26 +33,32 @@ class LoadedModel:
 
 
 def load(
-    target: str,
-    model: str | None = None,
+    target: str | Path,
+    model: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
     quantized: bool = True,
     base: bool = False,
     progress: Progress = no_progress,
+    check: Callable[[ChatFormat], object] = lambda chat: None,
 ) -> LoadedModel:
     """Load `target`: a run folder, a PEFT adapter folder, a model folder, a .gguf file or a hub id.
 
     `model` overrides the base of an adapter. A QLoRA run's base is quantized as in training unless `quantized` is False.
-    With `base`, a run's base is loaded as the run had it at its start, with the same settings and chat template. Raises
-    ModelError, RunError or MachineError; a run whose base has other weights than it was trained on is refused.
+    With `base`, a run's base is loaded as the run had it at its start, with the same settings and chat template. `check`
+    sees the chat format before the weights are fetched and read, and may raise. Raises ModelError, RunError or MachineError; a run whose base has other weights than it was trained on is refused.
     """
-    path = Path(target)
+    path, target, model = Path(target), str(target), str(model) if model else None
     run = RunFolder.open(path) if RunFolder.is_run(path) else None
     config = run.config if run else RunConfig()
     is_adapter = run is None and (path / "adapter_config.json").is_file()
     if model and run is None and not is_adapter:
         raise ModelError(f"{target}: --model names the base of a run or an adapter, and this is neither; leave it out")
+    if model and run and config.method == "full" and not base:
+        raise ModelError(
+            f"{target}: a full fine-tuning has its own model; --model names its base, which only a comparison with the "
+            "base (eval --baseline) needs; leave it out"
+        )
     name = model or (config.model.name if run else base_of_adapter(path) if is_adapter else target)
     settings = config.model.model_copy(update={"name": name})
     if dtype not in ("auto", "bf16", "fp16", "fp32"):
@@ -74,6 +81,7 @@ def load(
     source = find_model(settings)
     tokenizer = load_tokenizer(source, settings)
     chat = ChatFormat(tokenizer, config.data.chat_template)
+    check(chat)
     source = fetch_weights(source, settings)
     if run and (adapter or base):
         _check_base(run, source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, VerificationError
 from tunesmith.export.safetensors import merge_adapter
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
@@ -13,10 +13,10 @@ from tunesmith.workflows.load import load, load_plain
 
 
 def merge(
-    target: str,
-    out: Path | None = None,
+    target: str | Path,
+    out: str | Path | None = None,
     *,
-    model: str | None = None,
+    model: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
     progress: Progress = no_progress,
@@ -30,11 +30,18 @@ def merge(
     is_run = RunFolder.is_run(path)
     if is_run and RunFolder.open(path).config.method == "full":
         raise ModelError(f"{target}: a full fine-tuning has no adapter to merge; its model is {path / 'model'}")
-    folder = out or (path / "merged" if is_run else path.with_name(f"{path.name}-merged"))
+    folder = Path(out) if out else (path / "merged" if is_run else path.with_name(f"{path.name}-merged"))
     RunFolder.refuse_existing(folder)
     loaded = load(target, model, dtype, device, quantized=False, progress=progress)
     if not loaded.adapted:
         raise ModelError(f"{target}: there is no adapter to merge; pass a run or a PEFT adapter folder")
+
+    def read_back(written: Path) -> Any:
+        try:
+            return load_plain(written, loaded.dtype, loaded.hardware)
+        except ModelError as error:
+            raise VerificationError(f"the merged model does not load back: {error}; nothing was kept") from error
+
     progress("merging", 0, 1)
     check = merge_adapter(
         loaded.forward.model,
@@ -42,7 +49,7 @@ def merge(
         loaded.chat,
         folder,
         loaded.dtype,
-        lambda written: load_plain(written, loaded.dtype, loaded.hardware),
+        read_back,
     )
     progress("merging", 1, 1)
     return {

@@ -16,7 +16,7 @@ from typing import Any
 
 from tunesmith.config import EvaluationConfig, load_config
 from tunesmith.data.formats import read_examples
-from tunesmith.errors import MachineError
+from tunesmith.errors import ConfigError, MachineError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
 from tunesmith.report import write_report
 from tunesmith.types import EventSink, Progress, no_progress
@@ -74,6 +74,8 @@ def quickstart(
     if test_rows is not None:
         values["evaluation.max_rows"] = test_rows
     config = load_config(folder / "run.yaml", overrides or [], values)
+    if config.method == "full":
+        raise ConfigError("the quickstart asks its base by switching the adapter off: method full has none; use lora")
     announce("preparing the model (the first time, the embedded file is converted: about half a minute)")
     session = start(config, out, progress)
     test = folder / "test.jsonl"

@@ -1,6 +1,7 @@
 """Train a run from its configuration, or go on with one: check everything, load, train, save, report.
 
-`start` and `restart` do all that can fail early, in the order of what it costs: settings, data, then the model.
+`start` and `restart` do all that can fail early, in the order of what it costs: settings, rows, the model's small files,
+tokens, then the weights.
 `TrainingSession.run` trains.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
+import json
 import os
 import random
 import shutil
@@ -23,11 +25,19 @@ import torch
 from tunesmith.config import RunConfig
 from tunesmith.data.chat import ChatFormat, tokenize
 from tunesmith.data.formats import read_examples
-from tunesmith.errors import ConfigError, MachineError, RunError
+from tunesmith.errors import ConfigError, DataError, MachineError, RunError
 from tunesmith.evaluation.answers import check_questions, generate_answers, sample_rows
 from tunesmith.evaluation.metrics import score
-from tunesmith.files import atomic_folder, sha256_file, sha256_text
-from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, free_memory_gb, memory_in_use_gb, probe
+from tunesmith.files import atomic_folder, disk_errors, sha256_file, sha256_text, write_json
+from tunesmith.hardware import (
+    ComputeDType,
+    Hardware,
+    compute_dtype,
+    free_memory_gb,
+    memory_in_use_gb,
+    probe,
+    torch_dtype,
+)
 from tunesmith.memory.policy import plan_memory
 from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32, weights_gb
 from tunesmith.models.forward import ModelForward
@@ -158,12 +168,17 @@ class TrainingSession:
                     file.rename(folder / file.name)
                 (folder / "adapter").rmdir()
             return
-        from tunesmith.hardware import torch_dtype
-
         dtype = torch_dtype(self.forward.dtype)
-        state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+        converted: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay tied
+        state = {}
+        for name, tensor in model.state_dict().items():
+            if tensor.data_ptr() not in converted:
+                converted[tensor.data_ptr()] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
+            state[name] = converted[tensor.data_ptr()]
         with atomic_folder(self.run.model_path) as folder:
             self.forward.base.save_pretrained(folder, state_dict=state)
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # says the type it was trained in
+            write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
             self.tokenizer.chat_template = self.chat.template
             self.tokenizer.save_pretrained(folder)
 
@@ -206,7 +221,7 @@ class TrainingSession:
 
 def start(config: RunConfig, out: Path | None = None, progress: Progress = no_progress) -> TrainingSession:
     """Check everything about a new run, load it, and make its folder. Raises UserError or MachineError."""
-    config = config.resolved()
+    config = _with_absolute_paths(config.resolved())
     path = out or default_run_path(config)
     RunFolder.refuse_existing(path)
     return _build(config, path, None, progress)
@@ -224,11 +239,13 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     _check_settings(config)
     hardware = probe(config.model.device)
     dtype = compute_dtype(config.model.dtype, hardware)
+    rows = read_rows(config)
     source = find_model(config.model)
     tokenizer = load_tokenizer(source, config.model)
     chat = ChatFormat(tokenizer, config.data.chat_template)
-    data = read_data(config, chat, progress)
+    data = tokenize_rows(config, chat, rows, progress)
     source = fetch_weights(source, config.model)
+    config.model.dtype, config.model.revision = dtype, source.revision  # what `auto` and a branch meant when it began
     base_hash = weight_hash(source)
     if existing:
         _refuse_changed(existing, base_hash, data.facts)
@@ -263,11 +280,28 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     )
 
 
-def read_data(config: RunConfig, chat: ChatFormat, progress: Progress = no_progress) -> RunData:
-    """Read, check and tokenize the training and evaluation files. Raises DataError with all problems of a file."""
+@dataclass(frozen=True, slots=True)
+class RunRows:
+    """The rows that a run trains and evaluates on, as read, with the facts about their files."""
+
+    train: list[Example]
+    eval: list[Example]
+    facts: dict[str, Any]
+
+
+def read_rows(config: RunConfig) -> RunRows:
+    """Read and check the training and evaluation files. Raises DataError with all problems of both."""
     settings = config.data
-    progress("reading the data", 0, 1)
-    file = read_examples(settings.path)
+    read, problems = [], []
+    for path in (settings.path, settings.eval_path):
+        try:
+            if path:
+                read.append(read_examples(path))
+        except DataError as error:
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    file = read[0]
     rows = file.examples
     generator = random.Random(config.training.seed)
     if settings.max_rows is not None and settings.max_rows < len(rows):
@@ -275,7 +309,7 @@ def read_data(config: RunConfig, chat: ChatFormat, progress: Progress = no_progr
     eval_rows: list[Example] = []
     facts: dict[str, Any] = {"path": settings.path, "sha256": sha256_file(Path(settings.path)), "form": file.form}
     if settings.eval_path:
-        eval_rows = read_examples(settings.eval_path).examples
+        eval_rows = read[1].examples
         facts |= {"eval_path": settings.eval_path, "eval_sha256": sha256_file(Path(settings.eval_path))}
     elif settings.eval_fraction:
         held_out = set(generator.sample(range(len(rows)), max(1, round(settings.eval_fraction * len(rows)))))
@@ -285,26 +319,50 @@ def read_data(config: RunConfig, chat: ChatFormat, progress: Progress = no_progr
         rows = [row for index, row in enumerate(rows) if index not in held_out]
     if config.evaluation.generate:
         check_questions(eval_rows)
-    train, notes = tokenize(chat, rows, settings.max_seq_length, settings.overlong, settings.train_on)
+    return RunRows(rows, eval_rows, facts | {"rows": len(file.examples)})
+
+
+def tokenize_rows(config: RunConfig, chat: ChatFormat, rows: RunRows, progress: Progress = no_progress) -> RunData:
+    """Tokenize a run's rows. Raises DataError with all rows that cannot be encoded."""
+    settings = config.data
+    progress("reading the data", 0, 1)
+    train, notes = tokenize(chat, rows.train, settings.max_seq_length, settings.overlong, settings.train_on)
     held: list[TokenizedExample] = []
-    if eval_rows:
-        held, more = tokenize(chat, eval_rows, settings.max_seq_length, settings.overlong, settings.train_on)
+    if rows.eval:
+        held, more = tokenize(chat, rows.eval, settings.max_seq_length, settings.overlong, settings.train_on)
         notes += [f"evaluation data: {note}" for note in more]
-    facts |= {
-        "rows": len(file.examples),
+    facts = rows.facts | {
         "train_rows": len(train),
         "eval_rows": len(held),
         "train_tokens": sum(map(len, train)),
         "supervised_tokens": sum(example.supervised for example in train),
+        "tokens_sha256": _tokens_hash([*train, *held]),
     }
     progress("reading the data", 1, 1)
-    return RunData(train, held, eval_rows, facts, notes)
+    return RunData(train, held, rows.eval, facts, notes)
+
+
+def _tokens_hash(examples: list[TokenizedExample]) -> str:
+    """SHA-256 of every token id and mask: what the data, the tokenizer and the template together come to."""
+    return sha256_text(f"{example.input_ids} {example.loss_mask}" for example in examples)
 
 
 def pad_token(tokenizer: Any) -> int:
     """The id that fills padding: the tokenizer's, else its end token (padding is masked, so either is exact)."""
     pad = tokenizer.pad_token_id
     return int(pad if pad is not None else tokenizer.eos_token_id)
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """A run must be usable from any folder: paths that exist are written out whole. Hub ids stay as they are."""
+    for section, key in (("model", "name"), ("data", "path"), ("data", "eval_path"), ("adapter", "init_from")):
+        value = getattr(getattr(config, section), key)
+        if value and Path(value).expanduser().exists():
+            setattr(getattr(config, section), key, str(Path(value).expanduser().absolute()))
+    template = Path(config.data.chat_template)
+    if template.is_file():
+        config.data.chat_template = str(template.absolute())
+    return config
 
 
 def _check_settings(config: RunConfig) -> None:
@@ -390,6 +448,11 @@ def _refuse_changed(run: RunFolder, base_hash: str, facts: dict[str, Any]) -> No
         if metadata["data"].get(key) != facts.get(key):
             name = facts["path"] if key == "sha256" else facts.get("eval_path")
             raise RunError(f"{run.path}: {name} has changed since this run started; start a new run")
+    if metadata["data"].get("tokens_sha256") != facts["tokens_sha256"]:
+        raise RunError(
+            f"{run.path}: the same rows give other tokens than when this run started: the chat template or the "
+            "tokenizer has changed, or the template prints the date; start a new run"
+        )
 
 
 def _metadata(
@@ -446,10 +509,12 @@ def _versions() -> dict[str, str]:
 @contextmanager
 def _locked(run: RunFolder) -> Iterator[None]:
     """Hold the run: two processes that train it would write over each other. The system frees it when we die."""
-    with (run.path / ".lock").open("w") as file:
+    with disk_errors(run.path):
+        lock = (run.path / ".lock").open("w")
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RunError(f"{run.path}: another process is training this run") from None
         file.write(str(os.getpid()))
         file.flush()
