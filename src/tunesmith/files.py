@@ -104,7 +104,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     An existing `path` is replaced, also one that another process made meanwhile. Files are flushed to disk before the
     rename. Raises RunError where `path` cannot be written, MachineError when the disk is full.
     """
-    if path.is_mount():
+    if os.path.ismount(path):  # Path.is_mount fails when another process removes the folder between its two looks
         raise RunError(f"{path}: a mount point cannot be replaced; choose a folder in it, e.g. {path / 'new'}")
     with disk_errors(path):
         _remove_leftovers(path)

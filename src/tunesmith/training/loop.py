@@ -86,14 +86,10 @@ def train_loop(
         window.add(loss, batch)
         last = state.step == total_steps
         eval_due = evaluate is not None and (state.step % eval_every == 0 or last)
-        stopping = stop.signal  # looked at once: a signal that comes later waits for the next step
-        save_due = state.step % save_every == 0 or last or stopping is not None
+        save_due = state.step % save_every == 0 or last
 
         if state.step % training.log_every == 0 or eval_due or save_due:
-            metrics = window.close(state, lr, grad_norm, order.steps_per_epoch)
-            log(metrics.event())
-            if warning := refuse_not_finite(metrics, window.closed_lines, scaler):
-                log({"event": "warning", "step": state.step, "message": warning})
+            _report(window, state, lr, grad_norm, order.steps_per_epoch, scaler, log)
         if state.step == CHECK_MOVEMENT_AT and (names := movement.unmoved()):
             log({"event": "warning", "step": state.step, "message": f"trainable tensors that have not moved: {names}"})
         if eval_due:
@@ -107,8 +103,11 @@ def train_loop(
             state.stopped_early = (
                 training.early_stopping.metric is not None and state.evaluations_without_improvement >= patience
             )
+        stopping = stop.signal  # looked at once, so that what is said below was done: a later signal waits for a step
+        if stopping is not None and window.examples:
+            _report(window, state, lr, grad_norm, order.steps_per_epoch, scaler, log)
         state.wall_seconds = time.perf_counter() - began
-        if save_due or state.stopped_early:
+        if save_due or stopping is not None or state.stopped_early:
             state.unmoved = movement.unmoved()
             save_checkpoint(run.checkpoint_path(state.step), model, optimizer, state, scaler)
             if state.best_step == state.step and state.best_value is not None:
@@ -258,6 +257,22 @@ class Window:
         self.loss_sum = None
         self.restart()
         return metrics
+
+
+def _report(
+    window: Window,
+    state: TrainState,
+    lr: float,
+    grad_norm: torch.Tensor,
+    steps_per_epoch: int,
+    scaler: torch.amp.GradScaler,
+    log: EventSink,
+) -> None:
+    """Log the window as a step event. Raises VerificationError if its loss or gradient is not finite."""
+    metrics = window.close(state, lr, grad_norm, steps_per_epoch)
+    log(metrics.event())
+    if warning := refuse_not_finite(metrics, window.closed_lines, scaler):
+        log({"event": "warning", "step": state.step, "message": warning})
 
 
 def _tracked(config: RunConfig) -> tuple[str, str]:
