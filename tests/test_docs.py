@@ -30,6 +30,11 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_no_placeholder_is_left() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        assert not re.findall(r"QUICKSTART_OUTPUT|QUARTER_HOUR|TODO|FIXME|TBD", page.read_text(encoding="utf-8")), page
+
+
 def test_every_module_says_what_lives_there() -> None:
     for module in sorted((ROOT / "src").rglob("*.py")):
         assert module.read_text(encoding="utf-8").lstrip().startswith('"""'), f"{module} has no docstring"

@@ -157,20 +157,6 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """Something that a check or a monitor noticed: which check, how bad, where, what, and how to mend it."""
-
-    check: str
-    severity: Literal["error", "warning", "info"]
-    where: str
-    found: str
-    fix: str
-
-    def __str__(self) -> str:
-        return f"{self.where}: {self.found}; {self.fix}" if self.where else f"{self.found}; {self.fix}"
-
-
-@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """What `prepare` does to the model before the optimizer is made.
 
