@@ -15,7 +15,7 @@ from tunesmith.config import RunConfig
 from tunesmith.report import write_report as _write_report
 from tunesmith.runs import RunFolder
 from tunesmith.types import EventSink, Progress, TrainResult, no_progress
-from tunesmith.workflows.chat import reply
+from tunesmith.workflows.chat import reply, trained_system
 from tunesmith.workflows.doctor import examine
 from tunesmith.workflows.evaluate import evaluate
 from tunesmith.workflows.load import LoadedModel, load
@@ -33,6 +33,7 @@ __all__ = [
     "reply",
     "resume",
     "train",
+    "trained_system",
     "write_report",
 ]
 

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line import tunesmith
+from tiny import chat_rows, write_jsonl
+from tunesmith.config import load_config
 from tunesmith.errors import DataError
 from tunesmith.models.generate import generate_greedy
 from tunesmith.types import Message
 from tunesmith.workflows.chat import reply
 from tunesmith.workflows.load import LoadedModel, load
+from tunesmith.workflows.train import start
 
 HISTORY = [Message("system", "be brief"), Message("user", "Which bin takes the can?")]
 
@@ -104,3 +108,27 @@ def test_the_adapter_answers(loaded: LoadedModel) -> None:
     tuned = reply(loaded, HISTORY, 12)
     with loaded.forward.model.disable_adapter():
         assert reply(loaded, HISTORY, 12) != tuned
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_chat_sends_the_system_message_that_training_shared(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """Asked without the system message it was trained with, a tuned model gives worse answers."""
+    rows = chat_rows(8, seed=1)
+    for index, row in enumerate(rows):
+        row["messages"].insert(0, {"role": "system", "content": "Name the bin." if shared or index else "Be brief."})
+    data = write_jsonl(tmp_path / "train.jsonl", rows)
+    values = {"model.name": str(tiny_model), "model.dtype": "fp32", "data.path": str(data), "training.max_steps": 2}
+    start(load_config(None, (), values), tmp_path / "run").train()
+    asked: list[list[Message]] = []
+    monkeypatch.setattr("tunesmith.api.reply", lambda _, history, *__: asked.append(list(history)) or "")
+    result = tunesmith("chat", tmp_path / "run", "--prompt", "the can?")
+    question = Message("user", "the can?")
+    assert result.code == 0
+    assert asked == [[Message("system", "Name the bin."), question] if shared else [question]]
+    assert ("system message, from the training data: Name the bin." in result.err) == shared
+    tunesmith("chat", tmp_path / "run", "--prompt", "the can?", "--system", "Be kind.")
+    assert asked[1] == [Message("system", "Be kind."), question]
+    tunesmith("chat", tmp_path / "run", "--prompt", "the can?", "--system", "")
+    assert asked[2] == [question]

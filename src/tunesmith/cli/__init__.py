@@ -184,7 +184,9 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Ask this one question and exit.", metavar="TEXT")
     ] = None,
-    system: Annotated[str | None, typer.Option("--system", help="System message.", metavar="TEXT")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", help="System message (default: the training data's).", metavar="TEXT")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1, metavar="N")] = 256,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0: greedy; above: sampled.", min=0.0, metavar="T")
@@ -203,6 +205,8 @@ def chat(
 
     with Console() as console:
         loaded = api.load(target, model, dtype, device, progress=console.progress)
+        if system is None and (system := api.trained_system(loaded)):
+            console.announce(f"system message, from the training data: {system}")
     opening = [Message("system", system)] if system else []
 
     def answer(history: list[Message]) -> str:

@@ -8,6 +8,12 @@ from tunesmith.types import Message
 from tunesmith.workflows.load import LoadedModel
 
 
+def trained_system(loaded: LoadedModel) -> str | None:
+    """The system message that a run's training rows shared: the tuned model expects it. None where there was none."""
+    system = loaded.run.metadata["data"].get("system") if loaded.run else None
+    return str(system) if system else None
+
+
 def reply(
     loaded: LoadedModel,
     history: Sequence[Message],

@@ -319,7 +319,14 @@ def read_rows(config: RunConfig) -> RunRows:
         rows = [row for index, row in enumerate(rows) if index not in held_out]
     if config.evaluation.generate:
         check_questions(eval_rows)
-    return RunRows(rows, eval_rows, facts | {"rows": len(file.examples)})
+    return RunRows(rows, eval_rows, facts | {"rows": len(file.examples), "system": _shared_system(rows)})
+
+
+def _shared_system(rows: list[Example]) -> str | None:
+    """The system message, if all rows begin with the same one: whoever asks the tuned model has to send it too."""
+    first = {row.messages[0] if row.messages else None for row in rows}
+    message = first.pop() if len(first) == 1 else None
+    return message.content if message is not None and message.role == "system" else None
 
 
 def tokenize_rows(config: RunConfig, chat: ChatFormat, rows: RunRows, progress: Progress = no_progress) -> RunData:
