@@ -7,7 +7,7 @@ examples are split into micro-batches as late as possible, so that a step can be
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from tunesmith.types import IGNORE_INDEX, Batch, TokenizedExample
@@ -92,6 +92,14 @@ def make_batch(examples: Sequence[TokenizedExample], packing: bool, pad_id: int,
         num_supervised=sum(example.supervised for example in examples),
         lines=tuple(example.line for example in examples),
     )
+
+
+def micro_batches(
+    examples: Sequence[TokenizedExample], micro_batch_size: int, packing: bool, pad_id: int, device: torch.device | str
+) -> Iterator[Batch]:
+    """The micro-batches of one step, or of an evaluation, one after the other."""
+    for positions in split([len(example) for example in examples], micro_batch_size, packing):
+        yield make_batch([examples[position] for position in positions], packing, pad_id, device)
 
 
 def shifted_labels(example: TokenizedExample) -> list[int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import StepOrder, make_batch, split
+from tunesmith.data.batches import StepOrder, micro_batches
 from tunesmith.errors import ConfigError, Interrupted, VerificationError
 from tunesmith.hardware import memory_in_use_gb
 from tunesmith.models.forward import ModelForward
@@ -158,8 +158,7 @@ def accumulate_gradients(
     """
     counts = global_counts(objective.counts(examples))
     loss = torch.zeros((), device=forward.device)
-    for positions in split([len(example) for example in examples], micro_batch_size, packing):
-        batch = make_batch([examples[position] for position in positions], packing, pad_id, forward.device)
+    for batch in micro_batches(examples, micro_batch_size, packing, pad_id, forward.device):
         with forward.autocast():
             terms = objective.terms(forward, batch)
             part = torch.stack([term.weight * term.sum / counts[term.name] for term in terms]).sum()
@@ -191,8 +190,7 @@ def evaluate_loss(
     total = torch.zeros((), device=forward.device)
     was_training = forward.model.training
     forward.model.eval()
-    for positions in split([len(example) for example in examples], micro_batch_size, packing):
-        batch = make_batch([examples[position] for position in positions], packing, pad_id, forward.device)
+    for batch in micro_batches(examples, micro_batch_size, packing, pad_id, forward.device):
         with torch.no_grad(), forward.autocast():
             for term in objective.terms(forward, batch):
                 total += term.weight * term.sum / counts[term.name]
