@@ -38,6 +38,7 @@ def test_number_of_steps() -> None:
     assert num_steps(load_config(None, ["training.epochs=0.5"]), 160) == 5
     assert num_steps(load_config(None, ["training.max_steps=4"]), 1000) == 4
     assert num_steps(load_config(None, ["training.epochs=0.01"]), 16) == 1
+    assert num_steps(load_config(None, ["training.epochs=0.07"]), 1600) == 7, "a float's rounding is no step"
 
 
 def test_learning_rate_schedules() -> None:

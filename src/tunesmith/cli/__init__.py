@@ -38,14 +38,12 @@ Target = Annotated[str, typer.Argument(help="A run, an adapter folder, or a mode
 
 @app.callback(invoke_without_command=True)
 def root(
-    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     """Set up what all commands share."""
     if version:
         print(f"tunesmith {__version__}")
         raise typer.Exit
-    del context
 
 
 @app.command()

@@ -139,7 +139,7 @@ def train_loop(
 def num_steps(config: RunConfig, num_examples: int) -> int:
     """Optimizer steps of the whole run: epochs · ⌈examples / batch_size⌉, at most `max_steps`."""
     steps_per_epoch = -(-num_examples // config.training.batch_size)
-    total = max(1, math.ceil(config.training.epochs * steps_per_epoch))
+    total = max(1, math.ceil(config.training.epochs * steps_per_epoch - 1e-9))  # 0.07 · 100 is 7.000000000000001
     return min(total, config.training.max_steps or total)
 
 
@@ -154,7 +154,8 @@ def accumulate_gradients(
 ) -> torch.Tensor:
     """Add the gradient of one step's loss to the parameters; returns the loss, a detached fp32 scalar on the device.
 
-    Changes nothing but gradients (and, with dropout, the random generator): after `zero_grad` it can be called again with a smaller `micro_batch_size`.
+    Changes nothing but gradients (and, with dropout, the random generator): after `zero_grad` it can be called again with
+    a smaller `micro_batch_size`.
     """
     counts = global_counts(objective.counts(examples))
     loss = torch.zeros((), device=forward.device)
@@ -190,11 +191,13 @@ def evaluate_loss(
     total = torch.zeros((), device=forward.device)
     was_training = forward.model.training
     forward.model.eval()
-    for batch in micro_batches(examples, micro_batch_size, packing, pad_id, forward.device):
-        with torch.no_grad(), forward.autocast():
-            for term in objective.terms(forward, batch):
-                total += term.weight * term.sum / counts[term.name]
-    forward.model.train(was_training)
+    try:
+        for batch in micro_batches(examples, micro_batch_size, packing, pad_id, forward.device):
+            with torch.no_grad(), forward.autocast():
+                for term in objective.terms(forward, batch):
+                    total += term.weight * term.sum / counts[term.name]
+    finally:
+        forward.model.train(was_training)
     return float(total)
 
 
