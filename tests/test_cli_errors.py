@@ -598,7 +598,7 @@ def test_memory_that_runs_out(tiny_model: Path, data: Path, tmp_path: Path, monk
     def none_left(*_: Any, **__: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(loop, "make_batch", none_left)
+    monkeypatch.setattr(loop, "micro_batches", none_left)
     result = tunesmith("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run", *FAST)
     refused(
         result,
@@ -618,7 +618,7 @@ def test_a_gpu_that_runs_out_of_memory(
     def none_left(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr(loop, "make_batch", none_left)
+    monkeypatch.setattr(loop, "micro_batches", none_left)
     result = tunesmith("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run", *FAST)
     refused(
         result,
