@@ -28,6 +28,13 @@ from tunesmith.workflows.train import start
 SETTINGS: dict[str, list[str]] = {
     "lora bf16": [],
     "lora bf16 padded": ["data.packing=false"],
+    "lora bf16 token budget": ["training.micro_batch_size=4", "training.micro_batch_tokens=2048"],
+    "lora bf16 by tokens": [
+        "training.micro_batch_size=4",
+        "training.micro_batch_tokens=1024",
+        "training.batch_tokens=1024",
+        "data.max_seq_length=1024",
+    ],
     "lora bf16 min": ["memory.mode=min"],
     "lora fp16": ["model.dtype=fp16"],
     "lora fp32": ["model.dtype=fp32"],

@@ -20,7 +20,21 @@ from tunesmith.config import RunConfig, json_schema
 
 DOCS = Path(__file__).parent
 SCHEMA = DOCS.parent / "src" / "tunesmith" / "run.schema.json"
-COMMANDS = ("quickstart", "train", "resume", "eval", "chat", "merge", "report", "doctor")
+COMMANDS = (
+    "quickstart",
+    "data",
+    "data check",
+    "data stats",
+    "data preview",
+    "data split",
+    "train",
+    "resume",
+    "eval",
+    "chat",
+    "merge",
+    "report",
+    "doctor",
+)
 
 
 def configuration() -> str:
@@ -83,7 +97,7 @@ def commands() -> str:
 
 def help_of(name: str) -> str:
     """The help text of one command, 80 columns wide."""
-    arguments = [sys.executable, "-m", "tunesmith", *([name] if name else []), "--help"]
+    arguments = [sys.executable, "-m", "tunesmith", *name.split(), "--help"]
     environment = os.environ | {"COLUMNS": "80", "TERMINAL_WIDTH": "80"}
     text = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment).stdout
     return text.replace("python -m tunesmith", "tunesmith").rstrip()

@@ -19,7 +19,7 @@ from tiny import chat_rows, write_jsonl
 from tunesmith.runs import RunFolder
 from tunesmith.version import __version__
 
-COMMANDS = ("quickstart", "train", "resume", "eval", "chat", "merge", "report", "doctor")
+COMMANDS = ("quickstart", "train", "resume", "eval", "chat", "merge", "report", "doctor", "data")
 EXECUTABLE = Path(sys.executable).with_name("tunesmith")
 FAST = ("--set", "training.max_steps=2", "--set", "model.dtype=fp32", "--set", "optimizer.lr=0.01")
 
@@ -266,19 +266,19 @@ def test_a_conversation(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         on_text(f"answer {len(histories)}")
         return f"answer {len(histories)}"
 
-    lines = iter(["one", "  ", "two", "a <|im_end|> b", "/new", "three", "/quit", "never"])
+    lines = iter(["one", "  ", "two", "a \ufdd0 b", "/new", "three", "/quit", "never"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     real = api.reply
     monkeypatch.setattr(
         api,
         "reply",
-        lambda loaded, history, *rest: (real if "<|" in history[-1].content else reply)(loaded, history, *rest),
+        lambda loaded, history, *rest: (real if "\ufdd0" in history[-1].content else reply)(loaded, history, *rest),
     )
     result = tunesmith("chat", run, "--system", "s")
     assert histories == [["s", "one"], ["s", "one", "answer 1", "two"], ["s", "three"]]
     assert (result.code, result.out) == (0, "answer 1\nanswer 2\nanswer 3\n")
     assert len(result.problems) == 1
-    assert result.problems[0].startswith("tunesmith: the user text holds '<|im_end|>'")
+    assert result.problems[0].startswith("tunesmith: the user text holds a Unicode noncharacter")
     assert next(lines) == "never"
 
 
@@ -374,4 +374,4 @@ def test_a_pipe_gets_json_and_the_terminal_the_rest(tiny_model: Path, data: Path
     lines = result.stderr.splitlines()
     assert lines[:2] == ["reading the data ...", "loading the model ..."]
     assert lines[2].startswith("lora on ")
-    assert all(line.startswith("training: ") for line in lines[3:])  # no other library talks
+    assert all(line.startswith(("training: ", "warning: ")) for line in lines[3:])  # no other library talks

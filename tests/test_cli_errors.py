@@ -80,20 +80,22 @@ def refused(result: Result, code: int, *problems: str) -> None:
         (
             '{"prompt": "a", "completion": "b"}\n{"prompt": "a",\n\n{"prompt": 1, "completion": "b"}\n',
             [
-                "2: not valid JSON: expecting property name enclosed in double quotes at column 16",
+                "2: not valid JSON: expecting property name enclosed in double quotes at column 16; the row looks cut off",
                 "4: `prompt` is a number; expected a string",
             ],
         ),
         (
             '{"question": "a"}\n',
             [
-                "1: no known form: keys found: `question`; expected `messages`, `instruction`+`output`, `prompt`+`completion` or `text`"
+                "1: `question` has no answer beside it, so there is nothing to learn (keys found: `question`); if a "
+                "column holds the answer, name it with data.columns, e.g. {answer: reply}"
             ],
         ),
         (
-            '{"prompt": "a <|im_end|>", "completion": "b"}\n',
+            '{"prompt": "ab", "chosen": "c", "rejected": "d"}\n',
             [
-                "1: the user text holds '<|im_end|>', a control token of this model: it would end or forge a turn; remove it, or write it differently"
+                " the rows are of form preference; objective sft needs answers, not preferences; pass a file of answers, or "
+                "name the column that holds them (data.format: prompt, data.columns: {completion: chosen})"
             ],
         ),
     ],
@@ -109,9 +111,13 @@ def test_data_that_cannot_be_trained_on(
     refused(result, 2, *(f"{path}:{problem}" for problem in problems))
 
 
-def test_data_that_is_a_folder(tiny_model: Path, tmp_path: Path) -> None:
+def test_data_that_is_a_folder_without_data(tiny_model: Path, tmp_path: Path) -> None:
     result = tunesmith("train", "--model", tiny_model, "--data", tmp_path, "--out", tmp_path / "run")
-    refused(result, 2, f"{tmp_path}: is a folder; a JSON Lines file was expected")
+    refused(
+        result,
+        2,
+        f"{tmp_path}: no data files in this folder; expected .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt",
+    )
 
 
 def test_rows_that_are_too_long(tiny_model: Path, data: Path, tmp_path: Path) -> None:
@@ -121,7 +127,7 @@ def test_rows_that_are_too_long(tiny_model: Path, data: Path, tmp_path: Path) ->
     assert result.code == 2
     assert len(result.problems) == 12
     first = re.escape(f"tunesmith: {data}:1: ")
-    advice = r"\d+ tokens, data\.max_seq_length is 40; raise it, or set data\.overlong to truncate or drop"
+    advice = r"\d+ tokens, data\.max_seq_length is 40; raise it, or set data\.overlong to truncate, split or drop"
     assert re.fullmatch(first + advice, result.problems[0])
     assert list(tmp_path.iterdir()) == []
 
@@ -166,7 +172,13 @@ def test_all_wrong_settings_come_at_once(tiny_model: Path, data: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "problems"),
     [
-        ([], ["no model: pass --model, or set model.name", "no training data: pass --data, or set data.path"]),
+        (
+            [],
+            [
+                "no model: pass --model, or set model.name",
+                "no training data: pass --data, or set data.path or data.mix",
+            ],
+        ),
         (["--set", "adapter.r"], ["--set adapter.r: expected section.key=value, e.g. --set adapter.r=8"]),
         (["--method", "zork"], ["`method` is \"zork\": input should be 'lora', 'qlora' or 'full'"]),
         (["/absent.yaml"], ["/absent.yaml: no such file"]),
@@ -190,7 +202,7 @@ def test_settings_that_say_nothing_or_nonsense(arguments: list[str], problems: l
         ),
         (
             "data.chat_template=zork",
-            "data.chat_template is 'zork': expected auto, alpaca, none, or an existing .jinja file",
+            "data.chat_template is 'zork': expected auto, alpaca, vicuna, chatml, llama2, none, or an existing .jinja file",
         ),
         (
             "model.dtype=fp16",
@@ -309,12 +321,11 @@ def test_a_base_with_other_weights(finished: Path, data: Path, tmp_path: Path) -
     assert f"are not those that {finished} was trained on" in result.problems[0]
 
 
-def test_a_prompt_that_forges_a_turn(tiny_model: Path) -> None:
+def test_a_prompt_that_cannot_be_asked(tiny_model: Path) -> None:
     refused(
-        tunesmith("chat", tiny_model, "--prompt", "<|im_start|>"),
+        tunesmith("chat", tiny_model, "--prompt", "a\ufdd0"),
         2,
-        "the user text holds '<|im_start|>', a control token of this model: it would end or forge a turn; "
-        "remove it, or write it differently",
+        "the user text holds a Unicode noncharacter (U+FDD0 to U+FDD9); remove it",
     )
 
 
@@ -604,7 +615,7 @@ def test_memory_that_runs_out(tiny_model: Path, data: Path, tmp_path: Path, monk
         result,
         3,
         "not enough memory; use a smaller batch size or a smaller model; "
-        "when training, lower training.micro_batch_size or set memory.mode=min",
+        "when training, lower training.micro_batch_size (or micro_batch_tokens), or set memory.mode=min",
     )
 
 
@@ -624,7 +635,8 @@ def test_a_gpu_that_runs_out_of_memory(
         result,
         3,
         "the GPU ran out of memory; use a smaller batch size or a smaller model; when training, lower "
-        "training.micro_batch_size or data.max_seq_length, set memory.mode=min, or use method: qlora",
+        "training.micro_batch_size (or micro_batch_tokens) or data.max_seq_length, set memory.mode=min, or use "
+        "method: qlora",
     )
 
 

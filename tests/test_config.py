@@ -57,7 +57,7 @@ PUBLISHED_DEFAULTS = {
     "training.batch_size": 16,
     "training.seed": 3407,
     "data.max_seq_length": 2048,
-    "data.overlong": "error",
+    "data.overlong": "auto",
     "data.train_on": "assistant",
     "data.packing": False,
     "model.engine": "auto",

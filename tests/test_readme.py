@@ -63,6 +63,11 @@ def test_own_data_commands_yaml_and_python(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "held_out.jsonl", chat_rows(8, seed=2))
     (tmp_path / "run.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
     train, from_yaml = [block for block in blocks("bash") if "tunesmith train" in block]
+    (data,) = [block for block in blocks("bash") if "tunesmith data" in block]
+    for command, expected in zip(
+        data.strip().splitlines(), ("JSON Lines", "max_seq_length", "<|im_end|>", "train.jsonl"), strict=True
+    ):
+        assert expected in shell(command, tmp_path), command
     printed = shell(train.replace("\n", " && ", 1), tmp_path)
     assert "accuracy" in printed
     assert RunFolder.open(tmp_path / "runs" / "mine").metrics["eval_loss"] is not None

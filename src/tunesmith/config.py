@@ -25,6 +25,20 @@ from tunesmith.errors import ConfigError
 Method = Literal["lora", "qlora", "full"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 
+FormatName = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt",
+    "qa",
+    "classification",
+    "multiple_choice",
+    "text",
+    "preference",
+    "kto",
+]
+
 DEFAULT_LR: dict[Method, float] = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
 
 
@@ -55,27 +69,63 @@ class ModelConfig(Section):
     """Run Python code that comes with the model. Off: a model that needs it is refused."""
 
 
-class DataConfig(Section):
-    """Which examples, and how they become tokens."""
+class SourceConfig(Section):
+    """A file (or hub data set) of examples, and how its rows are read."""
 
     path: str = ""
-    """Training examples: a JSON Lines file (`messages`, Alpaca, prompt/completion, `text`)."""
+    """A file (JSON Lines, JSON, CSV, TSV, Parquet, Arrow or plain text, also gzipped), a folder of them, or a hub id such as `org/dataset`."""
+    split: str | None = None
+    """Which split of a hub data set or a folder. Default: `train`, or the only one."""
+    subset: str | None = None
+    """Which configuration of a hub data set."""
+    streaming: bool = False
+    """Read a hub data set over the network as far as `max_rows`, instead of downloading all of it."""
+    format: FormatName = "auto"
+    """What the rows hold. `auto` recognises it by the keys and says what it found."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Which of your columns holds what, e.g. `{instruction: question, output: reply}`; the names that LLaMA-Factory and Axolotl use are understood too."""
+    roles: dict[str, str] = Field(default_factory=dict)
+    """What your role names mean, e.g. `{customer: user, agent: assistant}`."""
+    sample_by: Literal["document", "paragraph", "line"] = "document"
+    """What one example of a plain text file is: the whole file, a paragraph (blank lines between), or a line."""
+
+
+class MixConfig(SourceConfig):
+    """One of several sources."""
+
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Its share of the examples, relative to the other weights."""
+
+
+class DataConfig(SourceConfig):
+    """Which examples, and how they become tokens."""
+
+    mix: list[MixConfig] = Field(default_factory=list)
+    """Several sources instead of `path`, e.g. `[{path: task.jsonl, weight: 0.8}, {path: general.jsonl, weight: 0.2}]`. No row is repeated: the source that runs out first sets the size."""
     eval_path: str | None = None
     """Held-out examples for evaluation during training."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training rows to hold out when there is no `eval_path`."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
-    """Use only this many training rows, drawn with the run's seed."""
-    max_seq_length: Annotated[int, Field(ge=8)] = 2048
-    """Longest example in tokens."""
-    overlong: Literal["error", "truncate", "drop"] = "error"
-    """What to do with an example that is longer than `max_seq_length`."""
-    train_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens the loss covers: the assistant's turns with their end-of-turn token, or every token. Plain text is always covered whole."""
+    """Use only this many training rows, drawn with the run's seed (streamed data: the first ones)."""
+    skip_bad_rows: bool = False
+    """Leave out rows with errors, and say which, instead of stopping."""
+    max_seq_length: Annotated[int, Field(ge=8)] | Literal["auto"] = 2048
+    """Longest example in tokens. `auto`: the data's 95th percentile x 1.2, rounded up to a multiple of 64, never above the model's limit."""
+    overlong: Literal["auto", "error", "truncate", "drop", "split"] = "auto"
+    """What to do with an example that is longer than `max_seq_length`. `split` makes several of it; `auto` splits plain text and refuses conversations."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Which tokens the loss covers: the assistant's turns with their end-of-turn token, only the last of them, or every token. Plain text is always covered whole; a message's own `train` or `weight` comes first."""
     chat_template: str = "auto"
-    """`auto` (the tokenizer's own, else `alpaca`), `alpaca`, `none` (prompt and answer joined as they are), or a .jinja file."""
+    """`auto` (the tokenizer's own, else `alpaca`), a named one (`alpaca`, `vicuna`, `chatml`, `llama2`), `none` (prompt and answer joined as they are), or a .jinja file."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables for the chat template, e.g. `{enable_thinking: false}`; the same in training, evaluation and chat."""
     packing: bool = False
     """Lay the examples of a micro-batch end to end without padding, isolated from each other. Pays where their lengths differ much; the reference engine's attention covers the whole packed row."""
+    cache: bool = True
+    """Keep the tokens on disk, so that the same data, template and tokenizer are not tokenized again."""
+    num_proc: Annotated[int, Field(ge=1)] | None = None
+    """Processes that tokenize. Default: as many as the machine has cores and the data keeps busy."""
 
 
 class AdapterConfig(Section):
@@ -156,6 +206,10 @@ class TrainingConfig(Section):
     """Effective batch: examples in one optimizer step. Packing and micro-batches never change it."""
     micro_batch_size: Annotated[int, Field(ge=1)] = 4
     """Examples in one forward and backward pass; gradients are accumulated over batch_size / micro_batch_size of them."""
+    micro_batch_tokens: Annotated[int, Field(ge=8)] | None = None
+    """Token budget of a micro-batch: examples are packed into it best-fit, however many they are (needs `data.packing`; replaces `micro_batch_size`)."""
+    batch_tokens: Annotated[int, Field(ge=8)] | None = None
+    """Effective batch in tokens instead of examples: each step takes batch_tokens / micro_batch_tokens micro-batches, packed over the whole epoch, so that hardly a slot is empty. Replaces `batch_size`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
     """Seeds initialisation, data order and dropout."""
     log_every: Annotated[int, Field(ge=1)] = 1
@@ -216,7 +270,7 @@ class RunConfig(Section):
         copy = self.model_copy(deep=True)
         copy.optimizer.lr = self.lr
         training = copy.training
-        if training.micro_batch_size == TrainingConfig().micro_batch_size:
+        if training.micro_batch_tokens is None and training.micro_batch_size == TrainingConfig().micro_batch_size:
             training.micro_batch_size = min(training.micro_batch_size, training.batch_size)
         early = training.early_stopping
         if early.metric and early.mode is None:
@@ -335,12 +389,15 @@ def contradictions(config: RunConfig) -> dict[str, str]:
             f"training.micro_batch_size {training.micro_batch_size} has no effect beyond training.batch_size "
             f"{training.batch_size}; lower it, or raise training.batch_size"
         )
+    found |= _token_budgets(config)
     if training.early_stopping.metric is None:
         for name in _changed(training.early_stopping):
             key = f"training.early_stopping.{name}"
             found[key] = f"{key} has no effect without training.early_stopping.metric; remove it, or set the metric"
     if config.data.eval_path and config.data.eval_fraction:
         found["data.eval_fraction"] = "data.eval_fraction has no effect beside data.eval_path; set one of the two"
+    if config.data.path and config.data.mix:
+        found["data.path"] = "data.path has no effect beside data.mix; set one of the two"
     has_eval = bool(config.data.eval_path or config.data.eval_fraction)
     if not has_eval:
         for key, is_set in {
@@ -353,9 +410,49 @@ def contradictions(config: RunConfig) -> dict[str, str]:
     return found
 
 
+def _token_budgets(config: RunConfig) -> dict[str, str]:
+    """What is wrong with micro-batches and steps that are measured in tokens, by the key to change."""
+    found: dict[str, str] = {}
+    training, length = config.training, config.data.max_seq_length
+    micro, batch = training.micro_batch_tokens, training.batch_tokens
+    if micro is not None:
+        if not config.data.packing:
+            found["training.micro_batch_tokens"] = (
+                "training.micro_batch_tokens needs packing; set data.packing: true, or remove it and set "
+                "training.micro_batch_size"
+            )
+        if length != "auto" and length > micro:
+            found["data.max_seq_length"] = (
+                f"data.max_seq_length {length} is more than training.micro_batch_tokens {micro}: the longest example would "
+                f"fit into no micro-batch; set data.max_seq_length to {micro} or less, or raise training.micro_batch_tokens"
+            )
+        if "micro_batch_size" in _changed(training):
+            found["training.micro_batch_size"] = (
+                "training.micro_batch_size has no effect with training.micro_batch_tokens; remove one of the two"
+            )
+    if batch is not None:
+        if micro is None:
+            found["training.batch_tokens"] = (
+                "training.batch_tokens needs training.micro_batch_tokens, which divides it; set that too, or use "
+                "training.batch_size"
+            )
+        elif batch % micro:
+            allowed = " or ".join(str(n * micro) for n in (batch // micro, batch // micro + 1) if n)
+            found["training.batch_tokens"] = (
+                f"training.batch_tokens {batch} is not a multiple of training.micro_batch_tokens {micro}; set it to {allowed}"
+            )
+        if "batch_size" in _changed(training):
+            found["training.batch_size"] = (
+                "training.batch_size has no effect with training.batch_tokens; remove one of the two"
+            )
+    return found
+
+
 CAUSES = {
+    "data.packing": ("training.micro_batch_tokens",),
     "method": ("adapter.", "quantization."),
     "training.batch_size": ("training.micro_batch_size",),
+    "training.micro_batch_tokens": ("training.batch_tokens",),
     "training.early_stopping.metric": ("training.early_stopping.",),
 }
 """Settings that decide whether others (by prefix) have an effect."""

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
-Role = Literal["system", "user", "assistant"]
-ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+Role = Literal["system", "user", "assistant", "tool"]
+ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 IGNORE_INDEX = -100
 """The label of a position that is not supervised (PyTorch's cross-entropy convention)."""
@@ -29,24 +30,46 @@ EventSink = Callable[[Event], None]
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call of a function that an assistant's turn asks for. `arguments` is an object (OpenAI's JSON string, parsed)."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    `reasoning` is an assistant's thought apart from its answer. `name` and `call_id` say whose result a tool's turn is.
+    `train` decides for this turn whether it is supervised; None leaves that to `data.train_on`.
+    """
 
     role: Role
     content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    call_id: str | None = None
+    train: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row of a data file: a conversation, or plain text. Exactly one of `messages` and `text` is set.
 
-    `file` and `line` (physical, from 1) say where it came from.
+    `file` and `line` (physical, from 1; the row's number in files without lines) say where it came from. `tools` are
+    function descriptions in OpenAI's form. `label` is the class of a classification row. `desirable` is KTO's label.
     """
 
     messages: tuple[Message, ...] | None
     text: str | None
     file: str
     line: int
+    tools: tuple[Mapping[str, Any], ...] = ()
+    label: str | None = None
+    desirable: bool | None = None
 
     @property
     def where(self) -> str:
@@ -55,12 +78,59 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedExample:
-    """Token ids of one example and, for each, whether it is a target of the loss. Both have T entries."""
+class PreferenceExample:
+    """A prompt with a better and a worse continuation, each one or more turns that begin with the assistant's."""
 
-    input_ids: tuple[int, ...]
-    loss_mask: tuple[bool, ...]
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    file: str
+    line: int
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The example's place as `file:line`."""
+        return f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found. An `error` stops a run; a `warning` is said and the run goes on.
+
+    `check` is the check's stable name (`invalid_json`, `duplicate_row`, ...), `line` is physical, from 1 (None: the whole
+    file), `field` the key it is about, `found` what is there, `fix` what is allowed or what to change.
+    """
+
+    check: str
+    severity: Literal["error", "warning"]
+    file: str
+    line: int | None
+    found: str
+    fix: str = ""
+    field: str | None = None
+
+    @property
+    def message(self) -> str:
+        """What was found and what to change, without the place."""
+        return f"{self.found}; {self.fix}" if self.fix else self.found
+
+    def __str__(self) -> str:
+        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        return f"{place}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizedExample:
+    """Token ids of one example (T,) int32 and, for each, whether it is a target of the loss (T,) bool.
+
+    `file` and `line` are those of its row. A long row may give several (`data.overlong: split`).
+    """
+
+    input_ids: np.ndarray
+    loss_mask: np.ndarray
     line: int = 0
+    file: str = ""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -68,7 +138,12 @@ class TokenizedExample:
     @property
     def supervised(self) -> int:
         """How many tokens are targets. The first token never is: nothing predicts it."""
-        return sum(self.loss_mask[1:])
+        return int(self.loss_mask[1:].sum())
+
+    @property
+    def where(self) -> str:
+        """The row's place as `file:line`."""
+        return f"{self.file}:{self.line}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +166,7 @@ class Batch:
     num_examples: int
     num_tokens: int  # without padding
     num_supervised: int
-    lines: tuple[int, ...] = ()  # where the examples stood in the data file
+    rows: tuple[str, ...] = ()  # `file:line` of the examples, in order
 
 
 @dataclass(frozen=True, slots=True)

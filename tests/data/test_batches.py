@@ -2,55 +2,174 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import time
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tunesmith.data.batches import StepOrder, make_batch, shifted_labels, split
+from tunesmith.config import TrainingConfig
+from tunesmith.data.batches import StepOrder, deal, largest_micro_batch, make_batch, micro_batches, split
+from tunesmith.data.packing import best_fit, fill
 from tunesmith.types import IGNORE_INDEX, Batch, TokenizedExample
 
-# -- data order -------------------------------------------------------------------------------------------------------
+
+def training(**values: Any) -> TrainingConfig:
+    return TrainingConfig(**values)
+
+
+def steps_of(order: StepOrder, epoch: int) -> list[list[list[int]]]:
+    return [order.step(epoch * order.steps_per_epoch + number) for number in range(order.steps_per_epoch)]
+
+
+def examples_of(step: list[list[int]]) -> list[int]:
+    return sorted(index for part in step for index in part)
+
+
+# -- steps by examples ------------------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 2**32 - 1), st.integers(0, 5))
 def test_each_epoch_takes_each_example_once(num_examples: int, batch_size: int, seed: int, epoch: int) -> None:
-    order = StepOrder(num_examples, batch_size, seed)
-    steps = [order.step(epoch * order.steps_per_epoch + number) for number in range(order.steps_per_epoch)]
+    order = StepOrder([5] * num_examples, training(batch_size=batch_size, seed=seed), packing=False)
+    steps = [examples_of(step) for step in steps_of(order, epoch)]
     assert sorted(index for step in steps for index in step) == list(range(num_examples))
     assert all(len(step) == batch_size for step in steps[:-1])
     assert len(steps[-1]) == num_examples - batch_size * (order.steps_per_epoch - 1) > 0
 
 
-def test_the_order_is_a_function_of_seed_and_epoch_alone() -> None:
-    straight = StepOrder(10, 4, seed=3)
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_the_order_is_a_function_of_seed_and_epoch_alone(by_tokens: bool) -> None:
+    lengths = [6, 5, 5, 4, 4, 4, 3, 3, 3, 2]
+    tokens = {"micro_batch_tokens": 10, "batch_tokens": 20} if by_tokens else {"batch_size": 4}
+    straight = StepOrder(lengths, training(seed=3, **tokens), packing=True)
     expected = [straight.step(number) for number in range(9)]
-    jumping = StepOrder(10, 4, seed=3)
+    jumping = StepOrder(lengths, training(seed=3, **tokens), packing=True)
     random.seed(0)  # neither the global generator nor what was asked before matters
     for number in (8, 0, 4, 4, 7, 1, 8):
         assert jumping.step(number) == expected[number]
     assert random.random() == pytest.approx(0.8444218515250481), "the global generator was not used"
-    by_size = StepOrder(10, 10, seed=3)
-    assert by_size.step(1) == [index for step in expected[3:6] for index in step], "the batch size only cuts the order"
+
+
+def test_the_batch_size_only_cuts_the_order() -> None:
+    small = StepOrder([5] * 10, training(seed=3, batch_size=4), packing=False)
+    large = StepOrder([5] * 10, training(seed=3, batch_size=10), packing=False)
+    assert examples_of(large.step(1)) == sorted(index for step in (3, 4, 5) for index in examples_of(small.step(step)))
 
 
 def test_epochs_and_seeds_give_other_orders() -> None:
-    orders = {tuple(StepOrder(20, 20, seed).step(epoch)) for seed in range(3) for epoch in range(3)}
+    orders = {
+        tuple(order.step(epoch)[0])
+        for seed in range(3)
+        for order in [StepOrder([5] * 20, training(batch_size=10, micro_batch_size=10, seed=seed), packing=False)]
+        for epoch in (0, 2, 4)
+    }
     assert len(orders) == 9
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
     # A resume under another version must continue the same epoch.
-    assert [StepOrder(6, 4, 3407).step(number) for number in range(4)] == [
-        [5, 4, 2, 0],
-        [3, 1],
-        [3, 5, 2, 0],
-        [1, 4],
+    order = StepOrder([5] * 6, training(batch_size=4, micro_batch_size=1, seed=3407), packing=False)
+    assert [order.step(number) for number in range(4)] == [
+        [[5], [4], [2], [0]],
+        [[3], [1]],
+        [[3], [5], [2], [0]],
+        [[1], [4]],
     ]
+    packs = StepOrder([8, 7, 6, 4, 3, 2], training(micro_batch_tokens=10, batch_tokens=20, seed=3407), packing=True)
+    assert [packs.step(number) for number in range(4)] == [
+        [[1, 4], [0, 5]],
+        [[2, 3]],
+        [[2, 3], [0, 5]],
+        [[1, 4]],
+    ]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 20), st.integers(0, 3))
+def test_a_token_budget_for_micro_batches_does_not_change_a_step(
+    lengths: list[int], batch_size: int, epoch: int
+) -> None:
+    by_size = StepOrder(lengths, training(batch_size=batch_size), packing=True)
+    by_tokens = StepOrder(lengths, training(batch_size=batch_size, micro_batch_tokens=40), packing=True)
+    for one, other in zip(steps_of(by_size, epoch), steps_of(by_tokens, epoch), strict=True):
+        assert examples_of(one) == examples_of(other)
+        assert all(sum(lengths[index] for index in part) <= 40 for part in other)
+        loads = sorted(sum(lengths[index] for index in part) for part in other)
+        assert len(loads) < 2 or loads[0] + loads[1] > 40, "no two micro-batches could be one"
+
+
+# -- steps by tokens --------------------------------------------------------------------------------------------------
+
+BY_TOKENS = {"micro_batch_tokens": 40, "batch_tokens": 120}
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(0, 2**32 - 1), st.integers(0, 3))
+def test_packs_of_an_epoch_hold_each_example_once(lengths: list[int], seed: int, epoch: int) -> None:
+    order = StepOrder(lengths, training(seed=seed, **BY_TOKENS), packing=True)
+    steps = steps_of(order, epoch)
+    packs = [pack for step in steps for pack in step]
+    assert sorted(index for pack in packs for index in pack) == list(range(len(lengths)))
+    assert all(len(step) == 3 for step in steps[:-1])
+    assert 1 <= len(steps[-1]) <= 3
+    assert len(packs) == len(best_fit(lengths, 40)), "packed over the whole epoch, not step by step"
+    assert all(sum(lengths[index] for index in pack) <= 40 for pack in packs)
+
+
+def test_epochs_differ_in_which_documents_meet() -> None:
+    lengths = [10, 30] * 12
+    order = StepOrder(lengths, training(**BY_TOKENS), packing=True)
+    meetings = [{frozenset(pack) for step in steps_of(order, epoch) for pack in step} for epoch in range(4)]
+    assert all(len(pack) == 2 for epoch in meetings for pack in epoch)
+    assert len(set(map(frozenset, meetings))) == 4
+
+
+def test_packs_come_in_random_order() -> None:
+    """Documents of distinct lengths always meet the same ones; which step takes them differs."""
+    lengths = list(range(1, 41))
+    order = StepOrder(lengths, training(**BY_TOKENS), packing=True)
+    epochs = [[frozenset(pack) for step in steps_of(order, epoch) for pack in step] for epoch in range(4)]
+    assert len(set(map(frozenset, epochs))) == 1
+    assert len(set(map(tuple, epochs))) == 4
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.randoms(use_true_random=False))
+def test_a_permutation_of_the_data_changes_neither_number_nor_fill_of_packs(
+    lengths: list[int], rng: random.Random
+) -> None:
+    shuffled = rng.sample(lengths, len(lengths))
+    counted = []
+    for rows in (lengths, shuffled):
+        order = StepOrder(rows, training(**BY_TOKENS), packing=True)
+        packs = [pack for step in steps_of(order, 1) for pack in step]
+        loads = Counter(sum(rows[index] for index in pack) for pack in packs)
+        counted.append((order.steps_per_epoch, loads, fill(rows, packs, 40)))
+    assert counted[0] == counted[1]
+
+
+def test_an_example_over_the_budget_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^document 1 has 41 tokens; a bin holds 1 to 40$"):
+        StepOrder([40, 41], training(**BY_TOKENS), packing=True)
+
+
+# -- ranks ------------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.lists(st.integers(), max_size=2), max_size=12), st.integers(1, 8))
+def test_the_ranks_share_a_step(parts: list[list[int]], world_size: int) -> None:
+    shares = [deal(parts, rank, world_size) for rank in range(world_size)]
+    assert [
+        part for turn in itertools.zip_longest(*shares, fillvalue=None) for part in turn if part is not None
+    ] == parts
+    sizes = [len(share) for share in shares]
+    assert sizes == sorted(sizes, reverse=True), "the last ranks are the ones that go without"
+    assert max(sizes) - min(sizes) <= 1
+    assert deal(parts, 0, 1) == parts
 
 
 # -- split ------------------------------------------------------------------------------------------------------------
@@ -60,7 +179,7 @@ def test_the_order_of_a_seed_never_changes() -> None:
 def test_split_takes_each_example_once_in_the_fewest_micro_batches(
     lengths: list[int], micro_batch_size: int, packing: bool
 ) -> None:
-    parts = split(lengths, micro_batch_size, packing)
+    parts = split(lengths, training(micro_batch_size=micro_batch_size), packing)
     assert sorted(index for part in parts for index in part) == list(range(len(lengths)))
     assert len(parts) == -(-len(lengths) // micro_batch_size)
     assert all(1 <= len(part) <= micro_batch_size for part in parts)
@@ -68,7 +187,7 @@ def test_split_takes_each_example_once_in_the_fewest_micro_batches(
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 12))
 def test_packed_micro_batches_are_balanced(lengths: list[int], micro_batch_size: int) -> None:
-    parts = split(lengths, micro_batch_size)
+    parts = split(lengths, training(micro_batch_size=micro_batch_size), True)
     loads = [sum(lengths[index] for index in part) for part in parts]
     for part, load in zip(parts, loads, strict=True):
         # An example went to the lightest micro-batch with room: whichever still has room at the end is no lighter
@@ -89,23 +208,68 @@ def test_packed_micro_batches_are_balanced(lengths: list[int], micro_batch_size:
 def test_split_examples(
     lengths: list[int], micro_batch_size: int, packed: list[list[int]], padded: list[list[int]]
 ) -> None:
-    assert [sorted(part) for part in split(lengths, micro_batch_size)] == [sorted(part) for part in packed]
-    assert split(lengths, micro_batch_size, packing=False) == padded
+    settings = training(micro_batch_size=micro_batch_size)
+    assert [sorted(part) for part in split(lengths, settings, True)] == [sorted(part) for part in packed]
+    assert split(lengths, settings, False) == padded
+
+
+def test_split_by_tokens() -> None:
+    parts = split([10, 1, 9, 2, 8], training(micro_batch_tokens=10), True)
+    assert [sorted(part) for part in parts] == [[0], [1, 2], [3, 4]]
 
 
 @given(st.lists(st.integers(1, 500), min_size=1, max_size=40), st.integers(1, 12))
 def test_padded_micro_batches_hold_neighbours_by_length(lengths: list[int], micro_batch_size: int) -> None:
-    parts = split(lengths, micro_batch_size, packing=False)
+    parts = split(lengths, training(micro_batch_size=micro_batch_size), packing=False)
     in_turn = [lengths[index] for part in parts for index in part]
     assert in_turn == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "packing", "expected"),
+    [
+        ({"micro_batch_size": 2}, True, 50 + 40),
+        ({"micro_batch_size": 2}, False, 2 * 50),  # with its padding
+        ({"micro_batch_size": 8}, True, 50 + 40 + 30 + 20 + 10),
+        ({"micro_batch_size": 8}, False, 5 * 50),
+        ({"micro_batch_tokens": 60, "batch_size": 4}, True, 60),
+        ({"micro_batch_tokens": 200, "batch_size": 4}, True, 50 + 40 + 30 + 20),
+        ({"micro_batch_tokens": 200, "batch_tokens": 400}, True, 150),
+        ({"micro_batch_tokens": 100, "batch_tokens": 400}, True, 100),
+    ],
+)
+def test_the_largest_micro_batch(values: dict[str, int], packing: bool, expected: int) -> None:
+    lengths = [10, 30, 50, 20, 40]
+    assert largest_micro_batch(lengths, training(**values), packing) == expected
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=40),
+    st.sampled_from([({}, True), ({}, False), ({"micro_batch_tokens": 40}, True), (BY_TOKENS, True)]),
+    st.integers(0, 9),
+)
+def test_no_micro_batch_is_larger(lengths: list[int], way: tuple[dict[str, int], bool], seed: int) -> None:
+    values, packing = way
+    settings = training(seed=seed, **values)
+    bound = largest_micro_batch(lengths, settings, packing)
+    order = StepOrder(lengths, settings, packing)
+    for part in (part for epoch in (0, 1) for step in steps_of(order, epoch) for part in step):
+        of_part = [lengths[index] for index in part]
+        assert (sum(of_part) if packing else len(part) * max(of_part)) <= bound
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 PAD = 99
-ONE = TokenizedExample((10, 11, 12, 13), (False, False, True, True), line=3)
-TWO = TokenizedExample((20, 21), (True, True), line=8)
-THREE = TokenizedExample((30, 31, 32), (False, True, False), line=5)
+
+
+def tokenized(ids: list[int], mask: list[bool] | list[int], line: int = 0) -> TokenizedExample:
+    return TokenizedExample(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool), line, "a.jsonl")
+
+
+ONE = tokenized([10, 11, 12, 13], [0, 0, 1, 1], line=3)
+TWO = tokenized([20, 21], [1, 1], line=8)
+THREE = tokenized([30, 31, 32], [0, 1, 0], line=5)
 
 
 def lists(batch: Batch) -> dict[str, Any]:
@@ -120,13 +284,6 @@ def lists(batch: Batch) -> dict[str, Any]:
     }
 
 
-def test_labels_are_shifted_within_the_example() -> None:
-    assert shifted_labels(ONE) == [-100, 12, 13, -100]
-    assert shifted_labels(TWO) == [21, -100], "the first token has no prediction, the last position no target"
-    assert shifted_labels(THREE) == [31, -100, -100]
-    assert IGNORE_INDEX == -100
-
-
 def test_packed() -> None:
     batch = make_batch([ONE, TWO, THREE], packing=True, pad_id=PAD, device="cpu")
     assert lists(batch) == {
@@ -138,7 +295,7 @@ def test_packed() -> None:
         "attention_mask": None,
     }
     assert (batch.num_examples, batch.num_tokens, batch.num_supervised) == (3, 9, 4)
-    assert batch.lines == (3, 8, 5)
+    assert batch.rows == ("a.jsonl:3", "a.jsonl:8", "a.jsonl:5")
 
 
 def test_padded() -> None:
@@ -156,8 +313,7 @@ def test_padded() -> None:
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_types(packing: bool) -> None:
-    unsupervised = TokenizedExample((1, 2), (False, False))
-    for examples in ([ONE, TWO], [unsupervised]):
+    for examples in ([ONE, TWO], [tokenized([1, 2], [0, 0])]):
         batch = make_batch(examples, packing, PAD, "cpu")
         assert batch.input_ids.dtype == batch.labels.dtype == batch.position_ids.dtype == torch.int64
         assert batch.supervised.dtype == torch.int64
@@ -173,7 +329,7 @@ def examples(draw: Any) -> list[TokenizedExample]:
         length = draw(st.integers(1, 8))
         ids = draw(st.lists(st.integers(0, 50), min_size=length, max_size=length))
         mask = draw(st.lists(st.booleans(), min_size=length, max_size=length))
-        made.append(TokenizedExample(tuple(ids), tuple(mask), line))
+        made.append(tokenized(ids, mask, line))
     return made
 
 
@@ -205,12 +361,12 @@ def test_every_supervised_token_is_the_label_of_the_position_before_it(
 
 
 def documents(batch: Batch) -> list[tuple[Any, ...]]:
-    """Each document of a packed batch: its line, tokens, labels and positions."""
+    """Each document of a packed batch: its row, tokens, labels and positions."""
     bounds = batch.cu_seqlens.tolist()
     tensors = (batch.input_ids, batch.labels, batch.position_ids)
     return [
-        (line, *(row[0, start:end].tolist() for row in tensors))
-        for start, end, line in zip(bounds[:-1], bounds[1:], batch.lines, strict=True)
+        (row, *(tensor[0, start:end].tolist() for tensor in tensors))
+        for start, end, row in zip(bounds[:-1], bounds[1:], batch.rows, strict=True)
     ]
 
 
@@ -223,3 +379,53 @@ def test_a_permutation_of_the_examples_permutes_the_documents_and_nothing_else(
     after = documents(make_batch([rows[index] for index in order], True, PAD, "cpu"))
     assert after == [before[index] for index in order]
     assert len(before) == len(rows)
+
+
+def test_a_documents_first_token_is_never_the_target_of_the_document_before_it() -> None:
+    """Labels are shifted document by document: a first token that is marked as a target is nobody's label."""
+    batch = make_batch([TWO, TWO, ONE], True, PAD, "cpu")
+    assert batch.labels.tolist() == [[21, -100, 21, -100, -100, 12, 13, -100]]
+    assert batch.num_supervised == TWO.supervised + TWO.supervised + ONE.supervised == 4
+
+
+def test_the_examples_are_left_as_they_are() -> None:
+    first, mask = TWO.input_ids.copy(), TWO.loss_mask.copy()
+    make_batch([TWO], True, PAD, "cpu").input_ids.fill_(7)
+    make_batch([TWO, ONE], False, PAD, "cpu").labels.fill_(7)
+    assert (TWO.input_ids == first).all()
+    assert (TWO.loss_mask == mask).all()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_padding_with_the_end_of_turn_token(packing: bool) -> None:
+    """Where both are one token, the padding is masked and no target, and the supervised end-of-turn stays one."""
+    end = 13
+    batch = make_batch([ONE, TWO], packing, pad_id=end, device="cpu")
+    assert ONE.input_ids[-1] == end
+    if packing:
+        assert batch.labels.tolist() == [[-100, 12, end, -100, 21, -100]]
+    else:
+        assert batch.input_ids.tolist() == [[10, 11, 12, end], [20, 21, end, end]]
+        assert batch.labels.tolist() == [[-100, 12, end, -100], [21, -100, -100, -100]]
+        assert batch.attention_mask is not None
+        assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert (batch.labels == end).sum() == 1
+
+
+def test_micro_batches_are_made_one_at_a_time() -> None:
+    batches = micro_batches([[ONE], [THREE, TWO], []], True, PAD, "cpu")
+    assert next(batches).input_ids.tolist() == [[10, 11, 12, 13]]
+    assert next(batches).input_ids.tolist() == [[30, 31, 32, 20, 21]], "the empty one that follows was not looked at"
+
+
+def test_speed() -> None:
+    rng = np.random.default_rng(0)
+    rows = [TokenizedExample(rng.integers(0, 50_000, 256, np.int32), rng.random(256) < 0.3) for _ in range(32)]
+    make_batch(rows, True, PAD, "cpu")
+    began = time.process_time()
+    for _ in range(10):
+        make_batch(rows, True, PAD, "cpu")
+        make_batch(rows, False, PAD, "cpu")
+    assert time.process_time() - began < 0.05, (
+        "20 batches of 8,192 tokens; 0.003 s on an idle core, 0.12 s token by token"
+    )

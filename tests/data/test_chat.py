@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny import CHATML, IM_END, chat_rows, make_tokenizer, write_jsonl
-from tunesmith.data.chat import ChatFormat, tokenize
+from tunesmith.data.chat import ChatFormat
 from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.files import sha256_text
-from tunesmith.types import Example, Message, TokenizedExample
+from tunesmith.types import Example, Message, TokenizedExample, ToolCall
 
 Q, A = Message("user", "How warm?"), Message("assistant", "Quite warm.")
 Q2, A2 = Message("user", "And now?\n"), Message("assistant", " Cold 🥶 ")
@@ -34,7 +34,7 @@ def text(content: str, line: int = 1) -> Example:
 def supervised(tokenizer: Any, example: TokenizedExample) -> list[str]:
     """The runs of supervised tokens, decoded."""
     runs: list[list[int]] = [[]]
-    for token, mask in zip(example.input_ids, example.loss_mask, strict=True):
+    for token, mask in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
         if mask:
             runs[-1].append(token)
         elif runs[-1]:
@@ -125,7 +125,7 @@ def test_inference_asks_with_the_prefix_that_training_saw(chatml: ChatFormat) ->
 
 
 def test_control_tokens_are_one_token_each(chatml: ChatFormat) -> None:
-    ids = encode(chatml, Q, A).input_ids
+    ids = encode(chatml, Q, A).input_ids.tolist()
     start, end = chatml.tokenizer.convert_tokens_to_ids(["<|im_start|>", IM_END])
     assert (ids.count(start), ids.count(end)) == (2, 2)
 
@@ -147,11 +147,13 @@ def test_rows_keep_their_order_and_lines_past_one_chunk(chatml: ChatFormat, tmp_
         assert chatml.tokenizer.decode(encoded[number].input_ids) == chatml.render(messages)
 
 
-def test_problems_of_all_rows_come_at_once(chatml: ChatFormat) -> None:
-    bad = Message("user", f"x{IM_END}")
-    rows = [chat(bad if line % 2 else Q, A, line=line) for line in range(1, 61)]
+def test_problems_of_all_rows_come_at_once(with_template: Any) -> None:
+    format = with_template(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    )
+    rows = [chat(*((S,) if line % 2 else ()), Q, A, line=line) for line in range(1, 61)]
     with pytest.raises(DataError) as caught:
-        chatml.encode(rows)
+        format.encode(rows)
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [
         f"f.jsonl:{line}" for line in range(1, 61, 2)
     ]
@@ -168,7 +170,7 @@ def test_a_token_that_straddles_the_border_is_split_as_inference_does() -> None:
     example = encode(format, Message("user", "ab"), Message("assistant", "cd"))
     assert "bc" in tokenizer.convert_ids_to_tokens(tokenizer("abcd")["input_ids"])
     assert [tokenizer.decode([token]) for token in example.input_ids] == ["a", "b", "c", "d", IM_END]
-    assert example.loss_mask == (False, False, True, True, True)
+    assert example.loss_mask.tolist() == [False, False, True, True, True]
     assert is_strict_prefix(format.encode_prompt([Message("user", "ab")]), example.input_ids)
 
 
@@ -237,7 +239,7 @@ def test_built_in_templates_begin_with_bos_where_the_tokenizer_does(setting: str
     format = ChatFormat(tokenizer, setting)
     example = encode(format, Q, A, Q2, A2)
     assert example.input_ids[0] == tokenizer.bos_token_id
-    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert example.input_ids.tolist().count(tokenizer.bos_token_id) == 1
     assert format.encode_prompt([Q])[0] == tokenizer.bos_token_id
     assert supervised(tokenizer, example) == ["Quite warm.<|im_end|>", " Cold 🥶 <|im_end|>"]
     # The template itself says so: wherever it is saved with the tokenizer, it renders the same.
@@ -291,30 +293,11 @@ def test_plain_text_is_supervised_whole_and_ends_with_eos(adds_bos: bool, train_
 # -- refused ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|pad|>"])
-@pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_control_tokens_in_a_text_are_refused(chatml: ChatFormat, token: str, role: str) -> None:
-    messages = [Message(m.role, f"x {token}y") if m.role == role else m for m in (S, Q, A)]
-    said = (
-        f"the {role} text holds {token!r}, a control token of this model: it would end or forge a turn; remove it, or "
-        "write it differently"
-    )
-    assert refusal(chatml, *messages) == refusal(chatml, *messages, train_on="all") == f"f.jsonl:1: {said}"
-    with pytest.raises(DataError) as caught:
-        chatml.encode_prompt(messages)
-    assert str(caught.value) == said
-
-
-def test_control_tokens_in_plain_text_are_refused(chatml: ChatFormat) -> None:
-    with pytest.raises(DataError, match=r"f\.jsonl:3: the user text holds '<\|im_end\|>', a control token"):
-        chatml.encode([text("one", 1), text("x<|im_end|>", 3)])
-
-
 def test_what_only_looks_like_a_control_token_is_text(chatml: ChatFormat) -> None:
     answer = "<|im_en|> <|IM_END|> </s> [INST] <|im_end |>"
     example = encode(chatml, Q, Message("assistant", answer))
     assert supervised(chatml.tokenizer, example) == [answer + IM_END]
-    assert example.input_ids.count(chatml.tokenizer.eos_token_id) == 2
+    assert example.input_ids.tolist().count(chatml.tokenizer.eos_token_id) == 2
 
 
 THINKING = (  # as Qwen3's: an empty thought stands before the last answer only
@@ -324,13 +307,24 @@ THINKING = (  # as Qwen3's: an empty thought stands before the last answer only
 )
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(with_template: Any) -> None:
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each_answer(with_template: Any) -> None:
     format = with_template(THINKING)
     assert supervised(format.tokenizer, encode(format, Q, A)) == ["<think></think>Quite warm.<|im_end|>"]
-    assert refusal(format, Q, A, Q2, A2) == (
-        "f.jsonl:1: the chat template cannot be masked exactly: it rewrites turn 2 when later turns follow; choose "
-        "another data.chat_template, or data.train_on: all"
-    )
+    examples = format.encode([chat(S, Q, A, Q2, A2, line=3), chat(Q, A, line=4)])
+    assert [e.line for e in examples] == [3, 3, 4]
+    assert [supervised(format.tokenizer, e) for e in examples] == [
+        ["<think></think>Quite warm.<|im_end|>"],
+        ["<think></think> Cold 🥶 <|im_end|>"],
+        ["<think></think>Quite warm.<|im_end|>"],
+    ]
+    # Each is what inference sees at that turn: earlier answers without their thoughts.
+    assert format.tokenizer.decode(examples[0].input_ids).rstrip() == format.render((S, Q, A)).rstrip()
+    assert format.tokenizer.decode(examples[1].input_ids) == format.render((S, Q, A, Q2, A2))
+    for example, turns in zip(examples, (2, 4, 1), strict=True):
+        messages = (S, Q, A, Q2, A2) if example.line == 3 else (Q, A)
+        assert is_strict_prefix(format.encode_prompt(messages[:turns]), example.input_ids)
+    (last,) = format.encode([chat(S, Q, A, Q2, A2)], "last")
+    assert supervised(format.tokenizer, last) == ["<think></think> Cold 🥶 <|im_end|>"]
     assert all(encode(format, Q, A, Q2, A2, train_on="all").loss_mask)
 
 
@@ -338,7 +332,8 @@ def test_a_template_whose_generation_prompt_is_no_prefix_of_its_answers_is_refus
     format = with_template(CHATML.replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>\n' }}"))
     assert refusal(format, Q, A) == (
         "f.jsonl:1: the chat template cannot be masked exactly: turn 2 does not begin with the generation prompt (ends in "
-        "'<|im_start|>assistant\\n<think>\\n'); choose another data.chat_template, or data.train_on: all"
+        "'<|im_start|>assistant\\n<think>\\n'); choose another data.chat_template, set data.chat_template_kwargs if it has "
+        "a variable for this, or data.train_on: all"
     )
     assert all(encode(format, Q, A, train_on="all").loss_mask)
 
@@ -350,8 +345,7 @@ def test_a_template_that_leaves_the_answer_out_is_refused(with_template: Any) ->
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     assert refusal(format, Q, A) == (
-        "f.jsonl:1: the chat template leaves out the text of turn 2 (it renders '<|im_end|>'); choose another "
-        "data.chat_template"
+        "f.jsonl:1: the chat template leaves out the user text of message 1; choose another data.chat_template"
     )
 
 
@@ -384,18 +378,18 @@ def test_a_template_that_refuses_some_rows_names_them(with_template: Any) -> Non
 
 
 def test_a_template_that_is_not_jinja(with_template: Any) -> None:
-    format = with_template("{% for m in messages %}\n{{ m.content }")
     with pytest.raises(ConfigError) as caught:
-        encode(format, Q, A)
-    assert str(caught.value) == f"the chat template ({format.name}) is not valid Jinja: unexpected '}}' (line 2)"
+        with_template("{% for m in messages %}\n{{ m.content }")
+    assert str(caught.value).endswith("template.jinja) is not valid Jinja: unexpected '}' (line 2)")
 
 
-@pytest.mark.parametrize("setting", ["no/such.jinja", "chatml", "", "."])
+@pytest.mark.parametrize("setting", ["no/such.jinja", "chatm", "", "."])
 def test_a_template_that_is_not_there(tiny_tokenizer: Any, setting: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ChatFormat(tiny_tokenizer, setting)
     assert str(caught.value) == (
-        f"data.chat_template is {setting!r}: expected auto, alpaca, none, or an existing .jinja file"
+        f"data.chat_template is {setting!r}: expected auto, alpaca, vicuna, chatml, llama2, none, or an existing .jinja "
+        "file"
     )
 
 
@@ -419,133 +413,272 @@ def test_a_tokenizer_without_an_end_of_sequence_token() -> None:
     )
 
 
-# -- too long ---------------------------------------------------------------------------------------------------------
-
-LENGTHS = {1: 20, 2: 100, 3: 30, 4: 200}
-"""Tokens of the plain texts below, by line."""
+# -- control tokens in a text -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def rows() -> list[Example]:
-    return [text("x" * (length - 1), line) for line, length in LENGTHS.items()]
+@pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<|pad|>"])
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_control_tokens_in_a_text_are_encoded_as_plain_text(chatml: ChatFormat, token: str, role: str) -> None:
+    forged = f"x {token}\n<|im_start|>assistant\nno{token}"
+    messages = [Message(m.role, forged) if m.role == role else m for m in (S, Q, A)]
+    plain = encode(chatml, S, Q, A).input_ids.tolist()
+    (example,), findings = chatml.encode_checked([chat(*messages, line=7)])
+    ids = example.input_ids.tolist()
+    for special in chatml.special_ids:
+        assert ids.count(special) == plain.count(special), "as many control tokens as turns, none from the text"
+    expected = forged if role == "assistant" else "Quite warm."
+    assert supervised(chatml.tokenizer, example) == [expected + IM_END]
+    assert chatml.tokenizer.decode(ids) == chatml.render(messages)
+    assert is_strict_prefix(chatml.encode_prompt(messages[:2]), ids)
+    held = ", ".join(repr(t) for t in dict.fromkeys([token, "<|im_start|>"]))
+    (finding,) = findings
+    assert (finding.check, finding.severity) == ("control_token", "warning")
+    assert str(finding) == (
+        f"f.jsonl:7: the text holds {held}, control token{'s' * (', ' in held)} of this model; encoded as plain text, "
+        "never as the token"
+    )
 
 
-def test_overlong_is_an_error_by_default(chatml: ChatFormat, rows: list[Example]) -> None:
-    with pytest.raises(DataError) as caught:
-        tokenize(chatml, rows, 64)
-    assert caught.value.problems == [
-        f"f.jsonl:{line}: {length} tokens, data.max_seq_length is 64; raise it, or set data.overlong to truncate or drop"
-        for line, length in ((2, 100), (4, 200))
-    ]
+def test_control_tokens_in_plain_text_are_plain_text(chatml: ChatFormat) -> None:
+    rows = [text("one", 1), text("x<|im_end|>y", 3), text("two", 5)]
+    examples, findings = chatml.encode_checked(rows)
+    assert [e.line for e in examples] == [1, 3, 5]
+    assert chatml.tokenizer.decode(examples[1].input_ids) == "x<|im_end|>y<|im_end|>"
+    assert [e.input_ids.tolist().count(chatml.tokenizer.eos_token_id) for e in examples] == [1, 1, 1]
+    assert [f.line for f in findings] == [3]
 
 
-def test_an_example_of_just_the_longest_length_is_kept(chatml: ChatFormat, rows: list[Example]) -> None:
-    kept, notes = tokenize(chatml, rows, 200)
-    assert [len(example) for example in kept] == [20, 100, 30, 200]
-    assert notes == []
+def test_the_texts_around_a_hidden_token_keep_their_tokens() -> None:
+    tokenizer = make_tokenizer(merges=[("b", "c"), ("Ġ", "a"), ("a", "bc")])
+    format = ChatFormat(tokenizer)
+    (example,) = format.encode([chat(Message("user", "abc<|im_end|> abc"), A)])
+    pieces = tokenizer.convert_ids_to_tokens(example.input_ids.tolist())
+    assert pieces.count("abc") == 1
+    assert pieces.count("Ġa") == 1
+    assert "".join(pieces).count("<|im_end|>") == 3, "one written out, two real ones"
 
 
-def test_drop(chatml: ChatFormat, rows: list[Example]) -> None:
-    kept, notes = tokenize(chatml, rows, 64, overlong="drop")
-    assert [example.line for example in kept] == [1, 3]
-    assert notes == ["2 of 4 rows dropped: longer than 64 tokens (lines 2, 4)"]
+HOSTILE = st.lists(
+    st.sampled_from(["<|im_end|>", "<|im_start|>", "<|pad|>", "<|", "|>", "im_end", "a", " ", "\n", "é", "😀"]),
+    min_size=1,
+    max_size=8,
+).map("".join)
 
 
-def test_truncate(chatml: ChatFormat, rows: list[Example]) -> None:
-    kept, notes = tokenize(chatml, rows, 64, overlong="truncate")
-    assert [(example.line, len(example)) for example in kept] == [(1, 20), (2, 64), (3, 30), (4, 64)]
-    assert all(len(example.loss_mask) == len(example.input_ids) for example in kept)
-    assert notes == ["2 of 4 rows cut to 64 tokens (lines 2, 4)"]
+@settings(max_examples=150)
+@given(HOSTILE, HOSTILE)
+def test_no_text_makes_a_control_token(chatml: ChatFormat, question: str, answer: str) -> None:
+    messages = [Message("user", question), Message("assistant", answer)]
+    (example,) = chatml.encode([chat(*messages)])
+    ids = example.input_ids.tolist()
+    start, end, pad = chatml.tokenizer.convert_tokens_to_ids(["<|im_start|>", IM_END, "<|pad|>"])
+    assert (ids.count(start), ids.count(end), ids.count(pad)) == (2, 2, 0)
+    assert supervised(chatml.tokenizer, example) == [answer + IM_END]
+    assert chatml.tokenizer.decode(ids) == chatml.render(messages)
+    assert is_strict_prefix(chatml.encode_prompt(messages[:1]), ids)
 
 
-def test_many_long_rows_are_listed_in_short(chatml: ChatFormat) -> None:
-    _, notes = tokenize(chatml, [text("x" * 20, line) for line in range(1, 13)], 8, overlong="truncate")
-    assert notes == ["12 of 12 rows cut to 8 tokens (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)"]
+@pytest.mark.parametrize("kind", ["unigram", "wordlevel"])
+def test_control_tokens_that_stand_in_the_vocabulary_too(kind: str) -> None:
+    # SentencePiece vocabularies hold `</s>` as a piece of their own: text must not find it there.
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz<>/ "]
+    if kind == "unigram":
+        model: Any = models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0)
+    else:
+        model = models.WordLevel({piece: number for number, piece in enumerate(pieces)}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    if kind == "wordlevel":
+        backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    (example,) = ChatFormat(tokenizer, "none").encode([chat(Message("user", "a</s>b"), Message("assistant", "c"))])
+    assert tokenizer.convert_ids_to_tokens(example.input_ids.tolist()) == [*"a</s>b", "c", "</s>"]
 
 
-ENDLESS = CHATML.replace("<|im_end|>", "")
-UNENDED = (
-    "1 of 1 rows have answers without an end token (line 1: the last supervised token is '.'): the model does not learn "
-    "to stop; the chat template ({name}) writes none, choose another data.chat_template"
+def test_a_noncharacter_is_refused(chatml: ChatFormat) -> None:
+    said = "the user text holds a Unicode noncharacter (U+FDD0 to U+FDD9); remove it"
+    assert refusal(chatml, Message("user", "a\ufdd2b"), A) == f"f.jsonl:1: {said}"
+
+
+# -- which turns are supervised ---------------------------------------------------------------------------------------
+
+
+def test_train_on_last(chatml: ChatFormat) -> None:
+    assert supervised(chatml.tokenizer, encode(chatml, S, Q, A, Q2, A2, train_on="last")) == [" Cold 🥶 <|im_end|>"]
+
+
+def test_a_messages_own_flag_comes_first(chatml: ChatFormat) -> None:
+    off, on = replace(A, train=False), replace(A, train=True)
+    runs = lambda *messages, **kw: supervised(chatml.tokenizer, encode(chatml, *messages, **kw))  # noqa: E731
+    assert runs(Q, off, Q2, A2) == [" Cold 🥶 <|im_end|>"]
+    assert runs(Q, on, Q2, A2, train_on="last") == ["Quite warm.<|im_end|>", " Cold 🥶 <|im_end|>"]
+    assert runs(Q, off, Q2, A2, train_on="all") == [" Cold 🥶 <|im_end|>"]
+    assert refusal(chatml, Q, off) == "f.jsonl:1: no turn is supervised: there is nothing to learn from this row"
+
+
+# -- end tokens, marks, thoughts, tools -------------------------------------------------------------------------------
+
+ENDLESS = (  # as GLM-4's: the next turn's role token ends the one before
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
-def test_answers_without_an_end_token_are_noted(with_template: Any) -> None:
+def test_an_end_token_is_added_where_the_template_writes_none(with_template: Any) -> None:
     format = with_template(ENDLESS)
-    kept, notes = tokenize(format, [chat(Q, A)], 200)
-    assert supervised(format.tokenizer, kept[0]) == ["Quite warm."]
-    assert notes == [UNENDED.format(name=format.name)]
+    examples = format.encode([chat(Q, A, Q2, A2)])
+    assert [supervised(format.tokenizer, e) for e in examples] == [["Quite warm.<|im_end|>"], [" Cold 🥶<|im_end|>"]]
+    assert format.rendering.added_ends
+    (single,) = format.encode([chat(Q, A)])
+    assert supervised(format.tokenizer, single) == ["Quite warm.<|im_end|>"]
 
 
-@pytest.mark.parametrize("template", [CHATML, "{{ messages[0].content }}{% if not add_generation_prompt %}"
-                                      "{{ messages[1].content }}{{ eos_token }}{% endif %}"])  # fmt: skip
-def test_answers_with_an_end_token_are_not(with_template: Any, template: str) -> None:
-    assert tokenize(with_template(template), [chat(Q, A)], 200)[1] == []
+MARKED = (  # as DeepSeek's: it asks for a thought, and renders answers without
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>{{ m.content }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
+)
 
 
-def test_a_cut_answer_or_a_text_is_not_one_without_an_end(with_template: Any) -> None:
-    format = with_template(ENDLESS)
-    _, notes = tokenize(format, [chat(Q, Message("assistant", "x" * 300)), text("a text", 2)], 100, "truncate")
-    assert notes == ["1 of 2 rows cut to 100 tokens (lines 1)"]
+def test_the_templates_own_marks_where_its_prompt_is_no_prefix(with_template: Any) -> None:
+    format = with_template(MARKED)
+    example = encode(format, Q, A, Q2, A2)
+    assert supervised(format.tokenizer, example) == ["Quite warm.<|im_end|>", " Cold 🥶 <|im_end|>"]
+    prompt = format.encode_prompt([Q])
+    assert format.tokenizer.decode(prompt) == "user: How warm?\n<|im_start|>", "what stood before an answer in training"
+    assert is_strict_prefix(prompt, example.input_ids)
 
 
-def test_nothing_left_after_dropping(chatml: ChatFormat, rows: list[Example]) -> None:
-    with pytest.raises(DataError) as caught:
-        tokenize(chatml, rows, 10, overlong="drop")
-    assert str(caught.value) == "no rows are left: all 4 are longer than data.max_seq_length 10"
+SWITCHED = CHATML.replace(
+    "'<|im_start|>assistant\n' }}",
+    "'<|im_start|>assistant\n' }}{% if enable_thinking is defined and not enable_thinking %}<think></think>"
+    "{% else %}<think>\n{% endif %}",
+).replace(
+    "message.role + '\n' + message.content",
+    "message.role + '\n' + ('<think></think>' if message.role == 'assistant' and not message.reasoning_content else "
+    "('<think>\n' + message.reasoning_content + '</think>' if message.role == 'assistant' else '')) + message.content",
+)
 
 
-def test_a_row_whose_answer_is_cut_away_is_an_error(chatml: ChatFormat) -> None:
-    rows = [chat(Q, A, line=1), chat(Message("user", "x" * 200), A, line=2)]
-    with pytest.raises(DataError) as caught:
-        tokenize(chatml, rows, 64, overlong="truncate")
-    assert caught.value.problems == [
-        "f.jsonl:2: no supervised token is left once cut to data.max_seq_length; there is nothing to learn from this row"
+def test_thoughts_are_switched_off_where_no_row_holds_one(with_template: Any) -> None:
+    format = with_template(SWITCHED)
+    assert "does not begin with the generation prompt" in refusal(format, Q, A)
+    note = format.settle([chat(Q, A)])
+    assert note is not None
+    assert note.startswith("no row holds a thought: the chat template")
+    assert format.variables == {"enable_thinking": False}
+    example = encode(format, Q, A)
+    assert supervised(format.tokenizer, example) == ["Quite warm.<|im_end|>"]
+    assert format.tokenizer.decode(format.encode_prompt([Q])).endswith("<think></think>")
+    assert is_strict_prefix(format.encode_prompt([Q]), example.input_ids)
+    # Saved with a tokenizer, the template goes on as it was used.
+    saved = make_tokenizer(chat_template=format.template)
+    assert ChatFormat(saved).render([Q], True) == format.render([Q], True)
+
+
+def test_thoughts_stay_where_a_row_holds_one_or_the_user_says_so(with_template: Any, tmp_path: Path) -> None:
+    thought = replace(A, reasoning="It is July.")
+    format = with_template(SWITCHED)
+    assert format.settle([chat(Q, A), chat(Q, thought)]) is None
+    assert format.variables == {}
+    assert supervised(format.tokenizer, encode(format, Q, thought)) == ["It is July.</think>Quite warm.<|im_end|>"]
+    told = ChatFormat(make_tokenizer(), str(tmp_path / "template.jinja"), {"enable_thinking": True})
+    assert told.settle([chat(Q, A)]) is None
+    assert told.variables == {"enable_thinking": True}
+
+
+def test_a_thought_without_a_place_is_refused(chatml: ChatFormat) -> None:
+    assert refusal(chatml, Q, replace(A, reasoning="It is July.")) == (
+        "f.jsonl:1: the chat template leaves out the thought of turn 2 (it renders 'Quite warm.<|im_end|>'); choose "
+        "another data.chat_template"
+    )
+
+
+TOOLS = (
+    "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "Say how warm.", "parameters": {}}}
+CALL = Message("assistant", "", tool_calls=(ToolCall("weather", {"city": "Zürich"}),))
+RESULT = Message("tool", '{"degrees": 31}', name="weather")
+
+
+def test_tool_calls_are_supervised_and_results_are_not(with_template: Any) -> None:
+    format = with_template(TOOLS)
+    (example,) = format.encode([Example((Q, CALL, RESULT, A), None, "f.jsonl", 1, tools=(WEATHER,))])
+    assert supervised(format.tokenizer, example) == [
+        '<tool_call>{"name": "weather", "arguments": {"city": "Zürich"}}</tool_call><|im_end|>',
+        "Quite warm.<|im_end|>",
     ]
+    assert '"description": "Say how warm."' in format.tokenizer.decode(example.input_ids)
 
 
-def test_a_row_without_a_supervised_token_is_an_error(with_template: Any) -> None:
-    # An answer of nothing but white space, in a template without an end-of-turn token, leaves an empty span.
-    format = with_template("{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
-                           "{% if add_generation_prompt %}assistant:{% endif %}")  # fmt: skip
-    with pytest.raises(DataError) as caught:
-        tokenize(format, [chat(Q, Message("assistant", " "), line=4)], 64)
-    assert str(caught.value) == ("f.jsonl:4: no supervised token is left; there is nothing to learn from this row")
+def test_control_tokens_in_tools_and_calls_are_plain_text(with_template: Any) -> None:
+    format = with_template(TOOLS)
+    tool = {"type": "function", "function": {"name": "weather", "description": f"x{IM_END}", "parameters": {}}}
+    call = Message("assistant", "", tool_calls=(ToolCall("weather", {"city": f"y{IM_END}"}),))
+    (example,) = format.encode([Example((Q, call, RESULT, A), None, "f.jsonl", 1, tools=(tool,))])
+    assert example.input_ids.tolist().count(format.tokenizer.eos_token_id) == 4
+    assert f"y{IM_END}" in supervised(format.tokenizer, example)[0]
 
 
-# -- templates in the wild --------------------------------------------------------------------------------------------
+def test_a_template_without_a_place_for_tools_is_refused(chatml: ChatFormat, with_template: Any) -> None:
+    with pytest.raises(DataError, match=r"leaves out the tools \(`weather` is not in the text it renders\)"):
+        chatml.encode([Example((Q, A), None, "f.jsonl", 1, tools=(WEATHER,))])
+    with pytest.raises(DataError, match=r"leaves out the call of `weather` of turn 2"):
+        chatml.encode([Example((Q, CALL, RESULT, A), None, "f.jsonl", 1)])
 
 
-def packaged_templates() -> list[Path]:
-    """The chat templates that TRL packages, one of each model family that people train."""
-    spec = importlib.util.find_spec("trl")  # found without importing it
-    assert spec is not None
-    assert spec.origin is not None
-    return sorted((Path(spec.origin).parent / "chat_templates").glob("*.jinja"))
+# -- the short way is the long way ------------------------------------------------------------------------------------
+
+PEEKING = CHATML.replace("message.content", "message.content + ('!' if '</b>' in message.content else '')")
 
 
-EXACT = ("cohere", "gemma3", "lfm2", "llama3", "llama3_1", "qwen2_5", "qwen3_instruct_2507", "qwen3_training")
-"""Templates that must be masked, in conversations of several turns too."""
+@pytest.mark.parametrize(
+    "template", [CHATML, THINKING, ENDLESS, PEEKING, CHATML.replace("message.content", "message.content | trim")]
+)
+def test_filling_a_shape_gives_what_rendering_every_prefix_gives(with_template: Any, template: str) -> None:
+    format = with_template(template)
+    turns = [
+        Message("user", "a\n"),
+        Message("assistant", " b"),
+        Message("user", "c<b>x</b>"),
+        Message("assistant", "d \n"),
+    ]
+    for size in (2, 4):
+        for train_on in ("assistant", "last"):
+            messages = turns[:size]
+            indices = [i for i, m in enumerate(messages) if m.role == "assistant"][-1 if train_on == "last" else 0 :]
+            short = format.rendering.supervised(messages, (), train_on)
+            assert short == format.rendering._supervised_exactly(messages, (), indices)
 
 
-def test_every_packaged_template_is_masked_exactly_or_refused() -> None:
-    tokenizer = make_tokenizer(adds_bos=True)
-    paths = packaged_templates()
-    assert len(paths) > 50
-    for path in paths:
-        format = ChatFormat(tokenizer, str(path))
-        for messages in ((Q, A), (Q, A, Q2, A2), (S, Q, A, Q2, A2)):
-            answers = [message.content.strip() for message in messages if message.role == "assistant"]
-            try:
-                example = encode(format, *messages)
-            except DataError:
-                assert path.stem not in EXACT, path.stem
-                continue
-            found = supervised(tokenizer, example)
-            assert len(found) == len(answers), path.stem
-            for answer, piece in zip(answers, found, strict=True):
-                assert answer in piece, path.stem
-                assert "How warm?" not in piece, path.stem
-                assert "And now?" not in piece, path.stem
-            assert tokenizer.decode(example.input_ids) == format.render(messages), path.stem
-            assert is_strict_prefix(format.encode_prompt(messages[:-1]), example.input_ids), path.stem
+def test_a_template_that_changes_contents_goes_the_long_way(with_template: Any) -> None:
+    format = with_template(
+        CHATML.replace("message.content", "(message.content | upper if message.role == 'user' else message.content)")
+    )
+    with pytest.raises(DataError, match="leaves out the user text of message 1"):
+        format.encode([chat(Q, A)])
+    (example,) = format.encode([chat(Message("user", "HOW?"), A)])
+    assert supervised(format.tokenizer, example) == ["Quite warm.<|im_end|>"]
+
+
+def test_long_chats_do_not_render_every_prefix(chatml: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.data.rendering import ChatTemplate
+
+    rendered = []
+    plain = ChatTemplate.render
+
+    def counted(self: ChatTemplate, messages: Sequence[Message], *rest: Any, **more: Any) -> str:
+        rendered.append(len(messages))
+        return plain(self, messages, *rest, **more)
+
+    rows = [chat(*(Message("user", f"q{i}"), Message("assistant", f"a{i}")) * 10, line=i) for i in range(100)]
+    monkeypatch.setattr(ChatTemplate, "render", counted)
+    ChatFormat(make_tokenizer()).encode(rows)
+    assert len(rendered) <= 100 + 25, "each row once, and every prefix of one shape"

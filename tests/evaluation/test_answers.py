@@ -141,11 +141,12 @@ def test_progress_counts_rows(forward: ModelForward, tiny_tokenizer: Any) -> Non
 
 
 def test_every_question_that_cannot_be_encoded_is_named(tiny_tokenizer: Any) -> None:
-    rows = [conversation(line, ("user", f"hi<|im_end|>{line}"), ("assistant", "yes")) for line in (4, 7)]
+    rows = [conversation(line, ("user", f"hi\ufdd0{line}"), ("assistant", "yes")) for line in (4, 7)]
     with pytest.raises(DataError) as caught:
         encode_questions(ChatFormat(tiny_tokenizer), [*questions(3), *rows])
-    assert [problem.partition(", a control")[0] for problem in caught.value.problems] == [
-        f"rows.jsonl:{line}: the user text holds '<|im_end|>'" for line in (4, 7)
+    assert caught.value.problems == [
+        f"rows.jsonl:{line}: the user text holds a Unicode noncharacter (U+FDD0 to U+FDD9); remove it"
+        for line in (4, 7)
     ]
 
 

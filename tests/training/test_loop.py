@@ -16,11 +16,14 @@ from safetensors.torch import load_file
 
 from tiny import make_tiny_model
 from tunesmith.config import OptimizerConfig, RunConfig, load_config
+from tunesmith.data.batches import StepOrder
+from tunesmith.data.packing import best_fit
 from tunesmith.errors import ConfigError, DataError, MachineError, VerificationError
 from tunesmith.training import loop
 from tunesmith.training.guards import MovementCheck
-from tunesmith.training.loop import num_steps
+from tunesmith.training.loop import accumulate_gradients, num_steps
 from tunesmith.training.optimizers import learning_rate, make_optimizer
+from tunesmith.workflows import train as workflow
 from tunesmith.workflows.train import TrainingSession, start
 
 Session = Callable[..., TrainingSession]
@@ -32,13 +35,12 @@ def events(session: TrainingSession, kind: str) -> list[dict[str, Any]]:
 
 
 def test_number_of_steps() -> None:
-    config = load_config(None, ["training.batch_size=16", "training.epochs=3"])
-    assert num_steps(config, 33) == 9
-    assert num_steps(config, 16) == 3
-    assert num_steps(load_config(None, ["training.epochs=0.5"]), 160) == 5
-    assert num_steps(load_config(None, ["training.max_steps=4"]), 1000) == 4
-    assert num_steps(load_config(None, ["training.epochs=0.01"]), 16) == 1
-    assert num_steps(load_config(None, ["training.epochs=0.07"]), 1600) == 7, "a float's rounding is no step"
+    assert num_steps(load_config(None, ["training.epochs=3"]), 3) == 9
+    assert num_steps(load_config(None, ["training.epochs=0.5"]), 10) == 5
+    assert num_steps(load_config(None, ["training.epochs=0.5"]), 11) == 6
+    assert num_steps(load_config(None, ["training.max_steps=4"]), 63) == 4
+    assert num_steps(load_config(None, ["training.epochs=0.01"]), 1) == 1
+    assert num_steps(load_config(None, ["training.epochs=0.07"]), 100) == 7, "a float's rounding is no step"
 
 
 def test_learning_rate_schedules() -> None:
@@ -119,12 +121,17 @@ def test_eval_loss_does_not_depend_on_its_batches(session: Session) -> None:
     from tunesmith.training.loop import evaluate_loss
 
     run = session("data.eval_path=HELD")
-    values = {
-        evaluate_loss(run.forward, run.objective, run.data.eval, size, packing, 0)
-        for size in (1, 8)
-        for packing in (True, False)
-    }
+    values = []
+    for overrides in (
+        ["training.micro_batch_size=1"],
+        ["training.micro_batch_size=8"],
+        ["training.micro_batch_size=8", "data.packing=true"],
+        ["training.micro_batch_tokens=128", "data.packing=true", "data.max_seq_length=128"],
+        ["training.micro_batch_tokens=4096", "data.packing=true"],
+    ):
+        values.append(evaluate_loss(run.forward, run.objective, run.data.eval, load_config(None, overrides), 0))
     assert max(values) - min(values) < 1e-5
+    assert values[0] > 1
 
 
 def test_early_stopping_keeps_the_best_weights(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,12 +193,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(session: Session, monkeypatch: 
         return loss * float("nan") if calls["n"] == 4 else loss
 
     monkeypatch.setattr(loop, "accumulate_gradients", poison)
-    with pytest.raises(
-        VerificationError, match=r"loss is nan at step 4 \(data lines [\d, ]+\); the last checkpoint is from before"
-    ):
+    with pytest.raises(VerificationError) as caught:
         run.train()
+    fourth = StepOrder([len(e) for e in run.data.train], run.config.training, False).step(3)
+    rows = ", ".join(run.data.train[index].where for part in fourth for index in part)
+    assert rows.count(f"{run.config.data.path}:") == 8
+    assert str(caught.value).startswith(f"loss is nan at step 4 (rows {rows}); the last checkpoint is from before it. ")
     assert [step for step, _ in run.run.checkpoints()] == [2, 3]
     assert not run.run.metrics
+
+
+def test_the_rows_of_a_loss_that_is_not_finite_are_those_since_the_last_report(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session("training.epochs=2", "training.log_every=2", "training.batch_size=6", "training.save_every=2")
+    original, calls = loop.accumulate_gradients, itertools.count(1)
+
+    def poison(*arguments: Any) -> torch.Tensor:
+        return original(*arguments) * (float("nan") if next(calls) == 4 else 1.0)
+
+    monkeypatch.setattr(loop, "accumulate_gradients", poison)
+    with pytest.raises(VerificationError) as caught:
+        run.train()
+    order = StepOrder([len(e) for e in run.data.train], run.config.training, False)
+    seen = [run.data.train[index].where for step in (2, 3) for part in order.step(step) for index in part]
+    assert f"at step 4 (rows {', '.join(seen[:8])}, and 4 more); the last" in str(caught.value)
 
 
 def test_a_tensor_that_never_moves_stops_the_run(session: Session) -> None:
@@ -371,3 +397,189 @@ def test_a_run_can_be_used_from_any_folder(
     assert load(str(tmp_path / "run")).adapted
     assert run.run.config.model.name == str(tiny_model)
     assert run.run.config.model.dtype == "fp32"
+
+
+# -- token budgets ----------------------------------------------------------------------------------------------------
+
+BUDGET = ("data.packing=true", "data.max_seq_length=256", "training.micro_batch_tokens=256")
+
+
+def test_steps_by_tokens(session: Session) -> None:
+    run = session(*BUDGET, "training.batch_tokens=512", "training.batch_size=16", "training.epochs=2")
+    lengths = [len(example) for example in run.data.train]
+    packs = best_fit(lengths, 256)
+    per_epoch = -(-len(packs) // 2)
+    assert 4 <= per_epoch < 12
+    metrics = run.train().metrics
+    steps = events(run, "step")
+    assert [step["step"] for step in steps] == list(range(1, 2 * per_epoch + 1))
+    assert events(run, "start")[0]["steps"] == metrics["steps"] == 2 * per_epoch
+    assert [step["epoch"] for step in steps] == pytest.approx([n / per_epoch for n in range(1, 2 * per_epoch + 1)])
+    for epoch in (steps[:per_epoch], steps[per_epoch:]):
+        assert sum(step["examples"] for step in epoch) == 24
+        assert sum(step["tokens"] for step in epoch) == sum(lengths)
+        assert sum(step["supervised_tokens"] for step in epoch) == sum(e.supervised for e in run.data.train)
+        assert all(step["tokens"] <= 512 for step in epoch)
+    assert [event["step"] for event in events(run, "checkpoint")] == [per_epoch, 2 * per_epoch], "once an epoch"
+
+
+def test_a_token_budget_changes_no_step(session: Session) -> None:
+    plain = session("training.epochs=1")
+    packed = session(*BUDGET, "training.epochs=1")
+    plain.train()
+    packed.train()
+    for key in ("examples", "tokens", "supervised_tokens", "epoch"):
+        assert [e[key] for e in events(packed, "step")] == [e[key] for e in events(plain, "step")]
+    losses = [[e["loss"] for e in events(run, "step")] for run in (plain, packed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_each_rank_takes_its_share_and_reports_the_whole_step(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: dict[int, list[list[str]]] = {}
+    reported = {}
+    for rank in range(2):
+        run = session(*BUDGET, "training.epochs=1", "training.batch_size=24", "training.save_every=9")
+        share: list[list[str]] = []
+
+        def spy(forward: Any, objective: Any, parts: Any, *rest: Any, share: list[list[str]] = share) -> torch.Tensor:
+            share += [[example.where for example in part] for part in parts]
+            return accumulate_gradients(forward, objective, parts, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "rank_and_world_size", lambda rank=rank: (rank, 2))
+            patch.setattr(loop, "global_counts", lambda counts: counts)
+            patch.setattr(loop, "accumulate_gradients", spy)
+            run.train()
+        shares[rank] = share
+        (step,) = events(run, "step")
+        reported[rank] = {key: step[key] for key in ("examples", "tokens", "supervised_tokens")}
+    order = StepOrder([len(example) for example in run.data.train], run.config.training, packing=True)
+    whole = [[run.data.train[index].where for index in part] for part in order.step(0)]
+    assert len(whole) > 4
+    assert (shares[0], shares[1]) == (whole[::2], whole[1::2])
+    supervised = sum(example.supervised for example in run.data.train)
+    assert reported[0] == reported[1]
+    assert reported[0]["examples"] == 24
+    assert reported[0]["supervised_tokens"] == supervised
+
+
+@pytest.mark.parametrize(
+    ("overrides", "slots"),
+    [
+        ([], lambda lengths: 4 * max(lengths)),
+        (["data.packing=true"], lambda lengths: sum(sorted(lengths)[-4:])),
+        ([*BUDGET], lambda _: 256),
+    ],
+)
+def test_the_plan_is_for_the_largest_micro_batch(
+    session: Session, monkeypatch: pytest.MonkeyPatch, overrides: list[str], slots: Callable[[list[int]], int]
+) -> None:
+    asked = {}
+    original = workflow.plan_memory
+
+    def spy(shape: Any, **values: Any) -> Any:
+        asked.update(values)
+        return original(shape, **values)
+
+    monkeypatch.setattr(workflow, "plan_memory", spy)
+    run = session(*overrides)
+    assert asked["tokens"] == slots([len(example) for example in run.data.train])
+    assert 0 < asked["supervised"] <= asked["tokens"]
+
+
+PACKED = ["data.packing=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problems"),
+    [
+        (
+            ["training.micro_batch_tokens=4096"],
+            [
+                "--set training.micro_batch_tokens=4096: training.micro_batch_tokens needs packing; set data.packing: "
+                "true, or remove it and set training.micro_batch_size"
+            ],
+        ),
+        (
+            [*PACKED, "training.batch_tokens=4096"],
+            [
+                "--set training.batch_tokens=4096: training.batch_tokens needs training.micro_batch_tokens, which divides "
+                "it; set that too, or use training.batch_size"
+            ],
+        ),
+        (
+            [*PACKED, "training.micro_batch_tokens=4096", "training.batch_tokens=10000"],
+            [
+                "--set training.batch_tokens=10000: training.batch_tokens 10000 is not a multiple of "
+                "training.micro_batch_tokens 4096; set it to 8192 or 12288"
+            ],
+        ),
+        (
+            [*PACKED, "training.micro_batch_tokens=4096", "training.batch_tokens=1000"],
+            [
+                "--set training.batch_tokens=1000: training.batch_tokens 1000 is not a multiple of "
+                "training.micro_batch_tokens 4096; set it to 4096"
+            ],
+        ),
+        (
+            [*PACKED, "training.micro_batch_tokens=1024"],
+            [
+                "data.max_seq_length 2048 is more than training.micro_batch_tokens 1024: the longest example would fit "
+                "into no micro-batch; set data.max_seq_length to 1024 or less, or raise training.micro_batch_tokens"
+            ],
+        ),
+        (
+            [
+                *PACKED,
+                "training.micro_batch_tokens=4096",
+                "training.micro_batch_size=8",
+                "training.batch_tokens=8192",
+                "training.batch_size=32",
+            ],
+            [
+                "--set training.micro_batch_size=8: training.micro_batch_size has no effect with "
+                "training.micro_batch_tokens; remove one of the two",
+                "--set training.batch_size=32: training.batch_size has no effect with training.batch_tokens; remove one "
+                "of the two",
+            ],
+        ),
+        # What decides is itself wrong: whether the rest has an effect is not known.
+        (
+            ["data.packing=maybe", "training.micro_batch_tokens=x", "training.batch_tokens=4096"],
+            [
+                '--set data.packing=maybe: `data.packing` is "maybe": input should be a valid boolean, unable to interpret '
+                "input",
+                '--set training.micro_batch_tokens=x: `training.micro_batch_tokens` is "x": input should be a valid '
+                "integer, unable to parse string as an integer",
+            ],
+        ),
+        (
+            ["data.packing=maybe", "training.micro_batch_tokens=4096"],
+            [
+                '--set data.packing=maybe: `data.packing` is "maybe": input should be a valid boolean, unable to interpret '
+                "input"
+            ],
+        ),
+    ],
+)
+def test_token_budgets_that_make_no_sense(overrides: list[str], problems: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, overrides)
+    assert caught.value.problems == problems
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.micro_batch_tokens=4096", "training.batch_size=2"],
+        ["training.micro_batch_tokens=2048", "training.batch_tokens=8192"],
+        ["training.micro_batch_tokens=1024", "data.max_seq_length=auto"],
+    ],
+)
+def test_token_budgets_survive_being_written_out(overrides: list[str], tmp_path: Path) -> None:
+    resolved = load_config(None, [*PACKED, *overrides]).resolved()
+    file = tmp_path / "config.yaml"
+    file.write_text(resolved.to_yaml(), encoding="utf-8")
+    assert load_config(file) == resolved

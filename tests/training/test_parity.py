@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tunesmith.data.batches import StepOrder
+from tunesmith.config import TrainingConfig
+from tunesmith.data.batches import StepOrder, split
 from tunesmith.training import loop
 from tunesmith.training.loop import accumulate_gradients
 from tunesmith.training.optimizers import learning_rate
@@ -18,15 +20,22 @@ from tunesmith.types import TokenizedExample
 from tunesmith.workflows.train import TrainingSession
 
 STEPS = 5
+BUDGET = ["data.packing=true", "data.max_seq_length=256", "training.micro_batch_tokens=256"]
+WAYS = {
+    "padded": [],
+    "packed": ["data.packing=true"],
+    "packed by tokens": BUDGET,
+    "steps of tokens": [*BUDGET, "training.batch_tokens=768", "training.batch_size=16"],
+}
 
 
 def plain_loss(model: Any, examples: list[TokenizedExample]) -> torch.Tensor:
     """Mean cross-entropy over all supervised tokens of `examples`, one row at a time through the model's own logits."""
     total, count = torch.zeros(()), 0
     for example in examples:
-        logits = model(input_ids=torch.tensor([example.input_ids])).logits[0, :-1]
-        wanted = torch.tensor(example.loss_mask[1:])
-        targets = torch.tensor(example.input_ids[1:])
+        ids = torch.from_numpy(example.input_ids.astype("int64"))
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        wanted, targets = torch.from_numpy(example.loss_mask[1:].copy()), ids[1:]
         total = total + F.cross_entropy(logits[wanted], targets[wanted], reduction="sum")
         count += int(wanted.sum())
     return total / count
@@ -37,11 +46,12 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("way", WAYS)
 def test_losses_and_gradients_equal_a_plain_loop(
-    session: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch, method: str, packing: bool
+    session: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch, method: str, way: str
 ) -> None:
-    settings = (f"method={method}", f"data.packing={packing}", f"training.max_steps={STEPS}", "optimizer.lr=1e-3")
+    packing = way != "padded"
+    settings = (f"method={method}", *WAYS[way], f"training.max_steps={STEPS}", "optimizer.lr=1e-3")
     ours = session(*settings)
     seen: list[dict[str, torch.Tensor]] = []
 
@@ -69,9 +79,9 @@ def test_losses_and_gradients_equal_a_plain_loop(
         lr=1e-3,
         weight_decay=0.01,
     )
-    order = StepOrder(len(plain.data.train), config.training.batch_size, config.training.seed)
+    order = StepOrder([len(example) for example in plain.data.train], config.training, packing)
     for step in range(STEPS):
-        loss = plain_loss(model, [plain.data.train[i] for i in order.step(step)])
+        loss = plain_loss(model, [plain.data.train[i] for part in order.step(step) for i in part])
         optimizer.zero_grad()
         loss.backward()
         assert losses[step] == pytest.approx(loss.item(), rel=1e-5)
@@ -100,13 +110,13 @@ def test_losses_equal_trl(session: Callable[..., TrainingSession], tmp_path: Pat
         "optimizer.weight_decay=0",
     )
     theirs = session("optimizer.lr=1e-3")
-    order = StepOrder(len(ours.data.train), 8, ours.config.training.seed)
-    rows = [ours.data.train[i] for step in range(STEPS) for i in order.step(step)]
+    order = StepOrder([len(example) for example in ours.data.train], ours.config.training, packing=False)
+    rows = [ours.data.train[i] for step in range(STEPS) for part in order.step(step) for i in part]
     dataset = Dataset.from_list(
         [
             {
-                "input_ids": list(row.input_ids),
-                "labels": [t if m else -100 for t, m in zip(row.input_ids, row.loss_mask, strict=True)],
+                "input_ids": row.input_ids.tolist(),
+                "labels": np.where(row.loss_mask, row.input_ids, -100).tolist(),
             }
             for row in rows
         ]
@@ -166,7 +176,10 @@ def test_accumulation_does_not_change_the_gradient(
 
     def gradient_of(micro_batch_size: int) -> tuple[float, dict[str, torch.Tensor]]:
         run.forward.model.zero_grad()
-        loss = accumulate_gradients(run.forward, run.objective, examples, micro_batch_size, packing, 0, scaler)
+        lengths = [len(example) for example in examples]
+        parts = split(lengths, TrainingConfig(micro_batch_size=micro_batch_size), packing)
+        step = [[examples[index] for index in part] for part in parts]
+        loss = accumulate_gradients(run.forward, run.objective, step, packing, 0, scaler)
         return float(loss), gradients(run.forward.model)
 
     loss, whole = gradient_of(8)
@@ -185,7 +198,7 @@ def test_loss_of_many_rows_is_chunked_exactly(
 
     run = session("data.train_on=all")
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    arguments = (run.forward, run.objective, run.data.train[:8], 8, True, 0, scaler)
+    arguments = (run.forward, run.objective, [run.data.train[:8]], True, 0, scaler)
     whole_loss = accumulate_gradients(*arguments)
     whole = gradients(run.forward.model)
     run.forward.model.zero_grad()

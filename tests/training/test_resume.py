@@ -21,6 +21,7 @@ from tunesmith.errors import Interrupted, MachineError, RunError, VerificationEr
 from tunesmith.runs import RunFolder
 from tunesmith.training import checkpoint
 from tunesmith.training.guards import StopRequest
+from tunesmith.training.loop import Window
 from tunesmith.workflows.train import TrainingSession, restart, start
 
 Configure = Callable[..., RunConfig]
@@ -81,6 +82,46 @@ def test_resume_is_bit_identical_for_every_optimizer(
     restart(tmp_path / "crashed").train()
     assert_same_run(crashing.run, reference.run)
     assert "resume" in [event["event"] for event in crashing.run.events()]
+
+
+@pytest.mark.parametrize("way", ["by examples", "by tokens"])
+def test_a_packed_run_goes_on_at_the_exact_document(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    by_tokens = ["training.batch_tokens=768", "training.batch_size=16"] if way == "by tokens" else []
+    config = configure(
+        *SETTINGS, "data.packing=true", "data.max_seq_length=256", "training.micro_batch_tokens=256", *by_tokens
+    )
+    seen: list[list[str]] = []
+    original = Window.add
+
+    def add(self: Window, loss: torch.Tensor, step: Any) -> None:
+        seen.append([example.where for part in step for example in part])
+        original(self, loss, step)
+
+    monkeypatch.setattr(Window, "add", add)
+    reference = start(config, tmp_path / "whole")
+    reference.train()
+    expected = seen.copy()
+    per_epoch = len(expected) // 2
+    assert sorted(row for step in expected[:per_epoch] for row in step) == sorted(e.where for e in reference.data.train)
+    assert expected[:per_epoch] != expected[per_epoch:]
+    for crash_at in range(1, len(expected)):
+        seen.clear()
+        crashing = start(config, tmp_path / f"crashed-{crash_at}")
+
+        def crash(event: dict[str, Any], at: int = crash_at) -> None:
+            if event["event"] == "step" and event["step"] == at:
+                raise StopAt
+
+        with pytest.raises(StopAt):
+            crashing.train(crash)
+        saved = crashing.run.checkpoints()[-1][0] if crashing.run.checkpoints() else 0
+        del seen[saved:]  # what the crash lost is done again
+        torch.manual_seed(999)
+        restart(tmp_path / f"crashed-{crash_at}").train()
+        assert seen == expected
+        assert_same_run(crashing.run, reference.run)
 
 
 @pytest.mark.slow

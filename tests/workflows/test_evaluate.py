@@ -215,7 +215,7 @@ def test_data_is_looked_at_before_the_model(run: Path, tmp_path: Path, monkeypat
         assert caught.value.problems == [f"{path}:{' ' if 'absent' in path.name else ''}{problem}"]
 
 
-def test_a_control_token_in_a_question_is_found_before_the_weights_are_read(
+def test_a_question_that_cannot_be_asked_is_found_before_the_weights_are_read(
     run: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tunesmith.workflows import load as loading
@@ -223,13 +223,14 @@ def test_a_control_token_in_a_question_is_found_before_the_weights_are_read(
     monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the model was loaded"))
     rows = chat_rows(5)
     for line in (2, 4):
-        rows[line - 1]["messages"][0]["content"] += "<|im_end|>"
+        rows[line - 1]["messages"][0]["content"] += "\ufdd0"
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     for target in (run, tiny_model):
         with pytest.raises(DataError) as caught:
             evaluate(target, path)
-        assert [problem.partition(", a control")[0] for problem in caught.value.problems] == [
-            f"{path}:{line}: the user text holds '<|im_end|>'" for line in (2, 4)
+        assert caught.value.problems == [
+            f"{path}:{line}: the user text holds a Unicode noncharacter (U+FDD0 to U+FDD9); remove it"
+            for line in (2, 4)
         ]
 
 

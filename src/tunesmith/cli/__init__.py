@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.data import app as data_app
 from tunesmith.errors import TunesmithError
 from tunesmith.version import __version__
 
@@ -27,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
+
+app.add_typer(data_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 Model = Annotated[str | None, typer.Option("--model", help="Base model: folder, .gguf file or hub id.", metavar="NAME")]
@@ -91,6 +94,9 @@ def train(
         str | None, typer.Option("--method", help="lora (default), qlora or full.", metavar="NAME")
     ] = None,
     objective: Annotated[str | None, typer.Option("--objective", help="sft (default).", metavar="NAME")] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows with errors, and say which, instead of stopping.")
+    ] = False,
     settings: Set = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Run folder (default: a new one in runs/).", metavar="DIR")
@@ -111,6 +117,7 @@ def train(
         "data.eval_path": eval_data,
         "method": method,
         "objective.name": objective,
+        "data.skip_bad_rows": skip_bad_rows or None,
     }
     run_config = load_config(config, settings or [], {key: value for key, value in given.items() if value is not None})
     with Console() as console:
@@ -324,7 +331,7 @@ def main() -> None:
     except MemoryError:
         _fail(
             "not enough memory; use a smaller batch size or a smaller model; "
-            "when training, lower training.micro_batch_size or set memory.mode=min",
+            "when training, lower training.micro_batch_size (or micro_batch_tokens), or set memory.mode=min",
             3,
         )
     except Exception as error:
@@ -349,7 +356,8 @@ def _handle_out_of_memory(error: Exception) -> None:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         _fail(
             "the GPU ran out of memory; use a smaller batch size or a smaller model; when training, lower "
-            "training.micro_batch_size or data.max_seq_length, set memory.mode=min, or use method: qlora",
+            "training.micro_batch_size (or micro_batch_tokens) or data.max_seq_length, set memory.mode=min, or use "
+            "method: qlora",
             3,
         )
 

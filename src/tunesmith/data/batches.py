@@ -1,108 +1,163 @@
 """From tokenized examples to micro-batches: data order, splitting a step, packing, padding.
 
-The data order is a pure function of (seed, epoch), so a run's position in its data is its step number. A step's
-examples are split into micro-batches as late as possible, so that a step can be repeated with smaller ones.
+Which examples a step takes, and in which micro-batches, is a pure function of (seed, epoch, step), so a run's position in
+its data is its step number. It does not know of ranks: every rank computes the whole step and takes its share of the
+micro-batches, so that a step is the same at any world size.
 """
 
 from __future__ import annotations
 
+import heapq
 import random
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
+from tunesmith.config import TrainingConfig
+from tunesmith.data.packing import best_fit
 from tunesmith.types import IGNORE_INDEX, Batch, TokenizedExample
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
+
+Part = TypeVar("Part")
+"""The examples of one micro-batch, or their indices."""
 
 
 class StepOrder:
-    """Which examples each optimizer step takes: every epoch a fresh permutation, `batch_size` examples a step.
+    """Which examples each optimizer step takes, as micro-batches of indices into `lengths`.
 
-    The last step of an epoch takes what is left; no example is dropped or seen twice in an epoch.
+    By examples: every epoch is a fresh permutation, `training.batch_size` examples a step, which `split` divides. By
+    tokens (`training.batch_tokens`): every epoch is packed afresh into bins of `micro_batch_tokens`, the bins are
+    shuffled, and each step takes batch_tokens / micro_batch_tokens of them. The number of bins is the same in every epoch.
+
+    The last step of an epoch takes what is left; no example is dropped or seen twice in an epoch. Raises ValueError for
+    an example that is longer than `micro_batch_tokens`.
     """
 
-    def __init__(self, num_examples: int, batch_size: int, seed: int):
-        self.num_examples = num_examples
-        self.batch_size = batch_size
-        self.seed = seed
-        self.steps_per_epoch = -(-num_examples // batch_size)
-        self._cached: tuple[int, list[int]] = (-1, [])
+    def __init__(self, lengths: Sequence[int], training: TrainingConfig, packing: bool):
+        self.lengths = list(lengths)
+        self.training = training
+        self.packing = packing
+        self._cached = (0, self._steps(0))
+        self.steps_per_epoch = len(self._cached[1])
 
-    def step(self, step: int) -> list[int]:
-        """Indices of the examples of optimizer step `step`, from 0."""
+    def step(self, step: int) -> list[list[int]]:
+        """The micro-batches of optimizer step `step`, from 0, of all ranks together."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._cached[0] != epoch:
-            order = list(range(self.num_examples))
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-            self._cached = (epoch, order)
-        start = position * self.batch_size
-        return self._cached[1][start : start + self.batch_size]
+            self._cached = (epoch, self._steps(epoch))
+        parts = self._cached[1][position]
+        if self.training.batch_tokens is not None:
+            return parts
+        (examples,) = parts
+        divided = split([self.lengths[index] for index in examples], self.training, self.packing)
+        return [[examples[position] for position in part] for part in divided]
+
+    def _steps(self, epoch: int) -> list[list[list[int]]]:
+        """The steps of an epoch: their packs, or all examples of each as one part."""
+        training, rng = self.training, random.Random(f"{self.training.seed}/{epoch}")
+        if training.batch_tokens is not None:
+            assert training.micro_batch_tokens is not None  # config.contradictions
+            packs = best_fit(self.lengths, training.micro_batch_tokens, rng)
+            rng.shuffle(packs)
+            size = training.batch_tokens // training.micro_batch_tokens
+            return [packs[start : start + size] for start in range(0, len(packs), size)]
+        order = list(range(len(self.lengths)))
+        rng.shuffle(order)
+        size = training.batch_size
+        return [[order[start : start + size]] for start in range(0, len(order), size)]
 
 
-def split(lengths: Sequence[int], micro_batch_size: int, packing: bool = True) -> list[list[int]]:
-    """Split a step's examples into micro-batches of at most `micro_batch_size`. Returns positions into `lengths`.
+def split(lengths: Sequence[int], training: TrainingConfig, packing: bool) -> list[list[int]]:
+    """Split examples into micro-batches. Returns positions into `lengths`.
 
-    Packed: longest first, each into the lightest micro-batch with room (Graham's LPT rule), so that the largest one,
-    which sets the peak memory, is small. Padded: neighbours by length together, so that little is padding.
+    With `training.micro_batch_tokens`: packed best-fit into micro-batches of at most that many tokens. Else at most
+    `training.micro_batch_size` examples. Packed: longest first, each into the lightest micro-batch with room (Graham's LPT
+    rule), so that the largest one, which sets the peak memory, is small. Padded: neighbours by length together, so that
+    little is padding.
     """
+    if training.micro_batch_tokens is not None:
+        return best_fit(lengths, training.micro_batch_tokens)
+    size = training.micro_batch_size
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if not packing:
-        return [longest_first[start : start + micro_batch_size] for start in range(0, len(lengths), micro_batch_size)]
-    bins: list[list[int]] = [[] for _ in range(-(-len(lengths) // micro_batch_size))]
-    load = [0] * len(bins)
+        return [longest_first[start : start + size] for start in range(0, len(lengths), size)]
+    bins: list[list[int]] = [[] for _ in range(-(-len(lengths) // size))]
+    with_room = [(0, number) for number in range(len(bins))]  # a heap: the lightest first
     for index in longest_first:
-        lightest = min((b for b in range(len(bins)) if len(bins[b]) < micro_batch_size), key=lambda b: (load[b], b))
-        bins[lightest].append(index)
-        load[lightest] += lengths[index]
+        load, number = heapq.heappop(with_room)
+        bins[number].append(index)
+        if len(bins[number]) < size:
+            heapq.heappush(with_room, (load + lengths[index], number))
     return bins
+
+
+def deal(parts: Sequence[Part], rank: int, world_size: int) -> Sequence[Part]:
+    """Rank `rank`'s share of a step's micro-batches: every `world_size`-th. All ranks together have each of them once.
+
+    A rank has none when there are fewer micro-batches than ranks, as in the last step of an epoch.
+    """
+    return parts[rank::world_size]
+
+
+def largest_micro_batch(lengths: Sequence[int], training: TrainingConfig, packing: bool) -> int:
+    """Slots (tokens, with padding) of the largest micro-batch that training on `lengths` can give."""
+    if training.micro_batch_tokens is not None:
+        most = len(lengths) if training.batch_tokens is not None else training.batch_size
+        return min(training.micro_batch_tokens, sum(sorted(lengths)[-most:]))
+    longest = sorted(lengths)[-training.micro_batch_size :]
+    return sum(longest) if packing else len(longest) * longest[-1]
 
 
 def make_batch(examples: Sequence[TokenizedExample], packing: bool, pad_id: int, device: torch.device | str) -> Batch:
     """One micro-batch on `device`: packed end to end, or padded on the right."""
+    import numpy as np
     import torch
 
-    labels = [shifted_labels(example) for example in examples]
-    lengths = [len(example) for example in examples]
-    bounds = [0]
-    for length in lengths:
-        bounds.append(bounds[-1] + length)
+    lengths = np.array([len(example) for example in examples])
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    ids = np.concatenate([example.input_ids for example in examples])
+    is_target = np.concatenate([example.loss_mask for example in examples])
+    is_target[bounds[:-1]] = False  # nothing predicts a document's first token, least of all the document before it
+    targets = np.flatnonzero(is_target)
+    positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
     if packing:
-        ids = [[token for example in examples for token in example.input_ids]]
-        targets = [[label for row in labels for label in row]]
-        positions = [[position for length in lengths for position in range(length)]]
-        mask = None
+        height, width = 1, len(ids)
+        slots, position_ids, mask = np.arange(len(ids)), positions, None
     else:
-        width = max(lengths)
-        ids = [[*example.input_ids, *[pad_id] * (width - len(example))] for example in examples]
-        targets = [row + [IGNORE_INDEX] * (width - len(row)) for row in labels]
-        positions = [list(range(width)) for _ in examples]
-        mask = torch.tensor([[1] * length + [0] * (width - length) for length in lengths]).to(device, non_blocking=True)
+        height, width = len(examples), int(lengths.max())
+        slots = np.repeat(np.arange(height) * width, lengths) + positions
+        position_ids = np.tile(np.arange(width), height)
+        mask = np.zeros(height * width, dtype=np.int64)
+        mask[slots] = 1
+    input_ids = np.full(height * width, pad_id, dtype=np.int64)
+    input_ids[slots] = ids
     # Found here, on the CPU: finding them on the GPU would wait for it in every micro-batch.
-    supervised = [i for i, label in enumerate(label for row in targets for label in row) if label != IGNORE_INDEX]
+    supervised = slots[targets] - 1
+    labels = np.full(height * width, IGNORE_INDEX, dtype=np.int64)
+    labels[supervised] = ids[targets]
+
+    def on_device(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device, non_blocking=True)
+
     return Batch(
-        input_ids=torch.tensor(ids).to(device, non_blocking=True),
-        labels=torch.tensor(targets).to(device, non_blocking=True),
-        position_ids=torch.tensor(positions).to(device, non_blocking=True),
-        cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
-        supervised=torch.tensor(supervised, dtype=torch.int64).to(device, non_blocking=True),
-        attention_mask=mask,
+        input_ids=on_device(input_ids).view(height, width),
+        labels=on_device(labels).view(height, width),
+        position_ids=on_device(position_ids).view(height, width),
+        cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+        supervised=on_device(supervised),
+        attention_mask=None if mask is None else on_device(mask).view(height, width),
         num_examples=len(examples),
-        num_tokens=sum(lengths),
-        num_supervised=sum(example.supervised for example in examples),
-        lines=tuple(example.line for example in examples),
+        num_tokens=len(ids),
+        num_supervised=len(supervised),
+        rows=tuple(example.where for example in examples),
     )
 
 
 def micro_batches(
-    examples: Sequence[TokenizedExample], micro_batch_size: int, packing: bool, pad_id: int, device: torch.device | str
+    parts: Iterable[Sequence[TokenizedExample]], packing: bool, pad_id: int, device: torch.device | str
 ) -> Iterator[Batch]:
-    """The micro-batches of one step, or of an evaluation, one after the other."""
-    for positions in split([len(example) for example in examples], micro_batch_size, packing):
-        yield make_batch([examples[position] for position in positions], packing, pad_id, device)
-
-
-def shifted_labels(example: TokenizedExample) -> list[int]:
-    """labels[t] is the token after t if it is supervised, else IGNORE_INDEX; the last position has none."""
-    following = zip(example.input_ids[1:], example.loss_mask[1:], strict=True)
-    return [token if supervised else IGNORE_INDEX for token, supervised in following] + [IGNORE_INDEX]
+    """The batch of each part of a step, or of an evaluation, one after the other: one is on the device at a time."""
+    for examples in parts:
+        yield make_batch(examples, packing, pad_id, device)

@@ -1,236 +1,198 @@
-"""Files of examples: JSON Lines in four forms, every row checked, every problem reported with its physical line.
+"""Files of examples: what they are is recognised by content, every row is checked, every problem has its place.
 
-| form | keys |
-|---|---|
-| messages | `messages`: a list of `{role, content}`, roles system, user, assistant |
-| alpaca | `instruction`, `output`, optional `input`, `system` |
-| prompt | `prompt`, `completion` |
-| text | `text` |
-
-The first readable row decides the form; a row of another form is a problem, never silently converted. Other keys are
-allowed and ignored. Text is kept exactly as it is in the file: no normalisation, no stripping.
+`readers` turns a file into rows, `columns` says which column holds what, `forms` turns a row into an example. Here they
+are put together: the first readable row decides the form; a row of another form is a problem, never silently converted.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import unicodedata
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from tunesmith.config import SourceConfig
+from tunesmith.data.columns import Columns, resolve
+from tunesmith.data.forms import READS, form_of, read_row
+from tunesmith.data.problems import FileProblem, Problem, RowProblem, listed, printable
+from tunesmith.data.readers import Contents, open_source
 from tunesmith.errors import DataError
-from tunesmith.types import ROLES, Example, Message
+from tunesmith.files import sha256_text
+from tunesmith.types import Example, Finding, PreferenceExample
 
-BLANK_CATEGORIES = ("Cc", "Cf", "Zs", "Zl", "Zp")
-"""Unicode's control, format (zero-width) and separator characters: a text of nothing else is blank."""
+COVERED = frozenset({"mixed_forms"})
+"""Problems of a whole file that are also reported row by row: leaving out those rows mends them."""
+
+RELATED = (
+    {"text", "classification"},
+    {"qa", "multiple_choice"},
+    {"kto", "messages"},
+    {"kto", "sharegpt"},
+    {"kto", "prompt"},
+    {"kto", "alpaca"},
+)
+"""Forms that differ in one column only. A row of the other one is read in the file's form, and what it lacks is said."""
 
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """The examples of one file and the form they were in."""
+    """What was read from one source.
+
+    `container` is what the file is (JSON Lines, JSON, CSV, TSV, Parquet, Arrow, plain text, hub data set), `form` what
+    its rows are (see `forms`; empty if no row could be recognised). `rows` counts all rows seen, good and bad. `ignored`
+    has the columns that nothing reads, with the number of rows that have them. `sha256` is that of the file (of all files of a folder; of
+    the rows of a hub data set).
+    """
 
     path: str
+    container: str
     form: str
-    examples: list[Example]
+    examples: list[Example] | list[PreferenceExample]
+    rows: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+    sha256: str = ""
 
 
-class _RowProblem(Exception):
-    """What is wrong with one row; becomes one line of a DataError."""
+def inspect_file(source: SourceConfig | str | Path, max_rows: int | None = None) -> DataFile:
+    """Read a source and check every row: what is good is in `examples`, what is wrong in `findings`.
 
-
-def read_examples(path: str | Path) -> DataFile:
-    """Read and check a JSON Lines file.
-
-    Raises DataError with every problem in the file.
+    Problems of the whole source are findings without a line. `max_rows` stops after that many rows, good or bad.
+    Raises nothing for what is in the data, nor for a file that is missing.
     """
-    path = Path(path)
-    lines = _read_lines(path)
-    problems: list[tuple[int, str]] = []
-    examples: list[Example] = []
-    form: str | None = None
-    form_line = 0
-    for number, raw in enumerate(lines, 1):
-        if not raw.strip():
-            continue
+    if not isinstance(source, SourceConfig):
+        source = SourceConfig(path=str(source))
+    reading = _Reading(source, max_rows)
+    try:
+        reading.columns = resolve(source.columns, source.roles)
+        for contents in open_source(source, max_rows):
+            reading.read(contents)
+    except FileProblem as problem:
+        reading.add(problem, source.path, None)
+    return reading.result()
+
+
+def read_examples(
+    source: SourceConfig | str | Path, *, skip_bad_rows: bool = False, max_rows: int | None = None
+) -> DataFile:
+    """Read a source that has to be good.
+
+    Raises DataError with every error. With `skip_bad_rows` rows with errors are left out (`findings` says which), and
+    only a problem of the whole source, or a source without a good row, is an error.
+    """
+    found = inspect_file(source, max_rows)
+    errors = [finding for finding in found.findings if finding.severity == "error"]
+    whole = [finding for finding in errors if finding.line is None and finding.check not in COVERED]
+    if errors and (whole or not found.examples or not skip_bad_rows):
+        raise DataError([str(finding) for finding in errors])
+    return found
+
+
+def _finding(problem: Problem, file: str, line: int | None = None) -> Finding:
+    found, fix = printable(problem.found), printable(problem.fix)
+    return Finding(problem.check, "error", file, line, found, fix, problem.field)
+
+
+class _Reading:
+    """The state of reading one source, which may be several files."""
+
+    def __init__(self, source: SourceConfig, max_rows: int | None):
+        self.source = source
+        self.max_rows = max_rows
+        self.columns = Columns()
+        self.form: str = "" if source.format == "auto" else source.format
+        self.first: dict[str, str] = {}  # form -> where it was first seen
+        self.examples: list[Example | PreferenceExample] = []
+        self.findings: list[Finding] = []
+        self.rows = 0
+        self.shapes: Counter[tuple[str, ...]] = Counter()
+        self.containers: dict[str, None] = {}
+        self.hashes: list[str] = []
+
+    def add(self, problem: Problem, file: str, line: int | None) -> None:
+        self.findings.append(_finding(problem, file, line))
+
+    def read(self, contents: Contents) -> None:
+        """Read one file. A problem of the whole file is noted, and others go on."""
+        self.containers[contents.container] = None
+        digest = hashlib.sha256()
         try:
-            row = _parse_line(raw)
-            found = _form_of(row)
-            if form is None:
-                form, form_line = found, number
-            elif found != form:
-                raise _RowProblem(
-                    f"this row is of form `{found}`, but line {form_line} is `{form}`; keep one form in a file"
+            for line, row in contents.rows:
+                if self.rows == self.max_rows:
+                    break
+                self.rows += 1
+                if not contents.sha256:  # rows of the hub come from no file
+                    digest.update(json.dumps(row, default=str).encode() + b"\n")
+                try:
+                    self.examples.append(self.read_row(row, contents.path, line))
+                except RowProblem as problem:
+                    self.add(problem, contents.path, line)
+        except FileProblem as problem:
+            self.add(problem, contents.path, None)
+        self.hashes.append(contents.sha256 or digest.hexdigest())
+
+    def read_row(self, row: dict[str, Any] | RowProblem, file: str, line: int) -> Example | PreferenceExample:
+        if isinstance(row, RowProblem):
+            raise row
+        self.shapes[tuple(row)] += 1
+        if self.source.format == "auto":
+            form = form_of(row, self.columns)
+            self.form = self.form or form
+            here = f"line {line}" if file == self.source.path else f"{file}:{line}"
+            if form != self.form and {form, self.form} not in RELATED:
+                self.first.setdefault(form, here)
+                raise RowProblem(
+                    "form_mismatch",
+                    f"this row is of form `{form}`, but {self.first[self.form]} is `{self.form}`",
+                    "keep one form in a file",
                 )
-            messages, text = _READERS[found](row)
-        except _RowProblem as problem:
-            problems.append((number, str(problem)))
-            continue
-        examples.append(Example(messages, text, str(path), number))
-    if problems:
-        raise DataError([f"{path}:{line}: {text}" for line, text in problems])
-    if not examples:
-        raise DataError(f"{path}: the file holds no rows (only blank lines); expected one JSON object a line")
-    assert form is not None
-    return DataFile(str(path), form, examples)
+            self.first.setdefault(self.form, here)
+        return read_row(self.form, row, file, line, self.columns)
 
+    def result(self) -> DataFile:
+        whole = list(self.useless_columns())
+        if whole:  # what every row lacks for this reason is not worth a line for each
+            self.findings = [f for f in self.findings if f.check not in ("missing_field", "nothing_to_learn")]
+        if len(self.first) > 1:
+            forms = ", ".join(f"`{form}` (first on {here})" for form, here in self.first.items())
+            fix = "keep one form in a file, or name the one to read with data.format"
+            whole.append(Finding("mixed_forms", "error", self.source.path, None, f"several forms: {forms}", fix))
+        if not self.rows and not self.findings:
+            found = "the file holds no rows"
+            whole.append(Finding("no_rows", "error", self.source.path, None, found, "expected rows to train on"))
+        return DataFile(
+            self.source.path,
+            ", ".join(filter(None, self.containers)),
+            self.form,
+            cast("list[Example] | list[PreferenceExample]", self.examples),
+            self.rows,
+            [*whole, *self.findings],
+            dict(self.ignored()),
+            self.hashes[0] if len(self.hashes) == 1 else sha256_text(self.hashes),
+        )
 
-def _read_lines(path: Path) -> list[bytes]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{path}: is a folder; a JSON Lines file was expected") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    if not data.strip():
-        raise DataError(f"{path}: the file is empty; expected one JSON object a line")
-    if data.startswith(b"PAR1"):
-        raise DataError(f"{path}: this is a Parquet file, not JSON Lines; convert it first")
-    return data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    def useless_columns(self) -> Iterator[Finding]:
+        """Columns that `data.columns` names and no row has; if all are there, those that the form does not read."""
+        there = {key: None for shape in self.shapes for key in shape}
+        missing = {key: column for key, column in self.columns.asked.items() if self.shapes and column not in there}
+        for key, column in missing.items():
+            found = f"data.columns maps `{key}` to `{column}`, but no row has that column"
+            fix = f"columns found: {listed(there, limit=30)}"
+            yield _finding(FileProblem("column_not_found", found, fix, key), self.source.path)
+        read = READS.get(self.form, ())
+        for name in sorted(self.columns.mapped.difference(read)) if read and not missing else ():
+            found = f"data.columns names `{name}`, which is not read from rows of form `{self.form}`"
+            fix = f"remove it, or set another data.format; this form has {listed(read, limit=30)}"
+            yield _finding(FileProblem("column_without_effect", found, fix, name), self.source.path)
 
-
-def _parse_line(raw: bytes) -> dict[str, Any]:
-    try:
-        line = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise _RowProblem(
-            f"not valid UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start} of the line"
-        ) from None
-    if "\0" in line:
-        raise _RowProblem(f"a NUL byte at offset {raw.index(0)} of the line; it is not legal in JSON")
-    try:
-        row = json.loads(line, object_pairs_hook=_unique_keys)
-    except json.JSONDecodeError as error:
-        message = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
-        raise _RowProblem(f"not valid JSON: {message} at column {error.colno}") from None
-    except RecursionError:
-        raise _RowProblem("nested too deeply to be a row of training data") from None
-    except ValueError as error:
-        raise _RowProblem(f"not valid JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise _RowProblem(f"expected a JSON object, found {_kind(row)}")
-    return row
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise _RowProblem(f"the key `{_escaped(repeated)}` stands twice in one object")
-    return row
-
-
-def _form_of(row: dict[str, Any]) -> str:
-    if "messages" in row:
-        return "messages"
-    if "instruction" in row or "output" in row:
-        return "alpaca"
-    if "prompt" in row or "completion" in row:
-        return "prompt"
-    if "text" in row:
-        return "text"
-    keys = ", ".join(f"`{_escaped(key)}`" for key in list(row)[:6]) or "none"
-    raise _RowProblem(
-        f"no known form: keys found: {keys}; expected `messages`, `instruction`+`output`, `prompt`+`completion` or `text`"
-    )
-
-
-def _text_field(row: dict[str, Any], key: str, where: str = "", optional: bool = False) -> str:
-    name = f"{where}{key}"
-    if key not in row:
-        if optional:
-            return ""
-        raise _RowProblem(f"`{name}` is missing")
-    value = row[key]
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        raise _RowProblem(f"`{name}` is {_kind(value)}; expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise _RowProblem(f"`{name}` holds a lone surrogate (\\ud800-\\udfff); it is not text") from None
-    if not optional and all(unicodedata.category(character) in BLANK_CATEGORIES for character in value):
-        raise _RowProblem(f"`{name}` is {'empty' if not value else 'blank'}")
-    return value
-
-
-def _escaped(key: str) -> str:
-    """A key of the file with control characters and lone surrogates escaped: a problem is one printable line."""
-    return repr(key)[1:-1]
-
-
-def _kind(value: Any) -> str:
-    names = {
-        type(None): "null",
-        bool: "a boolean",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return names[type(value)]
-
-
-def _read_messages(row: dict[str, Any]) -> tuple[tuple[Message, ...], None]:
-    raw = row["messages"]
-    if not isinstance(raw, list):
-        raise _RowProblem(f"`messages` is {_kind(raw)}; expected a list of {{role, content}}")
-    messages: list[Message] = []
-    for index, item in enumerate(raw):
-        where = f"messages[{index}]."
-        if not isinstance(item, dict):
-            raise _RowProblem(f"`messages[{index}]` is {_kind(item)}; expected {{role, content}}")
-        role = _text_field(item, "role", where)
-        if role not in ROLES:
-            raise _RowProblem(f"`{where}role` is {role!r}; allowed: {', '.join(ROLES)}")
-        messages.append(Message(role, _text_field(item, "content", where)))
-    _check_turns(messages)
-    return tuple(messages), None
-
-
-def _check_turns(messages: Sequence[Message]) -> None:
-    """A conversation: at most one system message, at the start; then user and assistant in turn; at least one answer."""
-    turns = messages[1:] if messages and messages[0].role == "system" else messages
-    for index, message in enumerate(turns, len(messages) - len(turns)):
-        if message.role == "system":
-            raise _RowProblem(f"`messages[{index}]` is a system message; only one is allowed, at the start")
-    for index, message in enumerate(turns):
-        expected = "user" if index % 2 == 0 else "assistant"
-        if message.role != expected:
-            position = index + len(messages) - len(turns)
-            detail = f"two {message.role} turns in a row" if index else f"the conversation starts with {message.role}"
-            raise _RowProblem(f"`messages[{position}]`: {detail}; expected {expected}")
-    if not any(message.role == "assistant" for message in turns):
-        raise _RowProblem("`messages` holds no assistant turn: there is nothing to learn from this row")
-
-
-def _read_alpaca(row: dict[str, Any]) -> tuple[tuple[Message, ...], None]:
-    instruction = _text_field(row, "instruction")
-    extra = _text_field(row, "input", optional=True)
-    user = f"{instruction}\n\n{extra}" if extra else instruction
-    messages = [Message("user", user), Message("assistant", _text_field(row, "output"))]
-    if system := _text_field(row, "system", optional=True):
-        messages.insert(0, Message("system", system))
-    return tuple(messages), None
-
-
-def _read_prompt(row: dict[str, Any]) -> tuple[tuple[Message, ...], None]:
-    return (Message("user", _text_field(row, "prompt")), Message("assistant", _text_field(row, "completion"))), None
-
-
-def _read_text(row: dict[str, Any]) -> tuple[None, str]:
-    return None, _text_field(row, "text")
-
-
-_READERS: dict[str, Callable[[dict[str, Any]], tuple[tuple[Message, ...] | None, str | None]]] = {
-    "messages": _read_messages,
-    "alpaca": _read_alpaca,
-    "prompt": _read_prompt,
-    "text": _read_text,
-}
+    def ignored(self) -> Counter[str]:
+        """Columns that nothing reads, with the number of rows that have them."""
+        unread: Counter[str] = Counter()
+        for shape, count in self.shapes.items():
+            row = dict.fromkeys(shape)
+            read = {self.columns.find(row, name) for name in READS.get(self.form, ())}
+            unread.update({key: count for key in shape if key not in read})
+        return unread

@@ -16,7 +16,7 @@ from tunesmith.errors import DataError
 from tunesmith.evaluation.metrics import is_correct
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.generate import generate_greedy
-from tunesmith.types import Example, Generation, Progress, no_progress
+from tunesmith.types import Example, Generation, PreferenceExample, Progress, no_progress
 
 SAMPLE_SEED = 0
 """Draws the fixed sample of `evaluation.max_rows`: the same rows at every evaluation, whatever the run's seed."""
@@ -30,11 +30,15 @@ def sample_rows(examples: Sequence[Example], max_rows: int | None) -> list[Examp
     return [examples[index] for index in chosen]
 
 
-def check_questions(examples: Sequence[Example]) -> None:
+def check_questions(examples: Sequence[Example | PreferenceExample]) -> None:
     """Raise DataError with a line for each example that is not a conversation which ends with an answer."""
     problems = []
     for example in examples:
-        if example.messages is None:
+        if isinstance(example, PreferenceExample):
+            problems.append(
+                f"{example.where}: a preference pair has no expected answer; evaluation needs conversations"
+            )
+        elif example.messages is None:
             problems.append(f"{example.where}: plain text has no question to answer; evaluation needs conversations")
         elif example.messages[-1].role != "assistant":
             problems.append(f"{example.where}: the conversation does not end with the assistant: no expected answer")
@@ -50,7 +54,7 @@ def encode_questions(chat: ChatFormat, examples: Sequence[Example]) -> list[list
     for example in examples:
         assert example.messages is not None
         try:
-            prompts.append(chat.encode_prompt(example.messages[:-1]))
+            prompts.append(chat.encode_prompt(example.messages[:-1], example.tools))
         except DataError as error:
             problems.append(f"{example.where}: {error}")
     if problems:

@@ -52,6 +52,14 @@ class ModelSource:
             raise ValueError("expected a JSON object")
         return config
 
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence in tokens that the model was made for, as its config.json says (a multimodal one's too)."""
+        limit = self.config.get("max_position_embeddings") or self.config.get("text_config", {}).get(
+            "max_position_embeddings"
+        )
+        return int(limit) if limit else None
+
 
 def find_model(config: ModelConfig) -> ModelSource:
     """Resolve `model.name` and check what can be checked before loading. Raises ModelError.

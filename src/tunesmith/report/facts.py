@@ -228,7 +228,7 @@ def setting_lines(config: RunConfig) -> list[SettingLine]:
 def _compare(values: Mapping[str, Any], defaults: Mapping[str, Any], indent: str) -> Iterator[SettingLine]:
     for key, value in values.items():
         default = defaults[key]
-        if isinstance(value, dict):
+        if isinstance(value, dict) and default:  # a section; a setting that is a mapping is empty by default
             yield SettingLine(f"{indent}{key}:")
             yield from _compare(value, default, indent + "  ")
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
@@ -87,8 +87,8 @@ class MovementCheck:
             return torch.stack(sums) if sums else torch.empty(0, 2)
 
 
-def refuse_not_finite(metrics: StepMetrics, lines: tuple[int, ...], scaler: torch.amp.GradScaler) -> str | None:
-    """Raise VerificationError if the loss or the gradient norm is NaN or infinite; `lines` are the data lines seen.
+def refuse_not_finite(metrics: StepMetrics, rows: Sequence[str], scaler: torch.amp.GradScaler) -> str | None:
+    """Raise VerificationError if the loss or the gradient norm is NaN or infinite; `rows` (`file:line`) were seen.
 
     With fp16 the gradient scaler skips a step whose gradients overflow and halves its scale: that is returned as a
     warning. A scale below 1 means that the gradients themselves are not finite: no further halving can help.
@@ -101,8 +101,9 @@ def refuse_not_finite(metrics: StepMetrics, lines: tuple[int, ...], scaler: torc
     what = f"loss is {metrics.loss}"
     if math.isfinite(metrics.loss):
         what = f"gradient norm is {metrics.grad_norm}" + (" whatever the loss scale" if fp16 else "")
-    rows = ", ".join(map(str, sorted(lines)[:16])) + (", ..." if len(lines) > 16 else "")
+    seen = list(dict.fromkeys(rows))  # a long row may give several examples
+    named = ", ".join(seen[:8]) + (f", and {len(seen) - 8} more" if len(seen) > 8 else "")
     raise VerificationError(
-        f"{what} at step {metrics.step} (data lines {rows}); the last checkpoint is from before it. "
+        f"{what} at step {metrics.step} (rows {named}); the last checkpoint is from before it. "
         "Lower optimizer.lr, look at these rows" + (", or use bf16 or fp32 instead of fp16" if fp16 else "")
     )

@@ -1,6 +1,6 @@
 """The training loop. Every method and objective goes through `train_loop`; it reads from top to bottom.
 
-One optimizer step: take the step's examples, split them into micro-batches, add up the gradient of
+One optimizer step: take the step's micro-batches (this rank's share of them), add up the gradient of
 Σ_terms weight · sum / count(step), clip, step. Counts come from the whole step before the first backward, so the gradient does
 not depend on how the step is split. Nothing waits for the GPU between logging points.
 """
@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import StepOrder, micro_batches
+from tunesmith.data.batches import StepOrder, deal, micro_batches, split
 from tunesmith.errors import ConfigError, Interrupted, VerificationError
 from tunesmith.hardware import memory_in_use_gb
 from tunesmith.models.forward import ModelForward
@@ -51,8 +51,9 @@ def train_loop(
     """
     model, training = forward.model, config.training
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    order = StepOrder(len(examples), training.batch_size, training.seed)
-    total_steps = num_steps(config, len(examples))
+    order = StepOrder([len(example) for example in examples], training, config.data.packing)
+    total_steps = num_steps(config, order.steps_per_epoch)
+    rank, world_size = rank_and_world_size()
     eval_every = training.eval_every or order.steps_per_epoch
     save_every = training.save_every or order.steps_per_epoch
     scaler = torch.amp.GradScaler(forward.device.split(":")[0], enabled=forward.dtype == "fp16")
@@ -68,13 +69,13 @@ def train_loop(
     window = Window(forward.device)
 
     while state.step < total_steps and not state.stopped_early:
-        batch = [examples[index] for index in order.step(state.step)]
+        step = [[examples[index] for index in part] for part in order.step(state.step)]
         lr = learning_rate(config.optimizer, config.lr, state.step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         loss = accumulate_gradients(
-            forward, objective, batch, training.micro_batch_size, config.data.packing, pad_id, scaler
+            forward, objective, deal(step, rank, world_size), config.data.packing, pad_id, scaler
         )
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
@@ -83,7 +84,7 @@ def train_loop(
         optimizer.zero_grad(set_to_none=True)
 
         state.step += 1
-        window.add(loss, batch)
+        window.add(loss, step)
         last = state.step == total_steps
         eval_due = evaluate is not None and (state.step % eval_every == 0 or last)
         save_due = state.step % save_every == 0 or last
@@ -136,9 +137,8 @@ def train_loop(
     return state
 
 
-def num_steps(config: RunConfig, num_examples: int) -> int:
-    """Optimizer steps of the whole run: epochs · ⌈examples / batch_size⌉, at most `max_steps`."""
-    steps_per_epoch = -(-num_examples // config.training.batch_size)
+def num_steps(config: RunConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run: ⌈epochs · steps_per_epoch⌉, at most `max_steps`."""
     total = max(1, math.ceil(config.training.epochs * steps_per_epoch - 1e-9))  # 0.07 · 100 is 7.000000000000001
     return min(total, config.training.max_steps or total)
 
@@ -146,31 +146,43 @@ def num_steps(config: RunConfig, num_examples: int) -> int:
 def accumulate_gradients(
     forward: ModelForward,
     objective: Objective,
-    examples: Sequence[TokenizedExample],
-    micro_batch_size: int,
+    parts: Sequence[Sequence[TokenizedExample]],
     packing: bool,
     pad_id: int,
     scaler: torch.amp.GradScaler,
 ) -> torch.Tensor:
-    """Add the gradient of one step's loss to the parameters; returns the loss, a detached fp32 scalar on the device.
+    """Add this rank's part of the gradient of one step's loss to the parameters, micro-batch by micro-batch.
 
-    Changes nothing but gradients (and, with dropout, the random generator): after `zero_grad` it can be called again with
-    a smaller `micro_batch_size`.
+    `parts` are the examples of each micro-batch. Returns this rank's part of the loss, a detached fp32 scalar on the
+    device; both parts, summed over the ranks, are those of the whole step. Changes nothing but gradients (and, with
+    dropout, the random generator): after `zero_grad` it can be called again with smaller parts.
     """
-    counts = global_counts(objective.counts(examples))
+    counts = global_counts(objective.counts(example for part in parts for example in part))
     loss = torch.zeros((), device=forward.device)
-    for batch in micro_batches(examples, micro_batch_size, packing, pad_id, forward.device):
+    for batch in micro_batches(parts, packing, pad_id, forward.device):
         with forward.autocast():
             terms = objective.terms(forward, batch)
             part = torch.stack([term.weight * term.sum / counts[term.name] for term in terms]).sum()
         scaler.scale(part).backward()
         loss += part.detach()
+    if not parts:  # the gradient of nothing is zero, not absent: the scaler and whatever sums over ranks need tensors
+        scaler.scale(loss)
+        for parameter in forward.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
     return loss
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of processes that share each step; (0, 1) outside torch.distributed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def global_counts(counts: dict[str, int]) -> dict[str, int]:
     """A step's counts over all ranks: the one place where they are added up. Single-process: as they are."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if rank_and_world_size()[1] > 1:
         names = sorted(counts)
         totals = torch.tensor([counts[name] for name in names])
         torch.distributed.all_reduce(totals)
@@ -182,17 +194,21 @@ def evaluate_loss(
     forward: ModelForward,
     objective: Objective,
     examples: Sequence[TokenizedExample],
-    micro_batch_size: int,
-    packing: bool,
+    config: RunConfig,
     pad_id: int,
 ) -> float:
-    """The objective over `examples` without gradients, normalised by all their units together."""
+    """The objective over `examples` without gradients, normalised by all their units together.
+
+    The micro-batches are made as in training. Every rank evaluates all of them.
+    """
     counts = objective.counts(examples)
+    positions = split([len(example) for example in examples], config.training, config.data.packing)
+    parts = [[examples[position] for position in part] for part in positions]
     total = torch.zeros((), device=forward.device)
     was_training = forward.model.training
     forward.model.eval()
     try:
-        for batch in micro_batches(examples, micro_batch_size, packing, pad_id, forward.device):
+        for batch in micro_batches(parts, config.data.packing, pad_id, forward.device):
             with torch.no_grad(), forward.autocast():
                 for term in objective.terms(forward, batch):
                     total += term.weight * term.sum / counts[term.name]
@@ -203,15 +219,15 @@ def evaluate_loss(
 
 @dataclass
 class Window:
-    """What happened since the last log line. Losses stay on the device until `close`."""
+    """What happened since the last log line, on all ranks together. Losses stay on the device until `close`."""
 
     device: str
     started: float = 0.0
     examples: int = 0
     tokens: int = 0
     supervised: int = 0
-    lines: tuple[int, ...] = ()
-    closed_lines: tuple[int, ...] = ()  # data lines of the window that was closed last
+    rows: list[str] = field(default_factory=list)  # `file:line` of the examples, in order
+    closed_rows: list[str] = field(default_factory=list)  # of the window that was closed last
     loss_sum: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -221,13 +237,14 @@ class Window:
         """Start the clock again, after time that was not training."""
         self.started = time.perf_counter()
 
-    def add(self, loss: torch.Tensor, examples: Sequence[TokenizedExample]) -> None:
-        """Count one step in."""
+    def add(self, loss: torch.Tensor, step: Sequence[Sequence[TokenizedExample]]) -> None:
+        """Count one step in, given as the examples of its micro-batches."""
+        examples = [example for part in step for example in part]
         supervised = sum(example.supervised for example in examples)
         self.examples += len(examples)
         self.tokens += sum(len(example) for example in examples)
         self.supervised += supervised
-        self.lines += tuple(example.line for example in examples)
+        self.rows += [example.where for example in examples]
         weighted = loss * supervised
         self.loss_sum = weighted if self.loss_sum is None else self.loss_sum + weighted
 
@@ -254,7 +271,7 @@ class Window:
         state.seconds += seconds
         state.loss_sum += loss_sum
         self.examples = self.tokens = self.supervised = 0
-        self.closed_lines, self.lines = self.lines, ()
+        self.closed_rows, self.rows = self.rows, []
         self.loss_sum = None
         self.restart()
         return metrics
@@ -272,7 +289,7 @@ def _report(
     """Log the window as a step event. Raises VerificationError if its loss or gradient is not finite."""
     metrics = window.close(state, lr, grad_norm, steps_per_epoch)
     log(metrics.event())
-    if warning := refuse_not_finite(metrics, window.closed_lines, scaler):
+    if warning := refuse_not_finite(metrics, window.closed_rows, scaler):
         log({"event": "warning", "step": state.step, "message": warning})
 
 

@@ -34,11 +34,12 @@ def check_forward(forward: ModelForward, packing: bool) -> None:
 
     1. head(hidden) equals the model's own logits. 2. With packing, changing one document changes no bit of another.
     """
+    import numpy as np
     import torch
 
     vocabulary = forward.base.get_input_embeddings().num_embeddings
-    ids = [(7919 * (i + 1)) % vocabulary for i in range(24)]
-    first, other, second = (TokenizedExample(tuple(part), (True,) * 8) for part in (ids[:8], ids[8:16], ids[16:]))
+    ids = (7919 * np.arange(1, 25) % vocabulary).astype(np.int32)
+    first, other, second = (TokenizedExample(part, np.ones(8, dtype=bool)) for part in np.split(ids, 3))
     # LLM.int8() picks its outlier columns over the whole batch, so that documents touch each other by rounding.
     is_int8 = getattr(forward.base, "is_loaded_in_8bit", False)
     was_training = forward.model.training
@@ -51,7 +52,7 @@ def check_forward(forward: ModelForward, packing: bool) -> None:
         if packing:
             one = forward.hidden(make_batch([first, second], True, 0, forward.device))[0, 8:]
             two = forward.hidden(make_batch([other, second], True, 0, forward.device))[0, 8:]
-            joined = TokenizedExample((*first.input_ids, *second.input_ids), (True,) * 16)
+            joined = TokenizedExample(np.concatenate((first.input_ids, second.input_ids)), np.ones(16, dtype=bool))
             seen = forward.hidden(make_batch([joined], True, 0, forward.device))[0, 8:]
             leak = (one - two).norm(dim=-1).median()
             allowed = 0.5 * (one - seen).norm(dim=-1).median()  # half of what seeing the first document does

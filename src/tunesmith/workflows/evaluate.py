@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config import EvaluationConfig, config_from_dict
-from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError
 from tunesmith.evaluation.answers import (
     SAMPLE_SEED,
@@ -24,6 +23,7 @@ from tunesmith.files import disk_errors, sha256_file, write_json
 from tunesmith.runs import RunFolder
 from tunesmith.types import EvalResult, Example, Generation, Progress, no_progress
 from tunesmith.workflows.load import LoadedModel, load
+from tunesmith.workflows.rows import read_questions
 
 
 def evaluate(
@@ -46,9 +46,9 @@ def evaluate(
     """
     data = str(data)
     changed = _changed_settings(changes or {})
-    rows = read_examples(data).examples
-    check_questions(rows)
     config = RunFolder.open(target).config if RunFolder.is_run(target) else None
+    rows = read_questions(data, config.data if config else None)
+    check_questions(rows)
     settings = (config.evaluation if config else EvaluationConfig()).model_copy(update=changed)
     full = config is not None and config.method == "full"
     rows_used = sample_rows(rows, settings.max_rows)

@@ -80,7 +80,7 @@ def load(
     computes = compute_dtype(settings.dtype, hardware)
     source = find_model(settings)
     tokenizer = load_tokenizer(source, settings)
-    chat = ChatFormat(tokenizer, config.data.chat_template)
+    chat = ChatFormat(tokenizer, config.data.chat_template, config.data.chat_template_kwargs)
     check(chat)
     source = fetch_weights(source, settings)
     if run and (adapter or base):

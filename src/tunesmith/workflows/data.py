@@ -1,0 +1,315 @@
+"""Look at data before training on it: `data check`, `data stats`, `data preview` and `data split`.
+
+Each function takes a RunConfig (its `data` section says what to read and how; with `model.name`, that model's tokenizer and
+chat template are used, and no weights are read) and returns what the command's `--json` prints.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config import DataConfig, RunConfig
+from tunesmith.data.chat import ChatFormat
+from tunesmith.data.checks import check_rows, labels_of, supervised_turns
+from tunesmith.data.formats import COVERED, inspect_file, read_examples
+from tunesmith.data.lengths import (
+    candidate_lengths,
+    estimate_row,
+    histogram,
+    length_stats,
+    padding,
+    recommended_max_seq_length,
+    rows_longer_than,
+)
+from tunesmith.data.splits import refuse_existing, split_rows, write_split
+from tunesmith.data.tokens import changed_since_kept, tokenize
+from tunesmith.errors import ConfigError, DataError
+from tunesmith.models.load import find_model, load_tokenizer
+from tunesmith.types import Example, Finding, Message, PreferenceExample, Progress, TokenizedExample, no_progress
+
+PACK_BUDGET = 8192
+"""Token budget of a pack where `training.micro_batch_tokens` does not set one."""
+
+
+def check_data(config: RunConfig, progress: Progress = no_progress) -> dict[str, Any]:
+    """Read and check `data.path` and `data.eval_path`: every problem of both.
+
+    `ok` says that training can begin: there are no errors, or `data.skip_bad_rows` leaves the rows with errors out and
+    some remain. Problems stand in the order of their files and lines, those of a whole file first. Raises ConfigError
+    and ModelError; what is wrong with the data is in the result.
+    """
+    settings = config.data
+    chat, limit = _chat_of(config)
+    progress("reading the data", 0, 1)
+    data = inspect_file(settings, _rows_to_read(settings))
+    held_out = inspect_file(_held_out(settings)) if settings.eval_path else None
+    files = [data, held_out] if held_out else [data]
+    notes = [note] if chat is not None and (note := chat.settle(sequences(data.examples))) else []
+    found: list[list[Finding]] = []
+    for file in files:
+        checked = check_rows(file, settings, held_out if file is data else None, tokenized=chat is not None)
+        found.append([*file.findings, *checked])
+        if chat is None:
+            continue
+        if settings.cache and Path(file.path).exists() and (changed := changed_since_kept(file.path, file.sha256)):
+            found[-1].append(changed)
+        tokens = tokenize(chat, sequences(file.examples), settings, progress=progress, model_limit=limit)
+        found[-1] += tokens.findings
+    progress("reading the data", 1, 1)
+    held_files = {held_out.path, *(row.file for row in held_out.examples)} if held_out else set()
+    findings = [finding for group in found for finding in group]
+    findings.sort(key=lambda finding: (finding.file in held_files, finding.file, finding.line or 0))
+    errors = [finding for finding in findings if finding.severity == "error"]
+    bad_rows = {(error.file, error.line) for error in errors if error.line is not None}
+    left_out: dict[str, list[int]] = {}
+    for name, line in sorted(bad_rows):
+        left_out.setdefault(name, []).append(line)
+    whole = [error for error in errors if error.line is None and error.check not in COVERED]
+    usable = not whole and all(file.examples for file in files)
+    return {
+        "ok": not errors or (settings.skip_bad_rows and usable),
+        "file": data.path,
+        "container": data.container,
+        "form": data.form,
+        "rows": data.rows,
+        "bad_rows": len({(finding.file, finding.line) for finding in found[0]} & bad_rows),
+        "skipped_rows": left_out if settings.skip_bad_rows else {},
+        "eval_file": held_out.path if held_out else None,
+        "eval_rows": held_out.rows if held_out else None,
+        "chat_template": chat.name if chat else None,
+        "errors": len(errors),
+        "warnings": len(findings) - len(errors),
+        "notes": notes,
+        "problems": [_problem(finding) for finding in findings],
+    }
+
+
+def data_stats(config: RunConfig, progress: Progress = no_progress) -> dict[str, Any]:
+    """Token lengths of `data.path`: statistics, a histogram, and what limits, padding and packing would cost.
+
+    Without a model they are estimates (`estimated`). Raises DataError for rows with errors, unless
+    `data.skip_bad_rows`.
+    """
+    settings = config.data
+    chat, limit = _chat_of(config)
+    progress("reading the data", 0, 1)
+    data = read_examples(settings, skip_bad_rows=settings.skip_bad_rows, max_rows=_rows_to_read(settings))
+    supervised = None
+    if chat is not None:
+        rows = sequences(data.examples)
+        chat.settle(rows)
+        uncut = settings.model_copy(update={"max_seq_length": sys.maxsize})
+        tokens = tokenize(chat, rows, uncut, progress=progress, model_limit=limit)
+        _raise_errors(tokens.findings, settings.skip_bad_rows)
+        lengths = tokens.examples.lengths.tolist()
+        supervised = sum(example.supervised for example in tokens.examples)
+    else:
+        lengths = [estimate_row(row) for row in data.examples]
+    progress("reading the data", 1, 1)
+    if not lengths:
+        raise DataError(f"{data.path}: no row is left to measure")
+    stats = asdict(length_stats(lengths))
+    recommended = recommended_max_seq_length(lengths, limit)
+    maximum = recommended if settings.max_seq_length == "auto" else settings.max_seq_length
+    longer = rows_longer_than(lengths, sorted({*candidate_lengths(stats["max"]), recommended, maximum}))
+    training = config.training
+    budget = training.micro_batch_tokens or max(PACK_BUDGET, maximum)
+    cut = [min(length, maximum) for length in lengths]
+    return {
+        "file": data.path,
+        "container": data.container,
+        "form": data.form,
+        "rows": len(data.examples),
+        "sequences": stats.pop("rows"),
+        "estimated": chat is None,
+        "chat_template": chat.name if chat else None,
+        "model_limit": limit,
+        "max_seq_length": maximum,
+        "recommended_max_seq_length": recommended,
+        "tokens": stats,
+        "supervised_tokens": supervised,
+        "histogram": [{"from": low, "to": high, "sequences": count} for low, high, count in histogram(lengths)],
+        "longer_than": {str(length): count for length, count in longer.items()},
+        "padding": asdict(padding(cut, training.micro_batch_size, training.batch_size, budget)),
+    }
+
+
+def preview_data(config: RunConfig, num_rows: int = 3, line: int | None = None) -> dict[str, Any]:
+    """Rows as the model will see them: pieces of text, each with whether it is supervised and whether it is a special
+    token. Without a model the pieces are the turns, with their roles.
+
+    The first `num_rows` good rows, or the one on `line`. Raises DataError where there is none.
+    """
+    settings = config.data
+    chat, _ = _chat_of(config)
+    data = inspect_file(settings, _rows_to_read(settings))
+    errors = [finding for finding in data.findings if finding.severity == "error"]
+    rows: list[Example | PreferenceExample] = list(data.examples[:num_rows])
+    if line is not None:
+        rows = [row for row in data.examples if row.line == line]
+        errors = [error for error in errors if error.line == line or not data.rows]
+    if not rows:
+        nothing = f"{data.path}:{line}: no row begins on this line; the file has {data.rows} rows"
+        raise DataError([str(error) for error in errors] or nothing)
+    if chat is not None:
+        chat.settle(sequences(data.examples))
+    examples: list[dict[str, Any]] = []
+    for row in rows:
+        sides = ("chosen", "rejected") if isinstance(row, PreferenceExample) else (None,)
+        for side, example in zip(sides, sequences([row]), strict=True):
+            place = {"line": row.line, "side": side}
+            if chat is None:
+                examples.append(place | _preview_turns(example, settings.train_on))
+            else:
+                encoded = chat.encode([example], settings.train_on)
+                examples += [place | _preview_tokens(tokens, chat) for tokens in encoded]
+    return {
+        "file": data.path,
+        "container": data.container,
+        "form": data.form,
+        "rows": data.rows,
+        "chat_template": chat.name if chat else None,
+        "train_on": settings.train_on,
+        "examples": examples,
+    }
+
+
+def split_data(config: RunConfig, out: Path, shares: Mapping[str, float]) -> dict[str, Any]:
+    """Divide `data.path` into OUT/train.jsonl, validation.jsonl and test.jsonl, with `training.seed`.
+
+    `shares` are those of the three files, together 1; a file with share 0 is not written. Raises ConfigError for other
+    shares, DataError for rows with errors (unless `data.skip_bad_rows`) or too few rows, RunError if `out` exists.
+    """
+    if any(share < 0 for share in shares.values()) or abs(sum(shares.values()) - 1) > 1e-6:
+        given = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+        raise ConfigError(
+            f"the shares {given} add up to {sum(shares.values()):g}; make them add up to 1, none negative"
+        )
+    refuse_existing(out)
+    settings = config.data
+    max_rows = _rows_to_read(settings)
+    data = read_examples(settings, skip_bad_rows=settings.skip_bad_rows, max_rows=max_rows)
+    parts = split_rows(data.examples, {name: share for name, share in shares.items() if share}, config.training.seed)
+    paths = write_split(out, settings, data, parts, max_rows)
+    labels = labels_of(data.examples)
+    return {
+        "file": data.path,
+        "form": data.form,
+        "rows": len(data.examples),
+        "seed": config.training.seed,
+        "files": {name: str(path) for name, path in paths.items()},
+        "counts": {name: len(positions) for name, positions in parts.items()},
+        "labels": {
+            name: dict(Counter(labels[position] for position in positions if labels[position] is not None))
+            for name, positions in parts.items()
+        },
+    }
+
+
+def sequences(rows: Sequence[Example | PreferenceExample]) -> list[Example]:
+    """Rows as what is tokenized: of a preference pair two conversations, chosen first, in which only those turns count."""
+    examples: list[Example] = []
+    for row in rows:
+        if isinstance(row, Example):
+            examples.append(row)
+            continue
+        prompt = tuple(replace(message, train=False) for message in row.prompt)
+        examples += [
+            Example(prompt + turns, None, row.file, row.line, row.tools) for turns in (row.chosen, row.rejected)
+        ]
+    return examples
+
+
+def _rows_to_read(settings: DataConfig) -> int | None:
+    """A streamed data set is read as far as `data.max_rows`; of a file that samples rows for training, all are looked at."""
+    return settings.max_rows if settings.streaming else None
+
+
+def _held_out(settings: DataConfig) -> DataConfig:
+    """The evaluation file, read as the training file is, and whole."""
+    return settings.model_copy(update={"path": settings.eval_path, "streaming": False})
+
+
+def _chat_of(config: RunConfig) -> tuple[ChatFormat | None, int | None]:
+    """The model's chat format and the longest sequence that it takes; (None, None) where no model is given."""
+    if not config.model.name:
+        return None, None
+    source = find_model(config.model)
+    tokenizer = load_tokenizer(source, config.model)
+    chat = ChatFormat(tokenizer, config.data.chat_template, config.data.chat_template_kwargs)
+    return chat, source.context_length
+
+
+def _problem(finding: Finding) -> dict[str, Any]:
+    return {
+        "line": finding.line,
+        "severity": finding.severity,
+        "code": finding.check,
+        "message": finding.message,
+        "found": finding.found,
+        "fix": finding.fix,
+        "field": finding.field,
+        "file": finding.file,
+    }
+
+
+def _raise_errors(findings: Sequence[Finding], skip_bad_rows: bool) -> None:
+    if (errors := [str(finding) for finding in findings if finding.severity == "error"]) and not skip_bad_rows:
+        raise DataError(errors)
+
+
+def _preview_turns(example: Example, train_on: str) -> dict[str, Any]:
+    messages = example.messages or (Message("assistant", example.text or ""),)
+    supervised = supervised_turns(messages, train_on)
+    pieces = [
+        {"role": message.role if example.messages else "text", "text": _turn_text(message), "supervised": counts}
+        for message, counts in zip(messages, supervised, strict=True)
+    ]
+    return {"num_tokens": estimate_row(example), "estimated": True, "pieces": pieces}
+
+
+def _turn_text(message: Message) -> str:
+    """What a turn says: its thought, its text and its tool calls."""
+    calls = [
+        json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False, default=str)
+        for call in message.tool_calls
+    ]
+    return "\n".join(part for part in (message.reasoning, message.content, *calls) if part)
+
+
+def _preview_tokens(example: TokenizedExample, chat: ChatFormat) -> dict[str, Any]:
+    ids = example.input_ids.tolist()
+    # The first token is no target, whatever its mask says: nothing comes before it.
+    mask = [False, *example.loss_mask.tolist()[1:]]
+    special = [number in chat.special_ids for number in ids]
+
+    def text_of(numbers: list[int]) -> str:
+        return str(chat.tokenizer.decode(numbers, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    pieces = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        if end < len(ids) and (mask[end], special[end]) == (mask[start], special[start]):
+            continue
+        # As a part of the whole: a piece decoded alone can lose the space that it begins with.
+        before, through = text_of(ids[:start]), text_of(ids[:end])
+        text = through[len(before) :] if through.startswith(before) else text_of(ids[start:end])
+        pieces.append({"text": text, "supervised": mask[start], "special": special[start]})
+        start = end
+    tokens = [
+        {"id": number, "text": text_of([number]), "supervised": counts, "special": is_special}
+        for number, counts, is_special in zip(ids, mask, special, strict=True)
+    ]
+    return {
+        "num_tokens": len(ids),
+        "estimated": False,
+        "num_supervised": example.supervised,
+        "pieces": pieces,
+        "tokens": tokens,
+    }

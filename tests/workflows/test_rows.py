@@ -1,0 +1,215 @@
+"""A run's rows: several files in their shares, bad rows left out by name, the wrong kind refused, `auto` written down."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny import CHATML, make_tokenizer, write_jsonl
+from tunesmith.config import RunConfig, load_config
+from tunesmith.data.chat import ChatFormat
+from tunesmith.errors import ConfigError, DataError
+from tunesmith.types import Finding
+from tunesmith.workflows.rows import RunData, read_questions, read_rows, summary, tokenize_rows
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+
+
+def pairs(count: int, name: str = "q") -> list[dict[str, Any]]:
+    return [{"prompt": f"{name} {n} asks", "completion": f"{name} {n} says"} for n in range(count)]
+
+
+def config(**values: Any) -> RunConfig:
+    return load_config(None, [], {key.replace("__", "."): value for key, value in values.items()})
+
+
+def tokenized(settings: RunConfig, **more: Any) -> RunData:
+    return tokenize_rows(settings, ChatFormat(make_tokenizer()), read_rows(settings), **more)
+
+
+# -- several files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights", "taken"),
+    [
+        ((80, 100), (0.8, 0.2), (80, 20)),  # all of the task, and a fifth from elsewhere
+        ((100, 10), (0.8, 0.2), (40, 10)),  # no row twice: the small file sets the size
+        ((10, 10, 10), (1, 1, 2), (5, 5, 10)),
+    ],
+)
+def test_shares(tmp_path: Path, sizes: tuple[int, ...], weights: tuple[float, ...], taken: tuple[int, ...]) -> None:
+    paths = [write_jsonl(tmp_path / f"{i}.jsonl", pairs(size, f"file{i}")) for i, size in enumerate(sizes)]
+    mix = [{"path": str(path), "weight": weight} for path, weight in zip(paths, weights, strict=True)]
+    rows = read_rows(config(data__mix=mix))
+    files = Counter(row.file for row in rows.train)
+    assert tuple(files[str(path)] for path in paths) == taken
+    assert len({(row.file, row.line) for row in rows.train}) == len(rows.train)
+    shares = [weight / sum(weights) for weight in weights]
+    said = ", ".join(
+        f"{n} of {size} rows of {path} ({share:.0%})"
+        for n, size, path, share in zip(taken, sizes, paths, shares, strict=True)
+    )
+    assert rows.notes == [f"mixed: {said}"]
+    assert rows.facts["path"] == [str(path) for path in paths]
+    assert rows.facts["rows"] == sum(sizes)
+
+
+def test_a_mix_of_forms_and_columns_within_max_rows(tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "a.jsonl", [{"frage": f"f{n} wer", "antwort": f"a{n} ich"} for n in range(50)])
+    other = write_jsonl(tmp_path / "b.jsonl", [{"text": f"text number {n}"} for n in range(50)])
+    mix = [
+        {"path": str(one), "weight": 3, "columns": {"question": "frage", "answer": "antwort"}},
+        {"path": str(other), "weight": 1},
+    ]
+    settings = config(data__mix=mix, data__max_rows=20)
+    rows = read_rows(settings)
+    assert Counter(row.text is None for row in rows.train) == {True: 15, False: 5}
+    assert rows.facts["form"] == "qa, text"
+    data = tokenized(settings)
+    assert len(data.train) == 20
+    assert {example.file for example in data.train} == {str(one), str(other)}
+
+
+def test_path_and_mix_exclude_each_other(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.path has no effect beside data\.mix; set one of the two"):
+        config(data__path="a.jsonl", data__mix=[{"path": "b.jsonl"}])
+
+
+# -- what is wrong ----------------------------------------------------------------------------------------------------
+
+
+def test_problems_of_all_files_come_at_once(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a1", "completion": 3}, *pairs(2)])
+    held = write_jsonl(tmp_path / "held.jsonl", [*pairs(1), {"prompt": "b1", "completion": None}])
+    with pytest.raises(DataError) as caught:
+        read_rows(config(data__path=str(train), data__eval_path=str(held)))
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{train}:1", f"{held}:2"]
+
+
+def test_bad_rows_are_left_out_by_name_when_asked(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    lines = [json.dumps(row) for row in pairs(6)]
+    lines[1], lines[4] = '{"prompt": "x1", "completion": 3}', lines[4][:-4]
+    path.write_text("\n".join(lines) + "\n")
+    rows = read_rows(config(data__path=str(path), data__skip_bad_rows=True))
+    assert [row.line for row in rows.train] == [1, 3, 4, 6]
+    left_out = [note for note in rows.notes if note.endswith("left out")]
+    assert [note.split(": ")[0] for note in left_out] == [f"{path}:2", f"{path}:5"]
+
+
+def test_rows_that_become_bad_as_tokens(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [*pairs(2), {"prompt": "long " * 30, "completion": "yes"}])
+    settings = config(data__path=str(path), data__max_seq_length=64)
+    with pytest.raises(DataError, match=rf"{path}:3: \d+ tokens, data\.max_seq_length is 64"):
+        tokenized(settings)
+    settings.data.skip_bad_rows = True
+    data = tokenized(settings)
+    assert [example.line for example in data.train] == [1, 2]
+    assert any(note.startswith(f"{path}:3: ") and note.endswith("left out") for note in data.notes)
+    settings.data.max_seq_length = 8
+    with pytest.raises(DataError):
+        tokenized(settings)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "ab", "chosen": "c1", "rejected": "d1"},
+        {"prompt": "ab", "completion": "cd", "label": True},
+    ],
+)
+def test_preferences_are_no_answers(tmp_path: Path, row: dict[str, Any]) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(DataError, match=r"objective sft needs answers, not preferences"):
+        read_rows(config(data__path=str(path)))
+    with pytest.raises(DataError, match=r"evaluation needs answers, not preferences"):
+        read_questions(path)
+
+
+# -- held out ---------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_rows_are_no_repetitions_of_training_rows(tmp_path: Path) -> None:
+    rows = pairs(40) + pairs(40)
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    split = read_rows(config(data__path=str(path), data__eval_fraction=0.25))
+    assert (len(split.train), len(split.eval)) == (60, 20)
+    assert not {row.messages for row in split.train} & {row.messages for row in split.eval}
+
+
+def test_a_leak_into_the_evaluation_file_is_said(tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", pairs(5))
+    held = write_jsonl(tmp_path / "held.jsonl", [pairs(3)[2], *pairs(2, "new")])
+    notes = read_rows(config(data__path=str(train), data__eval_path=str(held))).notes
+    assert len([note for note in notes if note.startswith(f"{held}:1: ") and str(train) in note]) == 1
+
+
+@pytest.mark.parametrize(("fraction", "side"), [(0.01, "evaluation"), (0.99, "training")])
+def test_a_fraction_that_leaves_nothing(tmp_path: Path, fraction: float, side: str) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", pairs(3))
+    with pytest.raises(ConfigError, match=rf"data\.eval_fraction {fraction} leaves no row of 3 for {side}"):
+        read_rows(config(data__path=str(path), data__eval_fraction=fraction))
+
+
+# -- what `auto` came to ----------------------------------------------------------------------------------------------
+
+
+def test_auto_is_written_into_the_configuration(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x" * 99}] * 3)
+    settings = config(data__path=str(path), data__max_seq_length="auto")
+    data = tokenized(settings)
+    assert settings.data.max_seq_length == data.max_seq_length == 128
+    settings = config(data__path=str(path), data__max_seq_length="auto")
+    settings.data.packing, settings.training.micro_batch_tokens = True, 110
+    assert tokenized(settings, model_limit=120).max_seq_length == 110, "no example may be longer than a micro-batch"
+
+
+def test_switched_off_thoughts_are_written_into_the_configuration(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", pairs(3))
+    settings = config(data__path=str(path))
+    tokenizer = make_tokenizer(
+        chat_template=CHATML.replace(
+            "assistant\n' }}{% endif %}",
+            "assistant\n' }}{% if not enable_thinking | default(true) %}<think></think>{% endif %}{% endif %}",
+        ).replace(
+            "message.role + '\n' +",
+            "message.role + '\n' + ('<think></think>' if message.role == 'assistant' else '') +",
+        )
+    )
+    chat = ChatFormat(tokenizer)
+    data = tokenize_rows(settings, chat, read_rows(settings))
+    assert settings.data.chat_template_kwargs == {"enable_thinking": False}
+    assert any("enable_thinking: false" in note for note in data.notes)
+    again = ChatFormat(tokenizer, "auto", settings.data.chat_template_kwargs)
+    assert again.hash == chat.hash
+
+
+def test_examples_beyond_the_model_are_said(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x" * 99}])
+    data = tokenized(config(data__path=str(path)), model_limit=64)
+    assert data.notes[-1] == (
+        "the longest example has 100 tokens; the model was made for 64 (max_position_embeddings): lower "
+        "data.max_seq_length"
+    )
+
+
+# -- notes ------------------------------------------------------------------------------------------------------------
+
+
+def test_many_findings_are_one_line() -> None:
+    def finding(line: int, severity: Any = "warning") -> Finding:
+        return Finding("duplicate_row", severity, "a.jsonl", line, f"row {line}", "fix it")
+
+    assert summary([finding(3)]) == ["a.jsonl:3: row 3; fix it"]
+    assert summary([finding(3, "error")]) == ["a.jsonl:3: row 3; fix it, left out"]
+    assert summary([finding(line) for line in range(1, 14)]) == [
+        "a.jsonl: 13 rows with duplicate row (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...); line 1: row 1; fix it"
+    ]
