@@ -23,8 +23,9 @@ test: $(VENV)/.installed-test
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports --no-cache
 
-# The whole quickstart as a user runs it, against its promises (about six minutes).
+# What takes minutes: every chat template over every row (about ten), and the whole quickstart as a user runs it (six).
 slow-test: $(VENV)/.installed-test
+	TUNESMITH_ALL_ROWS=1 $(BIN)/pytest -n 2 --dist worksteal tests/data/test_trl_templates.py
 	TUNESMITH_WHOLE_QUICKSTART=1 $(BIN)/pytest -m whole_quickstart
 
 # Pages that are made from the code; `make test` fails when they are out of date.

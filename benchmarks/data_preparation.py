@@ -201,8 +201,8 @@ def main() -> None:
 
 def _side(side: str, file: Path, model: str, processes: int) -> dict[str, Any]:
     command = [sys.executable, __file__, "--side", side, "--file", str(file), "--model", model]
-    # One process is one core on both sides: the tokenizers' threads would be a second one.
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    # One process is one core on both sides, unless the environment lets the tokenizers use threads.
+    environment = {"TOKENIZERS_PARALLELISM": "false"} | os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
         [*command, "--processes", str(processes)], check=True, capture_output=True, text=True, env=environment
     )

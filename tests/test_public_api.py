@@ -15,13 +15,17 @@ from tunesmith import errors
 
 NAMES = [
     "RunConfig",
+    "check_data",
+    "data_stats",
     "evaluate",
     "load",
     "load_config",
     "merge",
+    "preview_data",
     "quickstart",
     "reply",
     "resume",
+    "split_data",
     "train",
     "write_report",
 ]

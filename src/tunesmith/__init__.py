@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from tunesmith.api import write_report as write_report
     from tunesmith.config import RunConfig as RunConfig
     from tunesmith.config import load_config as load_config
+    from tunesmith.workflows.data import check_data as check_data
+    from tunesmith.workflows.data import data_stats as data_stats
+    from tunesmith.workflows.data import preview_data as preview_data
+    from tunesmith.workflows.data import split_data as split_data
 
 
 _HOMES = {
@@ -34,6 +38,10 @@ _HOMES = {
     "resume": "tunesmith.api",
     "train": "tunesmith.api",
     "write_report": "tunesmith.api",
+    "check_data": "tunesmith.workflows.data",
+    "data_stats": "tunesmith.workflows.data",
+    "preview_data": "tunesmith.workflows.data",
+    "split_data": "tunesmith.workflows.data",
 }
 
 

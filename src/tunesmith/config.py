@@ -103,7 +103,9 @@ class DataConfig(SourceConfig):
     mix: list[MixConfig] = Field(default_factory=list)
     """Several sources instead of `path`, e.g. `[{path: task.jsonl, weight: 0.8}, {path: general.jsonl, weight: 0.2}]`. No row is repeated: the source that runs out first sets the size."""
     eval_path: str | None = None
-    """Held-out examples for evaluation during training."""
+    """Held-out examples for evaluation during training, read as the training data is."""
+    eval_split: str | None = None
+    """Which split of `eval_path`, if that is a hub data set or a folder."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training rows to hold out when there is no `eval_path`."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
@@ -126,6 +128,18 @@ class DataConfig(SourceConfig):
     """Keep the tokens on disk, so that the same data, template and tokenizer are not tokenized again."""
     num_proc: Annotated[int, Field(ge=1)] | None = None
     """Processes that tokenize. Default: as many as the machine has cores and the data keeps busy."""
+
+    def held_out(self, path: str) -> SourceConfig:
+        """Held-out data at `path`: its rows are read as the training rows are; which split or sample is its own."""
+        return SourceConfig(
+            path=path,
+            split=self.eval_split if path == self.eval_path else None,
+            subset=self.subset if path == self.path else None,
+            format=self.format,
+            columns=self.columns,
+            roles=self.roles,
+            sample_by=self.sample_by if Path(path).suffix == Path(self.path).suffix else "document",
+        )
 
 
 class AdapterConfig(Section):
@@ -398,6 +412,8 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         found["data.eval_fraction"] = "data.eval_fraction has no effect beside data.eval_path; set one of the two"
     if config.data.path and config.data.mix:
         found["data.path"] = "data.path has no effect beside data.mix; set one of the two"
+    if config.data.eval_split and not config.data.eval_path:
+        found["data.eval_split"] = "data.eval_split has no effect without data.eval_path; remove it, or set the path"
     has_eval = bool(config.data.eval_path or config.data.eval_fraction)
     if not has_eval:
         for key, is_set in {

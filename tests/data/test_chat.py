@@ -682,3 +682,69 @@ def test_long_chats_do_not_render_every_prefix(chatml: ChatFormat, monkeypatch: 
     monkeypatch.setattr(ChatTemplate, "render", counted)
     ChatFormat(make_tokenizer()).encode(rows)
     assert len(rendered) <= 100 + 25, "each row once, and every prefix of one shape"
+
+
+# -- parts between added tokens are tokenized once ---------------------------------------------------------------------
+
+
+def piecewise(kind: str) -> Any:
+    """Tokenizers that look at what stands before a text in different ways."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if kind in ("bytes", "prefix space", "look-ahead"):
+        tokenizer = make_tokenizer(merges=[("Ġ", "a"), ("b", "c"), ("a", "bc"), ("Ċ", "Ċ"), ("s", "s"), ("Ċ", "Ġa")])
+        if kind != "bytes":
+            byte_level = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix space", use_regex=False)
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(Regex(r"\s+(?!\S)|\s?\S+|\s+"), "isolated"), byte_level]
+            )
+        return tokenizer
+    pieces = ["<unk>", "▁", "▁a", "ab", "▁u", "▁as", *"abcdefghijklmnopqrstuvwxyz\n?.<|>_"]
+    backend = Tokenizer(models.Unigram([(piece, -1.0 - 0.1 * n) for n, piece in enumerate(pieces)], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind.split()[1])
+    if kind.endswith("lower"):
+        backend.normalizer = normalizers.Lowercase()
+    backend.add_special_tokens(["<unk>", "<|im_start|>", IM_END])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=IM_END, unk_token="<unk>")
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+KINDS = ["bytes", "prefix space", "look-ahead", "metaspace always", "metaspace first", "metaspace never lower"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_give_the_tokens_of_the_whole_text(kind: str) -> None:
+    tokenizer = piecewise(kind)
+    texts = st.text("abcx \n?A", min_size=1, max_size=8)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.tuples(texts, texts), min_size=1, max_size=3))
+    def agree(turns: list[tuple[str, str]]) -> None:
+        messages = [m for q, a in turns for m in (Message("user", q), Message("assistant", a))]
+        parts, whole = ChatFormat(tokenizer), ChatFormat(tokenizer)
+        whole._added = None
+        one, other = encode(parts, *messages), encode(whole, *messages)
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.loss_mask.tolist() == other.loss_mask.tolist()
+        assert is_strict_prefix(parts.encode_prompt(messages[:1]), one.input_ids)
+
+    agree()
+    assert (ChatFormat(tokenizer)._added is None) == (kind == "metaspace first")
+
+
+def test_a_part_that_comes_again_is_not_tokenized_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    format = ChatFormat(make_tokenizer())
+    format.encode([chat(S, Q, A)])
+    asked: list[str] = []
+    plain = format._backend(False)
+
+    class Counting:
+        def encode_batch(self, texts: list[str], **options: Any) -> Any:
+            asked.extend(texts)
+            return plain.encode_batch(texts, **options)
+
+    monkeypatch.setattr(format, "_backend", lambda renamed: Counting())
+    format.encode([chat(S, Q2, A2), chat(S, Q, A)])
+    assert asked == ["user\nAnd now?\n", "assistant\n Cold 🥶 "]

@@ -7,6 +7,8 @@ holds the template's control tokens stands in.
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -135,7 +137,7 @@ def check(name: str, examples: list[Example]) -> None:
 
 @cache
 def chats(folder: Path) -> dict[str, list[Example]]:
-    """The chat files, every row of the short ones and an evenly spread part of the long ones."""
+    """The chat files: of the long ones an evenly spread part, or with $TUNESMITH_ALL_ROWS every row (`make slow-test`)."""
     files = {}
     for name, rows in (
         ("chat/openassistant_seed_messages.jsonl", 154),
@@ -147,7 +149,7 @@ def chats(folder: Path) -> dict[str, list[Example]]:
         ("banking77/train_10shot_chat.jsonl", 40),
     ):
         examples = read_examples(folder / name).examples
-        step = max(1, len(examples) // rows)
+        step = 1 if os.environ.get("TUNESMITH_ALL_ROWS") else max(1, len(examples) // rows)
         files[name] = examples[::step]
     return files
 
@@ -199,6 +201,35 @@ CONVERSATION = (
     Message("tool", '{"found": 3}', name="find_recipes", call_id="call00001"),
     Message("assistant", "Three recipes."),
 )
+
+
+def test_real_tool_calls(shared_data: Path) -> None:
+    examples = read_examples(shared_data / "llamafactory" / "glaive_toolcall_en_demo.jsonl").examples[::10]
+    assert sum(bool(example.tools) for example in examples) > 10
+    for name in ("qwen2_5", "qwen3", "qwen3_instruct_2507", "llama3_1", "glm4moe", "lfm2_2_5"):
+        tokenizer = tokenizer_for(name)
+        format = ChatFormat(tokenizer)
+        format.settle(examples)
+        encoded, findings = format.encode_checked(examples)
+        assert {f.found for f in findings if f.severity == "error"} == set(), name
+        refused = {f.line for f in findings if f.severity == "error"}
+        for example in examples:
+            if example.line in refused:
+                continue
+            runs = [run for part in encoded if part.line == example.line for run in supervised(tokenizer, part)]
+            answers = [message for message in example.messages if message.role == "assistant"]
+            assert len(runs) == len(answers), (name, example.where)
+            for place, (run, message) in enumerate(zip(runs, answers, strict=True)):
+                if not message.tool_calls:
+                    assert is_answer(name, run, message.content, place == len(answers) - 1), (name, example.where)
+                for call in message.tool_calls:
+                    assert call.name in run, (name, example.where)
+                    for value in call.arguments.values():
+                        shown = "".join(str(value).split()), "".join(json.dumps(value, ensure_ascii=False).split())
+                        assert any(text in "".join(run.split()) for text in shown), (name, example.where, run)
+                    assert not any(
+                        m.content in run for m in example.messages if m.role in ("user", "tool") and m.content
+                    )
 
 
 def test_tool_calls_are_exact_or_refused() -> None:

@@ -152,6 +152,30 @@ def test_a_leak_into_the_evaluation_file_is_said(tmp_path: Path) -> None:
     assert len([note for note in notes if note.startswith(f"{held}:1: ") and str(train) in note]) == 1
 
 
+def test_held_out_rows_from_another_split_of_the_same_folder(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", pairs(6))
+    write_jsonl(tmp_path / "test.jsonl", pairs(2, "new"))
+    folder = str(tmp_path)
+    rows = read_rows(config(data__path=folder, data__split="train", data__eval_path=folder, data__eval_split="test"))
+    assert (len(rows.train), len(rows.eval)) == (6, 2)
+    with pytest.raises(ConfigError, match=r"data\.eval_split has no effect without data\.eval_path"):
+        config(data__path=folder, data__eval_split="test")
+
+
+def test_held_out_rows_from_a_file_beside_a_split_or_a_text(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.jsonl", pairs(6))
+    held = write_jsonl(tmp_path / "held.jsonl", pairs(2, "new"))
+    settings = config(data__path=str(tmp_path / "data"), data__split="train", data__eval_path=str(held))
+    assert len(read_rows(settings).eval) == 2
+    (tmp_path / "a.txt").write_text("one paragraph\n\nanother one\n")
+    texts = write_jsonl(tmp_path / "b.jsonl", [{"text": "held out"}])
+    rows = read_rows(
+        config(data__path=str(tmp_path / "a.txt"), data__sample_by="paragraph", data__eval_path=str(texts))
+    )
+    assert (len(rows.train), len(rows.eval)) == (2, 1)
+
+
 @pytest.mark.parametrize(("fraction", "side"), [(0.01, "evaluation"), (0.99, "training")])
 def test_a_fraction_that_leaves_nothing(tmp_path: Path, fraction: float, side: str) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", pairs(3))
@@ -210,6 +234,9 @@ def test_many_findings_are_one_line() -> None:
 
     assert summary([finding(3)]) == ["a.jsonl:3: row 3; fix it"]
     assert summary([finding(3, "error")]) == ["a.jsonl:3: row 3; fix it, left out"]
+    assert summary([finding(line, "error") for line in range(1, 14)])[0].startswith(
+        "a.jsonl: 13 rows with duplicate row, left out (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13); line 1: "
+    )
     assert summary([finding(line) for line in range(1, 14)]) == [
         "a.jsonl: 13 rows with duplicate row (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...); line 1: row 1; fix it"
     ]

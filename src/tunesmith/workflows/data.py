@@ -48,7 +48,7 @@ def check_data(config: RunConfig, progress: Progress = no_progress) -> dict[str,
     chat, limit = _chat_of(config)
     progress("reading the data", 0, 1)
     data = inspect_file(settings, _rows_to_read(settings))
-    held_out = inspect_file(_held_out(settings)) if settings.eval_path else None
+    held_out = inspect_file(settings.held_out(settings.eval_path)) if settings.eval_path else None
     files = [data, held_out] if held_out else [data]
     notes = [note] if chat is not None and (note := chat.settle(sequences(data.examples))) else []
     found: list[list[Finding]] = []
@@ -229,11 +229,6 @@ def sequences(rows: Sequence[Example | PreferenceExample]) -> list[Example]:
 def _rows_to_read(settings: DataConfig) -> int | None:
     """A streamed data set is read as far as `data.max_rows`; of a file that samples rows for training, all are looked at."""
     return settings.max_rows if settings.streaming else None
-
-
-def _held_out(settings: DataConfig) -> DataConfig:
-    """The evaluation file, read as the training file is, and whole."""
-    return settings.model_copy(update={"path": settings.eval_path, "streaming": False})
 
 
 def _chat_of(config: RunConfig) -> tuple[ChatFormat | None, int | None]:

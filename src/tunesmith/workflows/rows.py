@@ -21,7 +21,7 @@ from tunesmith.files import sha256_text
 from tunesmith.types import Example, Finding, PreferenceExample, Progress, no_progress
 
 LISTED_LINES = 10
-"""How many lines a note names."""
+"""How many lines a note names; of rows that are left out, all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,7 @@ def read_rows(config: RunConfig) -> RunRows:
     """Read and check the training and evaluation data. Raises DataError with all problems of all files."""
     settings = config.data
     sources: list[SourceConfig] = [*settings.mix] or [settings]
-    held_source = None
-    if settings.eval_path:
-        held_source = settings.model_copy(update={"path": settings.eval_path, "streaming": False})
+    held_source = settings.held_out(settings.eval_path) if settings.eval_path else None
     files, held = _read(sources, held_source, settings)
     for file in [*files, *held]:
         _refuse_wrong_kind(file, f"objective {config.objective.name}")
@@ -82,6 +80,10 @@ def read_rows(config: RunConfig) -> RunRows:
         "sha256": files[0].sha256 if len(files) == 1 else sha256_text(file.sha256 for file in files),
         "form": ", ".join(dict.fromkeys(file.form for file in files)),
         "rows": sum(len(file.examples) for file in files),
+        "files": [
+            {"path": file.path, "container": file.container, "form": file.form, "rows": len(file.examples)}
+            for file in [*files, *held]
+        ],
         "system": _shared_system(rows),
     }
     if settings.eval_path:
@@ -89,9 +91,9 @@ def read_rows(config: RunConfig) -> RunRows:
     return RunRows(rows, eval_rows, facts, notes)
 
 
-def read_questions(path: str | Path, settings: SourceConfig | None = None) -> list[Example]:
+def read_questions(path: str | Path, settings: DataConfig | None = None) -> list[Example]:
     """The rows of a file to evaluate on, its columns mapped as in `settings`. Raises DataError with every problem."""
-    file = read_examples((settings or SourceConfig()).model_copy(update={"path": str(path), "streaming": False}))
+    file = read_examples((settings or DataConfig()).held_out(str(path)))
     _refuse_wrong_kind(file, "evaluation")
     return _examples(file)
 
@@ -148,7 +150,8 @@ def summary(findings: Sequence[Finding]) -> list[str]:
             lines.append(f"{first}{left_out}")
             continue
         places = sorted({finding.line for finding in group if finding.line is not None})
-        shown = ", ".join(map(str, places[:LISTED_LINES])) + (", ..." if len(places) > LISTED_LINES else "")
+        listed = places if left_out else places[:LISTED_LINES]
+        shown = ", ".join(map(str, listed)) + (", ..." if len(listed) < len(places) else "")
         lines.append(
             f"{file}: {len(group)} rows with {check.replace('_', ' ')}{left_out} (lines {shown}); "
             f"line {first.line}: {first.message}"

@@ -100,6 +100,8 @@ class TrainingSession:
             if self.resumed:
                 log({"event": "resume", "step": checkpoints[-1][0] if checkpoints else 0})
             log(self._start_event())
+            for file in self.data.facts["files"]:
+                log({"event": "decision", "message": "{path}: {container}, form {form}, {rows} rows".format(**file)})
             for note in self.data.notes:
                 log({"event": "warning", "message": note})
             state = train_loop(
