@@ -6,8 +6,9 @@ The file holds `--rows` distinct conversations made from the folder's chats and 
 tests' shared data): each as it is, then, until there are enough, two of them one after the other. Each side runs in a
 process of its own, with the same number of processes of its own; the model's tokenizer is loaded, and the file is in the
 page cache, before the clock starts. Both supervise the assistant's turns only and pack best-fit into 8,192 tokens. TRL is
-timed in its own `_prepare_dataset` after `load_dataset`; tunesmith from the file to packs, checks of every row included.
-Prints a table and one JSON line a run; the supervised tokens of both must agree.
+timed in its own `_prepare_dataset` after `load_dataset`; tunesmith from the file to packs, with the row-by-row checks of
+reading (those over the whole file, `data check`, are no part of TRL's preparation and of neither time). Prints a table, and
+stops if the two sides do not supervise the same number of tokens.
 """
 
 from __future__ import annotations
@@ -186,10 +187,14 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|---|")
         for processes in arguments.processes:
             medians: dict[str, float] = {}
+            supervised: set[int] = set()
             for side in ("trl", "tunesmith"):
                 runs = [_side(side, file, arguments.model, processes) for _ in range(arguments.repeat)]
                 run = min(runs, key=lambda run: abs(run["seconds"] - statistics.median(r["seconds"] for r in runs)))
                 medians[side] = run["seconds"]
+                supervised.add(run["supervised_tokens"])
+                if len(supervised) > 1:
+                    sys.exit(f"the sides supervise other tokens: {sorted(supervised)}")
                 ratio = f"{medians['trl'] / run['seconds']:.1f}x" if side == "tunesmith" else ""
                 print(
                     f"| {processes} | {side} | {run['seconds']:.1f} | {run['read_seconds']:.1f} | "

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -134,6 +138,52 @@ def test_check_with_a_model(tmp_path: Path, tiny_model: Path) -> None:
     assert f"tunesmith train --model {tiny_model} --data {path}" in result.out
 
 
+def test_the_command_to_go_on_with_reads_the_data_as_the_check_did(tmp_path: Path, tiny_model: Path) -> None:
+    path = write_jsonl(tmp_path / "my rows.jsonl", [{"ask": f"{i} a?", "tell": f"b {i}"} for i in range(3)])
+    held = write_jsonl(tmp_path / "held.jsonl", [{"ask": "other?", "tell": "d"}, {"ask": "bad", "tell": 3}])
+    options = ("--model", tiny_model, "--eval-data", held, "--format", "qa", "--skip-bad-rows", "--template", "alpaca")
+    mapped = ("--column", "question=ask", "--column", "answer=tell", "--max-seq-length", "512")
+    result = tunesmith("data", "check", path, *options, *mapped, "--set", "data.train_on=last")
+    assert result.code == 0
+    command = result.out.splitlines()[-1].removeprefix("go on with: ")
+    assert command == (
+        f"tunesmith train --model {tiny_model} --data '{path}' --eval-data {held} --set data.format=qa "
+        """--set 'data.columns={"question": "ask", "answer": "tell"}' --set data.chat_template=alpaca """
+        "--set data.max_seq_length=512 --skip-bad-rows --set data.train_on=last"
+    )
+    trained = []
+
+    def train(config: Any, *_: Any, **__: Any) -> TrainResult:
+        trained.append(config)
+        raise KeyboardInterrupt
+
+    with mock.patch("tunesmith.api.train", train):
+        assert tunesmith(*shlex.split(command)[1:]).code == 130
+    assert trained[0].data.columns == {"question": "ask", "answer": "tell"}
+    assert (trained[0].data.max_seq_length, trained[0].data.skip_bad_rows) == (512, True)
+
+
+def test_preferences_are_not_sent_to_training(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a?", "chosen": "good", "rejected": "bad"}])
+    result = tunesmith("data", "check", path)
+    assert result.code == 0
+    assert result.out.splitlines()[-1] == "no errors, 0 warnings; `tunesmith train` takes answers only, no preferences"
+    assert printed(tunesmith("data", "check", path, "--json"))["trainable"] is False
+
+
+def test_skipping_rows_is_offered_where_it_helps(rows: Path, tmp_path: Path) -> None:
+    offer = ", or leave those rows out with --skip-bad-rows"
+    one_line = tmp_path / "rows.json"
+    one_line.write_text(json.dumps([ask("a?", ""), ask("b?", "")]))
+    for arguments in ((one_line,), (rows, "--eval-data", tmp_path / "no.jsonl"), (rows, "--column", "messages=none")):
+        result = tunesmith("data", "check", *arguments)
+        assert (result.code, offer in result.out) == (2, False), arguments
+        assert tunesmith("data", "check", *arguments, "--skip-bad-rows").code == 2
+    one_line.write_text(json.dumps([ask("a?", ""), ask("b?", "yes")]))
+    assert offer in tunesmith("data", "check", one_line).out
+    assert tunesmith("data", "check", one_line, "--skip-bad-rows").code == 0
+
+
 def test_columns_format_and_other_settings(tmp_path: Path) -> None:
     path = write_jsonl(
         tmp_path / "rows.jsonl", [{"ask": "a?", "tell": "b", "rating": 3}, {"ask": "c?", "tell": "d" * 2000}]
@@ -151,6 +201,12 @@ def test_columns_format_and_other_settings(tmp_path: Path) -> None:
     [
         (("--column", "ask"), "--column ask: expected FIELD=COLUMN, e.g. --column output=reply"),
         (("--column", "=ask"), "--column =ask: expected FIELD=COLUMN, e.g. --column output=reply"),
+        (
+            ("--column", "output=a", "--column", "output=b"),
+            "--column output=b: `output` was named before (--column output=a)",
+        ),
+        (("--template", "nowhere"), "data.chat_template has no effect without a model; pass --model, or remove it"),
+        (("--set", "data.max_rows=5"), "data.max_rows has no effect on this command, which reads every row; remove it"),
         (("--max-seq-length", "long"), "--max-seq-length long: expected a number of tokens, or auto"),
         (
             ("--set", "data.overlog=drop"),
@@ -215,7 +271,12 @@ def test_stats_of_bad_rows(bad_rows: Path) -> None:
     result = tunesmith("data", "stats", bad_rows)
     assert result.code == 2
     assert [problem.split(": ")[1] for problem in result.problems] == [f"{bad_rows}:2", f"{bad_rows}:4"]
-    assert tunesmith("data", "stats", bad_rows, "--skip-bad-rows").code == 0
+    result = tunesmith("data", "stats", bad_rows, "--skip-bad-rows")
+    assert result.code == 0
+    assert result.out.splitlines()[1] == f"rows left out: 2 of {bad_rows} (lines 2, 4)"
+    assert printed(tunesmith("data", "stats", bad_rows, "--skip-bad-rows", "--json"))["skipped_rows"] == {
+        str(bad_rows): [2, 4]
+    }
 
 
 # preview
@@ -251,6 +312,26 @@ def test_preview_in_colour(tmp_path: Path, tiny_model: Path, monkeypatch: pytest
     out = tunesmith("data", "preview", path, "--model", tiny_model).out
     assert "⟦yes" in out
     assert "\x1b[32m" not in out
+
+
+def test_preview_of_a_row_that_is_cut(tmp_path: Path, tiny_model: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [ask("a?", "x" * 100)])
+    cut = ("--model", tiny_model, "--max-seq-length", "33", "--set", "data.overlong=truncate")
+    assert (
+        tunesmith("data", "preview", path, *cut).out.splitlines()[-5:]
+        == [
+            "line 1: 33 tokens, 12 supervised",
+            "(123 tokens, data.max_seq_length is 33; cut to its first 33 tokens)",
+            f"«{IM_START}»user↵",
+            f"a?«{IM_END}»↵",
+            f"«{IM_START}»assistant↵",
+            "⟦xxxxxxxxxxxx⟧",
+        ][-5:]
+    )
+    result = tunesmith("data", "preview", path, "--max-seq-length", "33")
+    assert result.problems == [
+        "tunesmith: data.max_seq_length has no effect without a model; pass --model, or remove it"
+    ]
 
 
 def test_preview_without_a_model(rows: Path) -> None:
@@ -295,6 +376,7 @@ def test_split(rows: Path, tmp_path: Path) -> None:
     assert [line.split() for line in result.out.splitlines() if "all rows" in line] == [
         ["│", "all", "rows", "│", "6", "│", "3", "│", "3", "│"]
     ]
+    assert "left out" not in result.out
     assert result.out.splitlines()[-3:] == [str(out / f"{name}.jsonl") for name in ("train", "validation", "test")]
     lines = [line for path in sorted(out.iterdir()) for line in path.read_text().splitlines()]
     assert sorted(lines) == sorted(rows.read_text().splitlines())
@@ -323,12 +405,39 @@ def test_split_json_and_seed(tmp_path: Path) -> None:
     assert (tmp_path / "three" / "test.jsonl").read_text() == contents["one"]
 
 
+def test_split_says_which_rows_it_left_out(bad_rows: Path, tmp_path: Path) -> None:
+    shares = ("--train", "1", "--validation", "0", "--test", "0", "--skip-bad-rows")
+    result = tunesmith("data", "split", bad_rows, "--out", tmp_path / "one", *shares)
+    assert result.out.splitlines()[0] == f"rows left out: 2 of {bad_rows} (lines 2, 4)"
+    value = printed(tunesmith("data", "split", bad_rows, "--out", tmp_path / "two", *shares, "--json"))
+    assert value["skipped_rows"] == {str(bad_rows): [2, 4]}
+
+
 def test_split_with_wrong_shares(rows: Path, tmp_path: Path) -> None:
     result = tunesmith("data", "split", rows, "--out", tmp_path / "split", "--test", "0.5")
     assert result.problems == [
         "tunesmith: the shares train 0.8, validation 0.1, test 0.5 add up to 1.4; make them add up to 1, none negative"
     ]
     assert not (tmp_path / "split").exists()
+
+
+# output that nobody reads to its end
+
+
+@pytest.mark.parametrize("command", [("check",), ("preview", "--rows", "400"), ("stats", "--json"), ("stats",)])
+def test_output_closed_early_is_no_error(tmp_path: Path, command: tuple[str, ...]) -> None:
+    path = write_jsonl(
+        tmp_path / "rows.jsonl", [ask(f"q {i}?", "x" * 200) for i in range(400)] + [ask("q 1?", "b")] * 9
+    )
+    name, *options = command
+    reader, writer = os.pipe()
+    os.close(reader)  # `| head` that is gone already
+    words = [sys.executable, "-m", "tunesmith", "data", name, str(path), *options]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.returncode == 141
+    assert "Traceback" not in done.stderr
+    assert "Broken" not in done.stderr
 
 
 # the malformed files that are accepted with a warning

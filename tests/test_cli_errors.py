@@ -28,7 +28,7 @@ from tunesmith.runs import RunFolder
 FAST = ("--set", "training.max_steps=2", "--set", "model.dtype=fp32", "--set", "training.batch_size=4")
 PROGRESS = re.compile(
     r"(reading the data|loading the model|merging) \.\.\.|answers: \d.*|(lora|qlora|full) on .*|training: \d.*"
-    r"|going on from step \d+"
+    r"|going on from step \d+|\S+: JSON Lines, form \w+, \d+ rows"
 )
 
 

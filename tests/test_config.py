@@ -395,6 +395,20 @@ def test_a_long_value_is_shortened_in_the_message(run_yaml: Any) -> None:
                 "set data.eval_path or data.eval_fraction",
             ],
         ),
+        (
+            ["data.mix=[{path: a.jsonl}]", "data.format=qa", "data.columns={answer: a}", "data.split=train"],
+            [
+                "--set data.split=train: data.split has no effect beside data.mix; set it in the sources instead",
+                "--set data.format=qa: data.format has no effect beside data.mix without data.eval_path; set it in the "
+                "sources instead",
+                "--set data.columns={answer: a}: data.columns has no effect beside data.mix without data.eval_path; set it "
+                "in the sources instead",
+            ],
+        ),
+        (
+            ["data.mix=[{path: a.jsonl}]", "data.roles={bot: assistant}", "data.sample_by=line", "data.eval_path=3"],
+            ["--set data.eval_path=3: `data.eval_path` is 3: input should be a valid string"],
+        ),
         # `adapter.r` is wrong, but that hides nothing about `adapter.rslora`, whose name begins with it.
         (
             ["method=full", "adapter.r=0", "adapter.rslora=true"],
@@ -483,6 +497,8 @@ def test_contradiction(overrides: list[str], expected: list[str]) -> None:
         ["method=qlora", "quantization.scheme=int8"],
         ["training.early_stopping.patience=3"],
         ["training.micro_batch_size=8", "training.batch_size=8"],
+        ["data.mix=[{path: a.jsonl}]", "data.eval_path=e.jsonl", "data.format=qa", "data.sample_by=line"],
+        ["data.mix=[{path: a.jsonl}]", "data.format=auto"],
         ["training.batch_size=2"],  # the micro-batch is the default, which follows
     ],
 )

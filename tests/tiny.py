@@ -111,6 +111,17 @@ def make_tiny_model(
     return Path(folder)
 
 
+def supervised(tokenizer: Any, example: Any) -> list[str]:
+    """The runs of supervised tokens, decoded."""
+    runs: list[list[int]] = [[]]
+    for token, mask in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
+        if mask:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
     """Write `rows` as JSON Lines, and return `path`."""
     Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -101,7 +101,7 @@ class DataConfig(SourceConfig):
     """Which examples, and how they become tokens."""
 
     mix: list[MixConfig] = Field(default_factory=list)
-    """Several sources instead of `path`, e.g. `[{path: task.jsonl, weight: 0.8}, {path: general.jsonl, weight: 0.2}]`. No row is repeated: the source that runs out first sets the size."""
+    """Several sources instead of `path`, e.g. `[{path: task.jsonl, weight: 0.8}, {path: general.jsonl, weight: 0.2}]`. No row of a file is taken twice: the source that runs out first sets the size."""
     eval_path: str | None = None
     """Held-out examples for evaluation during training, read as the training data is."""
     eval_split: str | None = None
@@ -412,6 +412,7 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         found["data.eval_fraction"] = "data.eval_fraction has no effect beside data.eval_path; set one of the two"
     if config.data.path and config.data.mix:
         found["data.path"] = "data.path has no effect beside data.mix; set one of the two"
+    found |= _beside_mix(config.data)
     if config.data.eval_split and not config.data.eval_path:
         found["data.eval_split"] = "data.eval_split has no effect without data.eval_path; remove it, or set the path"
     has_eval = bool(config.data.eval_path or config.data.eval_fraction)
@@ -423,6 +424,21 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         }.items():
             if is_set:
                 found[key] = f"{key} needs evaluation data; set data.eval_path or data.eval_fraction"
+    return found
+
+
+def _beside_mix(data: DataConfig) -> dict[str, str]:
+    """Settings of one source beside `data.mix`, whose sources have their own, by the key to change."""
+    found: dict[str, str] = {}
+    for name in _changed(data) if data.mix else ():
+        if name not in SourceConfig.model_fields or name == "path":
+            continue
+        why = "beside data.mix"
+        if name in ("format", "columns", "roles", "sample_by"):  # these also say how `eval_path` is read
+            if data.eval_path:
+                continue
+            why += " without data.eval_path"
+        found[f"data.{name}"] = f"data.{name} has no effect {why}; set it in the sources instead"
     return found
 
 
@@ -465,6 +481,7 @@ def _token_budgets(config: RunConfig) -> dict[str, str]:
 
 
 CAUSES = {
+    "data.eval_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
     "data.packing": ("training.micro_batch_tokens",),
     "method": ("adapter.", "quantization."),
     "training.batch_size": ("training.micro_batch_size",),

@@ -33,14 +33,18 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path, config: RunConfig, metadata: dict[str, Any]) -> RunFolder:
-        """Make the folder with its config and metadata. Raises RunError if something is there already."""
+    def create(
+        cls, path: Path, config: RunConfig, metadata: dict[str, Any], chat_template: str | None = None
+    ) -> RunFolder:
+        """Make the folder with its config, metadata and chat template. Raises RunError if something is there already."""
         cls.refuse_existing(path)
         with atomic_folder(path) as folder:
             (folder / "checkpoints").mkdir()
             run = cls(folder)
             write_atomic(run.config_path, config.to_yaml())
             run.write_metadata(metadata)
+            if chat_template is not None:
+                write_atomic(run.template_path, chat_template)
         return cls(path)
 
     @staticmethod
@@ -71,6 +75,11 @@ class RunFolder:
     def is_run(path: Path | str) -> bool:
         """Whether `path` is a run folder."""
         return (Path(path) / "config.yaml").is_file() and (Path(path) / "metadata.json").is_file()
+
+    @property
+    def template_path(self) -> Path:
+        """The chat template that the run is trained with, whatever becomes of the file or model that it came from."""
+        return self.path / "chat_template.jinja"
 
     @property
     def config_path(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny import CHATML, IM_END, chat_rows, make_tokenizer, write_jsonl
+from tiny import CHATML, IM_END, chat_rows, make_tokenizer, supervised, write_jsonl
 from tunesmith.data.chat import ChatFormat
 from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError, DataError
@@ -29,17 +30,6 @@ def chat(*messages: Message, line: int = 1) -> Example:
 
 def text(content: str, line: int = 1) -> Example:
     return Example(None, content, "f.jsonl", line)
-
-
-def supervised(tokenizer: Any, example: TokenizedExample) -> list[str]:
-    """The runs of supervised tokens, decoded."""
-    runs: list[list[int]] = [[]]
-    for token, mask in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
-        if mask:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run]
 
 
 def encode(format: ChatFormat, *messages: Message, train_on: str = "assistant") -> TokenizedExample:
@@ -515,7 +505,14 @@ def test_a_messages_own_flag_comes_first(chatml: ChatFormat) -> None:
     runs = lambda *messages, **kw: supervised(chatml.tokenizer, encode(chatml, *messages, **kw))  # noqa: E731
     assert runs(Q, off, Q2, A2) == [" Cold 🥶 <|im_end|>"]
     assert runs(Q, on, Q2, A2, train_on="last") == ["Quite warm.<|im_end|>", " Cold 🥶 <|im_end|>"]
-    assert runs(Q, off, Q2, A2, train_on="all") == [" Cold 🥶 <|im_end|>"]
+    assert runs(Q, off, Q2, A2, train_on="all") == [
+        "<|im_start|>user\nHow warm?<|im_end|>\n<|im_start|>assistant\n",
+        "\n<|im_start|>user\nAnd now?\n<|im_end|>\n<|im_start|>assistant\n Cold 🥶 <|im_end|>\n",
+    ]
+    for question, train_on in ((replace(Q, train=True), "assistant"), (replace(Q, train=False), "all")):
+        assert refusal(chatml, question, A, train_on=train_on) == (
+            "f.jsonl:1: message 1 is the user's and has a `train` of its own; only the assistant's turns can be chosen"
+        )
     assert refusal(chatml, Q, off) == "f.jsonl:1: no turn is supervised: there is nothing to learn from this row"
 
 
@@ -655,7 +652,7 @@ def test_filling_a_shape_gives_what_rendering_every_prefix_gives(with_template: 
             messages = turns[:size]
             indices = [i for i, m in enumerate(messages) if m.role == "assistant"][-1 if train_on == "last" else 0 :]
             short = format.rendering.supervised(messages, (), train_on)
-            assert short == format.rendering._supervised_exactly(messages, (), indices)
+            assert short == [piece.rendered for piece in format.rendering._exactly(messages, (), indices)]
 
 
 def test_a_template_that_changes_contents_goes_the_long_way(with_template: Any) -> None:
@@ -681,7 +678,7 @@ def test_long_chats_do_not_render_every_prefix(chatml: ChatFormat, monkeypatch: 
     rows = [chat(*(Message("user", f"q{i}"), Message("assistant", f"a{i}")) * 10, line=i) for i in range(100)]
     monkeypatch.setattr(ChatTemplate, "render", counted)
     ChatFormat(make_tokenizer()).encode(rows)
-    assert len(rendered) <= 100 + 25, "each row once, and every prefix of one shape"
+    assert len(rendered) <= 200 + 25, "each row and its last prompt once, and every prefix of one shape"
 
 
 # -- parts between added tokens are tokenized once ---------------------------------------------------------------------
@@ -725,10 +722,12 @@ def test_parts_give_the_tokens_of_the_whole_text(kind: str) -> None:
         messages = [m for q, a in turns for m in (Message("user", q), Message("assistant", a))]
         parts, whole = ChatFormat(tokenizer), ChatFormat(tokenizer)
         whole._added = None
-        one, other = encode(parts, *messages), encode(whole, *messages)
-        assert one.input_ids.tolist() == other.input_ids.tolist()
-        assert one.loss_mask.tolist() == other.loss_mask.tolist()
-        assert is_strict_prefix(parts.encode_prompt(messages[:1]), one.input_ids)
+        one, other = parts.encode([chat(*messages)]), whole.encode([chat(*messages)])
+        assert [e.input_ids.tolist() for e in one] == [e.input_ids.tolist() for e in other]
+        assert [e.loss_mask.tolist() for e in one] == [e.loss_mask.tolist() for e in other]
+        for turn in range(1, len(messages), 2):  # every answer begins behind the very ids that inference asks with
+            example = one[turn // 2] if len(one) > 1 else one[0]
+            assert is_strict_prefix(parts.encode_prompt(messages[:turn]), example.input_ids)
 
     agree()
     assert (ChatFormat(tokenizer)._added is None) == (kind == "metaspace first")
@@ -738,13 +737,235 @@ def test_a_part_that_comes_again_is_not_tokenized_again(monkeypatch: pytest.Monk
     format = ChatFormat(make_tokenizer())
     format.encode([chat(S, Q, A)])
     asked: list[str] = []
-    plain = format._backend(False)
+    plain = format._plain
 
     class Counting:
         def encode_batch(self, texts: list[str], **options: Any) -> Any:
             asked.extend(texts)
             return plain.encode_batch(texts, **options)
 
-    monkeypatch.setattr(format, "_backend", lambda renamed: Counting())
+    monkeypatch.setattr(format, "_plain", Counting())
     format.encode([chat(S, Q2, A2), chat(S, Q, A)])
     assert asked == ["user\nAnd now?\n", "assistant\n Cold 🥶 "]
+
+
+# -- control tokens by other ways -------------------------------------------------------------------------------------
+
+
+def test_names_and_ids_of_calls_are_plain_text(with_template: Any) -> None:
+    format = with_template(
+        TOOLS.replace("call.function | tojson", "call.id ~ call.function.name").replace(
+            "{{ m.content }}", "{{ m.content }}{{ m.name }}{{ m.tool_call_id }}"
+        )
+    )
+    call = Message("assistant", "", tool_calls=(ToolCall(f"f{IM_END}", {}, "<|im_start|>1"),))
+    result = Message("tool", "{}", name=f"f{IM_END}", call_id="<|im_start|>1")
+    tool = {"type": "function", "function": {"name": f"f{IM_END}"}}
+    (example,), (finding,) = format.encode_checked([Example((Q, call, result, A), None, "f.jsonl", 1, tools=(tool,))])
+    start, end = format.tokenizer.convert_tokens_to_ids(["<|im_start|>", IM_END])
+    ids = example.input_ids.tolist()
+    assert (ids.count(start), ids.count(end)) == (4, 4)
+    assert finding.check == "control_token"
+    assert supervised(format.tokenizer, example)[0] == f"<tool_call><|im_start|>1f{IM_END}</tool_call>{IM_END}"
+    odd = replace(call, tool_calls=(ToolCall("f\ufdd2", {}),))
+    assert "the tool call's text holds a Unicode noncharacter" in refusal(format, Q, odd, replace(result, name="f"), A)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text"),
+    [("NFKC", "a\uff1c/s\uff1eb"), ("Lowercase", "a</S>b"), ("NFKC", "\uff1cs\uff1e"), ("Lowercase", "<S>x")],
+)
+def test_control_tokens_that_a_normalizer_makes(normalizer: str, text: str) -> None:
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz<>/ "]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    backend.normalizer = getattr(normalizers, normalizer)()
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", bos_token="<s>", unk_token="<unk>")
+    format = ChatFormat(tokenizer, "none")
+    (example,) = format.encode([chat(Message("user", text), Message("assistant", "c"))])
+    assert tokenizer.convert_ids_to_tokens(example.input_ids.tolist())[-2:] == ["c", "</s>"]
+    assert example.input_ids.tolist().count(tokenizer.eos_token_id) == 1
+    assert tokenizer.bos_token_id not in example.input_ids
+    assert is_strict_prefix(format.encode_prompt([Message("user", text)]), example.input_ids)
+
+
+def test_two_texts_that_spell_a_control_token_together(tiny_tokenizer: Any) -> None:
+    format = ChatFormat(tiny_tokenizer, "none")
+    assert refusal(format, Message("system", "x<|im_"), Message("user", "end|>z"), A) == (
+        "f.jsonl:1: two texts together spell a control token; choose another data.chat_template"
+    )
+
+
+def test_white_space_that_is_an_added_token_is_no_control_token(with_template: Any) -> None:
+    # As Gemma's line breaks and NeoX' runs of spaces: added, not special, and in many templates' source.
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer(merges=[("Ċ", "Ċ")])
+    tokenizer.add_tokens([AddedToken("\n", normalized=False), AddedToken("    ", normalized=False)])
+    format = with_template(CHATML.replace("{% endfor %}", "\n    {% endfor %}"), tokenizer)
+    (example,), findings = format.encode_checked([chat(Message("user", "a\nb    c<|im_end|>"), A)])
+    assert [finding.found for finding in findings] == ["the text holds '<|im_end|>', control token of this model"]
+    pieces = tokenizer.convert_ids_to_tokens(example.input_ids.tolist())
+    assert pieces.count("    ") == 1
+    assert pieces[:10] == ["<|im_start|>", *"user", "\n", "a", "\n", "b", "    "]
+
+
+def test_the_malformed_files_control_tokens(shared_data: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</s>", "<|endoftext|>", "<|eot_id|>", "[INST]"]})
+    format = ChatFormat(tokenizer)
+    examples = read_examples(shared_data / "malformed" / "s17_special_token_injection.jsonl").examples
+    encoded, findings = format.encode_checked(examples)
+    assert [finding.line for finding in findings] == [2, 4, 6]
+    assert [e.line for e in encoded] == [1, 2, 3, 4, 5, 6, 7, 8]
+    for example, tokens in zip(examples, encoded, strict=True):
+        ids = tokens.input_ids.tolist()
+        assert ids.count(tokenizer.eos_token_id) == 2, "one end for each of two turns"
+        assert sum(ids.count(token) for token in format.special_ids) == 4
+        assert supervised(tokenizer, tokens) == [example.messages[-1].content + IM_END]
+
+
+# -- every answer begins where inference asks -------------------------------------------------------------------------
+
+
+def test_an_end_token_that_takes_white_space_with_it() -> None:
+    # As Phi-3's: "<|im_end|>" has rstrip, and its token covers the line break behind it.
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str().replace('"rstrip":false', '"rstrip":true'))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=IM_END, pad_token="<|pad|>")
+    tokenizer.chat_template = CHATML
+    format = ChatFormat(tokenizer)
+    (example,) = format.encode([chat(Q, A, Q2, A)])
+    assert supervised(tokenizer, example) == ["Quite warm.<|im_end|>", "Quite warm.<|im_end|>"]
+    for turn in (1, 3):
+        assert is_strict_prefix(format.encode_prompt((Q, A, Q2, A)[:turn]), example.input_ids)
+
+
+def test_answers_that_cannot_share_a_text_are_examples_of_their_own() -> None:
+    # The first answer begins with a line break, which would be one token with the prompt's.
+    format = ChatFormat(make_tokenizer(merges=[("Ċ", "Ċ")]))
+    messages = (Q, Message("assistant", "\n\nyes"), Q2, A)
+    first, second = format.encode([chat(*messages)])
+    assert supervised(format.tokenizer, first) == ["\n\nyes<|im_end|>"]
+    assert supervised(format.tokenizer, second) == ["Quite warm.<|im_end|>"]
+    assert is_strict_prefix(format.encode_prompt(messages[:1]), first.input_ids)
+    assert is_strict_prefix(format.encode_prompt(messages[:3]), second.input_ids)
+
+
+def test_offsets_that_a_post_processor_trims() -> None:
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer(
+        merges=[("Ġ", "f")],
+        chat_template="{% for m in messages %}<|im_start|> {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|> {% endif %}",
+    )
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    format = ChatFormat(tokenizer)
+    example = encode(format, Q, Message("assistant", "foo"))
+    assert supervised(tokenizer, example) == ["foo<|im_end|>"]
+    assert is_strict_prefix(format.encode_prompt([Q]), example.input_ids)
+
+
+@pytest.mark.parametrize(
+    "condition", ["messages[0].content | length > 20", "messages[0].content[0] == '/'", "'/x' in messages[0].content"]
+)
+def test_a_prompt_that_depends_on_a_content(with_template: Any, condition: str) -> None:
+    prompt = "'<|im_start|>assistant\n' }}{% if " + condition + " %}{{ '<think>' }}{% endif %}"
+    format = with_template(CHATML.replace("'<|im_start|>assistant\n' }}", prompt))
+    rows = [
+        chat(Message("user", text), A, line=line) for line, text in enumerate(("hi", "/x is long enough for it"), 1)
+    ]
+    encoded, (finding,) = format.encode_checked(rows)
+    assert [example.line for example in encoded] == [1]
+    assert (finding.line, finding.severity) == (2, "error")
+    assert "turn 2 does not begin with the generation prompt" in finding.found
+
+
+def test_marks_of_a_row_with_a_thought(with_template: Any) -> None:
+    # Nemotron's for training: asks with an opened thought; its marks begin before it. Inference asks with the same.
+    format = with_template(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+        "<think>{{ m.reasoning_content | default('') }}</think>{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    for answer in (A, replace(A, reasoning="It is July.")):
+        example = encode(format, Q, answer)
+        assert supervised(format.tokenizer, example) == [
+            f"<think>{answer.reasoning or ''}</think>Quite warm.<|im_end|>"
+        ]
+        assert is_strict_prefix(format.encode_prompt([Q]), example.input_ids)
+
+
+def test_a_thought_that_the_prompt_has_opened(with_template: Any) -> None:
+    opened = CHATML.replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>\n' }}")
+    format = with_template(opened)
+    example = encode(format, Q, Message("assistant", "<think>\nwhy\n</think>\n\nans"))
+    assert supervised(format.tokenizer, example) == ["why\n</think>\n\nans<|im_end|>"]
+
+
+# -- nothing is left out without a word -------------------------------------------------------------------------------
+
+
+def test_a_short_text_that_stands_elsewhere_too(with_template: Any) -> None:
+    format = with_template(
+        CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}")
+    )
+    assert refusal(format, Message("system", "help"), Message("user", "help me"), A) == (
+        "f.jsonl:1: the chat template leaves out the system text of message 1; choose another data.chat_template"
+    )
+
+
+@pytest.mark.parametrize("setting", ["alpaca", "vicuna", "llama2"])
+def test_templates_for_text_refuse_tools(tiny_tokenizer: Any, setting: str) -> None:
+    format = ChatFormat(tiny_tokenizer, setting)
+    said = f"f.jsonl:1: the chat template refuses this conversation: the {setting} template has no place for tools"
+    for train_on in ("assistant", "last", "all"):
+        assert refusal(format, Q, CALL, RESULT, A, train_on=train_on) == said
+    answers = supervised(tiny_tokenizer, encode(format, S, Q, A, Q2, A))
+    assert [answer.replace(" ", "") for answer in answers] == ["Quitewarm.<|im_end|>"] * 2
+
+
+def test_train_on_all_leaves_nothing_out_and_ends(with_template: Any) -> None:
+    dropping = with_template(
+        CHATML.replace("{% for message in messages %}", "{% for message in messages if message.role != 'system' %}")
+    )
+    assert "leaves out the system text" in refusal(dropping, S, Q, A, train_on="all")
+    endless = with_template(ENDLESS)
+    assert supervised(endless.tokenizer, encode(endless, Q, A, train_on="all"))[0].endswith("Quite warm.<|im_end|>")
+
+
+# -- variables and what is saved --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", [CHATML, "  \n" + CHATML, " {{ '' }}" + CHATML, "\n\n{% set a = 1 %}\n" + CHATML])
+def test_a_saved_template_renders_the_same(with_template: Any, tmp_path: Path, template: str) -> None:
+    uses = template + "{{ persona }}{{ deep.a[1] is none }}{{ deep.b }}{{ on }}{{ rate }}"
+    variables = {"persona": '😀 é "q" \n', "deep": {"a": [1, None], "b": "x"}, "on": False, "rate": 0.5}
+    (tmp_path / "t.jinja").write_text(uses, encoding="utf-8")
+    format = ChatFormat(make_tokenizer(), str(tmp_path / "t.jinja"), variables)
+    saved = make_tokenizer(chat_template=format.template)
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    expected = format.render([Message("user", "a"), Message("assistant", "b")])
+    assert saved.apply_chat_template(conversation, tokenize=False) == expected
+    assert expected.endswith('😀 é "q" \nTruexFalse0.5')
+
+
+def test_variables_that_a_template_is_given_anyway(tiny_tokenizer: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ChatFormat(tiny_tokenizer, "auto", {"tools": [], "eos_token": "x"})
+    assert str(caught.value) == "data.chat_template_kwargs sets eos_token, tools: the template is given that anyway"
+
+
+def test_the_date_is_the_runs(with_template: Any, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ strftime_now('%d %B %Y') }}" + CHATML)
+    format = ChatFormat(make_tokenizer(), str(tmp_path / "t.jinja"), now=datetime(2020, 2, 29))
+    assert format.render([Q]).startswith("29 February 2020<|im_start|>")
+    assert format.now == datetime(2020, 2, 29)
+    assert ChatFormat(make_tokenizer()).now is None

@@ -14,11 +14,10 @@ from tunesmith.config import DataConfig
 from tunesmith.data.checks import (
     CONTROL_TOKENS,
     check_rows,
-    fingerprint,
     labels_of,
-    normalized,
-    supervised_turns,
+    repeated_across,
 )
+from tunesmith.data.fingerprints import fingerprint, normalized, supervised_turns
 from tunesmith.data.formats import DataFile, inspect_file
 from tunesmith.types import Example, Finding, Message, PreferenceExample, ToolCall
 
@@ -208,7 +207,7 @@ def test_another_system_message_makes_no_prompt_unseen() -> None:
     assert found(rows, "leaked_prompt", [under("Be long.", "a?", "two", "test.jsonl")])
     assert not found([*rows, under("Be long.", "a?", "two")], "conflicting_answers")  # each right under its own
     lonely = Example((Message("system", "Be brief."), Message("assistant", "ok")), None, "train.jsonl", 1)
-    assert fingerprint(lonely).prompt is None
+    assert fingerprint(lonely).exchanges[0].prompt is None
 
 
 def test_plain_text_leaks_too() -> None:
@@ -229,6 +228,83 @@ def test_leaks_between_real_files(shared_data: Path) -> None:
     # The chat file's questions come from this one; that they stand under a system message there makes them no new ones.
     leaks = [f for f in check_rows(whole, settings, train) if f.check.startswith("leaked")]
     assert (len(leaks), {f.check for f in leaks}) == (1342, {"leaked_row"})
+
+
+# conversations that begin alike
+
+
+def talk(*texts: str, line: int = 1, file: str = "train.jsonl", train: Sequence[bool | None] = ()) -> Example:
+    """A conversation of user and assistant in turn; `train` are the assistant's flags."""
+    flags = dict(zip(range(1, len(texts), 2), train, strict=False))
+    turns = (Message(("user", "assistant")[i % 2], text, train=flags.get(i)) for i, text in enumerate(texts))
+    return Example(tuple(turns), None, file, line)
+
+
+def leaks(rows: Sequence[Any], held: Sequence[Any], **settings: Any) -> list[tuple[str, str]]:
+    findings = check_rows(file_of(rows), DataConfig(path="x", **settings), file_of(held, "test.jsonl"))
+    return [(f.check, f.found.split(" (")[0]) for f in findings if f.check.startswith("leaked")]
+
+
+LONG = ("a?", "one", "b?", "two")
+
+
+@pytest.mark.parametrize(
+    ("trained", "held", "expected"),
+    [
+        (LONG, LONG[:2], ("leaked_row", "this held-out row is how a training row begins, train.jsonl:7")),
+        (LONG[:2], LONG, ("leaked_row", "turn 2 of this held-out row is also an answer in training, train.jsonl:7")),
+        (LONG, (*LONG[:2], "c?", "x"), ("leaked_row", "turn 2 of this held-out row is also an answer in training, train.jsonl:7")),
+        (LONG, ("A? ", "ONE", "b?", "two"), ("leaked_row", "this held-out row is also a training row, train.jsonl:7")),
+        (LONG, ("a?", "other"), ("leaked_prompt", "this held-out prompt is also a training prompt, train.jsonl:7, with another answer")),
+        (("a?", "other"), LONG, ("leaked_prompt", "the prompt of turn 2 of this held-out row is also a training prompt, train.jsonl:7, with another answer")),
+        (LONG, (*LONG[:3], "other"), ("leaked_row", "turn 2 of this held-out row is also an answer in training, train.jsonl:7")),
+        (LONG, ("b?", "two"), None),  # asked with nothing before it, it is another question
+    ],
+)  # fmt: skip
+def test_conversations_that_begin_alike_leak(
+    trained: Sequence[str], held: Sequence[str], expected: tuple[str, str] | None
+) -> None:
+    found_ = leaks([talk(*trained, line=7)], [talk(*held, file="test.jsonl")])
+    assert found_ == ([expected] if expected else [])
+
+
+def test_answers_that_are_not_trained_on_leak_nothing() -> None:
+    shots = [talk("shot?", "yes", f"q{i}?", f"a{i}", train=(False, None)) for i in range(4)]
+    assert leaks(shots[:2], shots[2:]) == []
+    plain = [talk("shot?", "yes", f"q{i}?", f"a{i}") for i in range(4)]
+    assert {check for check, _ in leaks(plain[:2], plain[2:])} == {"leaked_row"}
+    assert leaks(plain[:2], plain[2:], train_on="last") == []
+
+
+def test_a_greeting_before_any_question_is_no_leak() -> None:
+    def greeted(question: str, answer: str, file: str) -> Example:
+        return Example((Message("assistant", "Hello!"), *ask(question, answer).messages), None, file, 1)  # type: ignore[misc]
+
+    assert leaks([greeted("a?", "one", "x")], [greeted("b?", "two", "test.jsonl")]) == []
+    assert leaks([greeted("a?", "one", "x")], [greeted("a?", "one", "test.jsonl")])[0][0] == "leaked_row"
+
+
+def test_rows_that_differ_in_what_is_trained_are_no_duplicates() -> None:
+    rows = [talk(*LONG, line=1), talk(*LONG, line=2, train=(False, None)), talk(*LONG, line=3, train=(True, True))]
+    assert lines(found(rows, "duplicate_row")) == [3]
+    assert not found(rows, "near_duplicate_row")
+    assert lines(found(rows, "duplicate_row", train_on="last")) == [2]
+
+
+def test_rows_of_an_earlier_file_of_a_mix_are_repetitions() -> None:
+    one = file_of([ask("a?", "1", 4, file="a.jsonl"), ask("b?", "2", 5, file="a.jsonl")], "a.jsonl")
+    two = file_of(
+        [ask("c?", "3", 1, file="b.jsonl"), ask("b?", "2", 2, file="b.jsonl"), ask("A?", "1", 3, file="b.jsonl")],
+        "b.jsonl",
+    )
+    findings = repeated_across([one, two], "assistant")
+    fix = "remove it from one of the two files, or keep it if it is to count more"
+    assert [str(finding) for finding in findings] == [
+        f"b.jsonl:2: the same as a.jsonl:5 (1 of 3 rows repeat one of another source); {fix}",
+        f"b.jsonl:3: the same as a.jsonl:4 but for case, white space or Unicode composition (1 of 3 rows are such); {fix}",
+    ]
+    assert [finding.check for finding in findings] == ["duplicate_row", "near_duplicate_row"]
+    assert not repeated_across([one], "assistant")
 
 
 # labels
@@ -458,6 +534,6 @@ def test_normalized() -> None:
 
 def test_fingerprints_of_plain_text_have_no_prompt() -> None:
     print_ = fingerprint(Example(None, "Some text", "x", 1))
-    assert (print_.prompt, print_.question) == (None, None)
+    assert ([exchange.prompt for exchange in print_.exchanges], print_.question) == ([None], None)
     assert print_.near == fingerprint(Example(None, "some  TEXT", "y", 2)).near
     assert print_.exact != fingerprint(Example(None, "some  TEXT", "y", 2)).exact

@@ -129,8 +129,10 @@ ROLES = "allowed: system, user, assistant, tool, developer; other names can be g
         ({}, f"no known form: keys found: none; {FORMS}"),
         ({"a": "q", "b": "a"}, f"no known form: keys found: `a`, `b`; {FORMS}"),
         ({"a\nb\ud800": 1}, f"no known form: keys found: `a\\nb\\ud800`; {FORMS}"),
-        ({"instruction": "q"}, "`output` is missing"),
-        ({"output": "a"}, "`instruction` is missing"),
+        ({"instruction": "q"}, "`instruction` has no answer beside it, so there is nothing to learn (keys found: `instruction`); if a column holds the answer, name it with data.columns, e.g. {output: reply}"),
+        ({"instruction": "q", "context": "", "response": "a"}, "`instruction` has no answer beside it, so there is nothing to learn (keys found: `instruction`, `context`, `response`); if a column holds the answer, name it with data.columns, e.g. {output: reply}"),
+        ({"input": "q", "output": "a"}, "`instruction` is missing (keys found: `input`, `output`); if a column holds it, name it with data.columns, e.g. {instruction: ask}"),
+        ({"text": "a\0b"}, "`text` holds a NUL character (\\u0000); remove it"),
         ({"instruction": "q", "output": 5}, "`output` is a number; expected a string"),
         ({"instruction": "q", "output": None}, "`output` is null; expected a string"),
         ({"instruction": "q", "output": "a", "input": ["x"]}, "`input` is a list; expected a string"),
@@ -192,10 +194,10 @@ def test_wrong_line(tmp_path: Path, line: bytes, problem: str) -> None:
 def test_a_number_too_long_for_python(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "x", "n": ' + b"1" * 5000 + b"}\n")
-    (problem,) = problems_of(path)
-    assert problem.startswith(
-        f"{path}:1: not valid JSON: Exceeds the limit (4300 digits) for integer string conversion"
-    )
+    problem = "a whole number of more than 4300 digits; write it as a string, or remove it"
+    assert problems_of(path) == [f"{path}:1: {problem}"]
+    path.write_bytes(b'[{"text": "x", "n": ' + b"1" * 5000 + b"}\n]")
+    assert problems_of(path)[0] == f"{path}:1: {problem}"
 
 
 ONE_FORM = "keep one form in a file, or name the one to read with data.format"
@@ -314,17 +316,56 @@ def test_a_named_format_reads_its_rows_and_no_others(tmp_path: Path) -> None:
     found = read_examples(SourceConfig(path=str(path), format="text"))
     assert (found.form, [e.text for e in found.examples if isinstance(e, Example)]) == ("text", ["a", "b"])
     assert found.ignored == {"label": 1, "prompt": 1, "messages": 1}
-    assert problems_of(SourceConfig(path=str(path), format="alpaca")) == [
-        f"{path}:1: `instruction` is missing",
-        f"{path}:2: `instruction` is missing",
+    found = inspect_file(SourceConfig(path=str(path), format="alpaca"))
+    assert [finding.found for finding in found.findings] == [
+        f"`instruction` is missing (keys found: {keys})" for keys in ("`text`, `label`, `prompt`", "`text`, `messages`")
     ]
 
 
-def test_forms_that_differ_in_one_column_are_one_file(tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b", "label": "x"}])
-    assert (read_examples(path).form, read_examples(path).ignored) == ("text", {"label": 1})
-    path = write_jsonl(tmp_path / "b.jsonl", [{"text": "b", "label": "x"}, {"text": "a"}])
-    assert problems_of(path) == [f"{path}:2: `label` is missing"]
+KTO_ROWS = [
+    {"messages": [USER, ASSISTANT]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"prompt": "q", "completion": "a"},
+    {"instruction": "q", "output": "a"},
+    {"question": "q", "answer": "a"},
+]
+
+
+@pytest.mark.parametrize(
+    ("with_it", "without", "lacks"),
+    [
+        ({"text": "b", "label": "x"}, {"text": "a"}, "`label` is missing"),
+        ({"text": "b", "label": "x"}, {"text": "a", "label": None}, "`label` is null; expected a string or a whole number"),
+        ({"question": "q", "choices": ["x", "y"], "answer": 0}, {"question": "q", "answer": "x"}, "`choices` is missing"),
+        *(({**row, "label": False}, row, "`label` is missing; expected true or false") for row in KTO_ROWS),
+    ],
+)  # fmt: skip
+def test_a_column_that_only_some_rows_have(
+    tmp_path: Path, with_it: dict[str, Any], without: dict[str, Any], lacks: str
+) -> None:
+    """Whichever row comes first: the label (or the choices) must not be lost."""
+    path = write_jsonl(tmp_path / "a.jsonl", [with_it, without])
+    assert problems_of(path) == [f"{path}:2: {lacks}"]
+    path = write_jsonl(tmp_path / "b.jsonl", [without, with_it])
+    forms = [inspect_file(write_jsonl(tmp_path / "c.jsonl", [row])).form for row in (without, with_it)]
+    assert problems_of(path)[1:] == [
+        f"{path}:2: this row is of form `{forms[1]}`, but line 1 is `{forms[0]}`; keep one form in a file"
+    ]
+
+
+def test_bad_answers_of_kto_rows_are_never_learnt_as_good_ones(tmp_path: Path) -> None:
+    rows = [{"instruction": "q", "output": "a", "label": True}, {"instruction": "q", "output": "b", "label": False}]
+    found = read_rows(tmp_path, *rows)
+    assert (found.form, [e.desirable for e in found.examples if isinstance(e, Example)]) == ("kto", [True, False])
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    named = problems_of(SourceConfig(path=str(path), format="alpaca"))
+    assert named[0] == f"{path}:1: `label` is a boolean; expected a string or a whole number"
+
+
+def test_unread_keys_of_turns_are_ignored_with_a_count(tmp_path: Path) -> None:
+    turn = {"role": "assistant", "content": "bad answer", "weigth": 0, "id": "x"}
+    found = read_rows(tmp_path, {"messages": [USER, turn, USER, turn]}, {"messages": [USER, ASSISTANT], "x": 1})
+    assert found.ignored == {"x": 1, "messages[].weigth": 1}
 
 
 # -- columns ----------------------------------------------------------------------------------------------------------
@@ -400,6 +441,61 @@ def test_named_roles(tmp_path: Path) -> None:
     assert problems_of(wrong) == [
         f"{path}: data.roles maps `customer` to `human`; allowed: system, user, assistant, tool"
     ]
+
+
+def test_roles_that_no_turn_has_are_a_warning(tmp_path: Path) -> None:
+    turns = [{"role": "customer", "content": "q"}, ASSISTANT]
+    path = str(write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}]))
+    found = read_examples(SourceConfig(path=path, roles={"customer": "user", "agnet": "assistant"}))
+    assert [(finding.severity, str(finding)) for finding in found.findings] == [
+        ("warning", f"{path}: data.roles names `agnet`, which no turn has; role names found: `assistant`, `customer`")
+    ]
+    cut = read_examples(SourceConfig(path=path, roles={"customer": "user", "agnet": "assistant"}), max_rows=1)
+    assert cut.findings == [], "the rows behind may have it"
+
+
+@pytest.mark.parametrize(
+    "row", [{"instruction": "q", "output": "a"}, {"text": "x"}, {"prompt": "q", "completion": "a"}]
+)
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({"roles": {"x": "user"}}, "`data.roles`"),
+        ({"columns": {"role_tag": "x"}}, "`data.columns.role_tag`"),
+        ({"roles": {"x": "user"}, "columns": {"user_tag": "y", "content_tag": "z"}}, "`data.roles`, `data.columns.user_tag`, `data.columns.content_tag`"),
+    ],
+)  # fmt: skip
+def test_settings_of_turns_where_no_row_has_turns(
+    tmp_path: Path, row: dict[str, Any], settings: dict[str, Any], names: str
+) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", [row]))
+    form = inspect_file(path).form
+    assert problems_of(SourceConfig(path=path, **settings)) == [
+        f"{path}: no effect of {names}: no row holds a list of turns (their form is `{form}`); remove it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"columns": {"instruction": "ask", "field_instruction": "reply"}}, "data.columns names `instruction` twice: `instruction` is `ask`, `field_instruction` is `reply`; keep one of them"),
+        ({"columns": {"query": "a", "input": "b"}}, "data.columns names `input` twice: `query` is `a`, `input` is `b`; keep one of them"),
+        ({"columns": {"role_tag": "a", "message_field_role": "b"}}, "data.columns names `role` twice: `role_tag` is `a`, `message_field_role` is `b`; keep one of them"),
+        ({"columns": {"instruction": "ask", "output": "ask"}}, "data.columns gives the column `ask` to `instruction`, `output`; a column holds one field"),
+        ({"columns": {"role_tag": "x", "content_tag": "x"}}, "data.columns gives the column `x` to `role`, `content`; a column holds one field"),
+        ({"columns": {"user_tag": "x", "assistant_tag": "x"}}, "the role name `x` is given two meanings: user and assistant; keep one in data.roles and data.columns"),
+        ({"columns": {"user_tag": "x"}, "roles": {"x": "assistant"}}, "the role name `x` is given two meanings: user and assistant; keep one in data.roles and data.columns"),
+    ],
+)  # fmt: skip
+def test_mappings_that_contradict(tmp_path: Path, settings: dict[str, Any], problem: str) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", [{"ask": "q", "reply": "a"}]))
+    assert problems_of(SourceConfig(path=path, **settings)) == [f"{path}: {problem}"]
+
+
+def test_a_mapping_said_twice_alike_is_one(tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", [{"ask": "q", "output": "a"}]))
+    columns = {"instruction": "ask", "field_instruction": "ask"}
+    assert read_examples(SourceConfig(path=path, columns=columns)).form == "alpaca"
 
 
 @pytest.mark.parametrize(

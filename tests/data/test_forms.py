@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tunesmith.data.columns import Columns, resolve
+from tunesmith.data.conversations import Seen
 from tunesmith.data.forms import READS, form_of, read_row
 from tunesmith.data.problems import RowProblem
 from tunesmith.types import Example, Message, PreferenceExample, ToolCall
@@ -17,7 +18,7 @@ Row = dict[str, Any]
 
 def read(row: Row, form: str = "", columns: Columns | None = None) -> Example | PreferenceExample:
     columns = columns or Columns()
-    return read_row(form or form_of(row, columns), row, "f", 3, columns)
+    return read_row(form or form_of(row, columns), row, "f", 3, columns, Seen())
 
 
 def example(row: Row, form: str = "") -> Example:
@@ -75,14 +76,20 @@ S = ("system", "s")
         ({"prompt": "q", "completion": "a"}, "prompt"),
         ({"prompt": "q", "completion": "a", "label": False}, "kto"),
         ({"prompt": "q", "completion": "a", "label": "True"}, "kto"),
-        ({"prompt": "q", "completion": "a", "label": 1}, "prompt"),
+        ({"prompt": "q", "completion": "a", "label": 2}, "prompt"),
+        ({"instruction": "q", "output": "a", "label": False}, "kto"),
+        ({"instruction": "q", "output": "a", "label": "false"}, "kto"),
+        ({"question": "q", "answer": "a", "label": True}, "kto"),
+        ({"question": "q", "response": "a", "label": "True"}, "kto"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 0, "label": True}, "multiple_choice"),
         ({"prompt": "q", "label": "safe"}, "prompt"),
         ({"question": "q", "response": "a"}, "qa"),
         ({"question": "q", "choices": ["a", "b"], "answer": 0}, "multiple_choice"),
         ({"text": "t", "label": "l"}, "classification"),
         ({"text": "t", "label": 3}, "classification"),
         ({"text": "t", "label": None}, "text"),
-        ({"text": "t", "label": ["a"]}, "text"),
+        ({"text": "t", "label": ["a"]}, "classification"),
+        ({"text": "t", "label": 1.0}, "classification"),
         ({"text": "t", "answer": "a"}, "text"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "preference"),
         ({"instruction": "q", "output": "x", "chosen": "a"}, "preference"),
@@ -164,7 +171,7 @@ def test_sharegpt() -> None:
         ("human", "q"), ("function_call", calls), ("observation", "1"), ("tool", "2"), ("gpt", "a"),
         ("user", "r"), ("function_call", '{"name": "f", "arguments": {}}'), ("function_response", "x"), ("chatgpt", "b"),
     )  # fmt: skip
-    found = example({"conversations": turns, "system": "s", "tools": '[{"name": "f"}]'})
+    found = example({"conversations": turns, "system": "s", "tools": '[{"name": "f"}, {"name": "g"}]'})
     assert found.messages == (
         Message("system", "s"),
         Message("user", "q"),
@@ -173,7 +180,7 @@ def test_sharegpt() -> None:
         Message("assistant", "", tool_calls=(ToolCall("f", {}),)),
         *said(("tool", "x"), ("assistant", "b")),
     )
-    assert found.tools == ({"type": "function", "function": {"name": "f"}},)
+    assert found.tools == tuple({"type": "function", "function": {"name": name}} for name in "fg")
 
 
 TOOL_TURN = {"role": "tool", "content": "x"}
@@ -206,6 +213,11 @@ CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
         ([*chat(Q), {"role": "assistant", "content": "a", "train": 1}], "`messages[1].train` is a number; expected true or false"),
         ([*chat(Q), {"role": "assistant", "content": "a", "thinking": 1}], "`messages[1].thinking` is a number; expected a string"),
         ([{"role": 1, "content": "a"}], "`messages[0].role` is a number; expected a string"),
+        ([*chat(Q), {"role": "assistant", "content": "a", "train": True, "weight": 0}], "`messages[1]` has `train` true and `weight` 0, which contradict; keep one of them"),
+        ([*chat(Q), {"role": "assistant", "content": "a", "train": False, "training": True}], "`messages[1]` has `train` false and `training` true, which contradict; keep one of them"),
+        ([*chat(Q), {"role": "assistant", "content": "a", "tool_calls": 0}], "`messages[1].tool_calls` is a number; expected a list of calls"),
+        ([*chat(Q), CALLING, {**TOOL_TURN, "tool_call_id": "c2"}], "`messages[2].tool_call_id` is 'c2', the id of no call before it; calls there: `c1`"),
+        ([{"role": "user", "content": "a\0b"}], "`messages[0].content` holds a NUL character (\\u0000); remove it"),
     ],
 )  # fmt: skip
 def test_wrong_turns(turns: list[Row], expected: str) -> None:
@@ -220,11 +232,51 @@ def test_wrong_turns(turns: list[Row], expected: str) -> None:
         (talk(("human", "q"), ("function_call", "f(x)")), "`conversations[1].value` is not valid JSON: expecting value at character 1 of it"),
         (talk(("human", "q"), ("function_call", "5")), "`conversations[1].value` is a number; expected a list of calls"),
         (talk(("human", "q"), ("gpt", " ")), "`conversations[1].value` is blank"),
+        *((talk(("human", "q"), ("function_call", value)), "`conversations[1].value` holds no call; expected {name, arguments}") for value in ("[]", "null", "{}", '""')),
+        (talk(("human", "q"), ("function_call", "0")), "`conversations[1].value` is a number; expected a list of calls"),
         ([*talk(("human", "q")), {"role": "assistant", "content": "a"}], "`conversations[1].from` is missing"),
     ],
 )  # fmt: skip
 def test_wrong_sharegpt(turns: list[Row], expected: str) -> None:
     assert problem({"conversations": turns}) == expected
+
+
+def test_only_the_tools_of_the_row_are_called() -> None:
+    turns = [*chat(Q), CALLING, TOOL_TURN, *chat(A)]
+    assert example({"messages": turns, "tools": [{"name": "add"}]}).messages == example({"messages": turns}).messages
+    said_of_it = "calls `add`, which is not among the tools; tools of this row: `sub`"
+    row = {"messages": turns, "tools": [{"name": "sub"}]}
+    assert problem(row) == f"`messages[1]` {said_of_it}"
+    assert problem({**row, "system": "s"}) == f"`messages[1]` {said_of_it}"
+    pair = {"prompt": "q", "chosen": [CALLING], "rejected": "b", "tools": [{"name": "sub"}]}
+    assert problem(pair) == f"`chosen[0]` {said_of_it}"
+
+
+def test_calls_may_be_answered_in_any_order_or_not_at_all() -> None:
+    calls = {"role": "assistant", "content": None, "tool_calls": [CALL, {**CALL, "id": "c2"}]}
+    results = [{**TOOL_TURN, "tool_call_id": name} for name in ("c2", "c1")]
+    messages = example({"messages": [*chat(Q), calls, *results, *chat(A)]}).messages or ()
+    assert [m.call_id for m in messages[2:4]] == ["c2", "c1"]
+    without = {**CALLING, "tool_calls": [{"name": "add"}]}
+    assert example({"messages": [*chat(Q), without, results[0]]}).messages
+    assert [m.role for m in example({"messages": [*chat(Q), calls, *chat(Q, A)]}).messages or ()] == [
+        *("user", "assistant", "user", "assistant")
+    ]
+
+
+def test_keys_of_turns_that_nothing_reads_are_noted() -> None:
+    seen = Seen()
+    columns = resolve({"message_field_training": "learn"}, {"customer": "user"})
+    turns = [
+        {"role": "customer", "content": "q", "weigth": 0, "id": 3, "note": None, "learn": False},
+        {"role": "assistant", "content": "a", "weigth": 1, "train": True, "refusal": "no", "thinking": "t"},
+    ]
+    for name in ("messages", "conversations"):
+        read_row("messages", {name: turns}, "f", 1, columns, seen)
+    assert seen.unread == {
+        f"{name}[].{key}": 1 for name in ("messages", "conversations") for key in ("weigth", "train")
+    }
+    assert (seen.conversations, seen.roles) == (2, {"customer", "assistant"})
 
 
 def test_system_columns() -> None:
@@ -267,9 +319,35 @@ def test_alpaca() -> None:
     assert example({"instruction": "q", "input": " \u200b", "output": "a"}).messages == said(Q, A)
 
 
-@pytest.mark.parametrize(("label", "expected"), [(0, "0"), ("joy", "joy"), ("", None), (None, None), ([1], None), (True, None)])  # fmt: skip
+@pytest.mark.parametrize(("label", "expected"), [(0, "0"), ("joy", "joy"), ("", None), (None, None)])
 def test_alpaca_label(label: Any, expected: str | None) -> None:
     assert example({"instruction": "q", "output": "a", "label": label}).label == expected
+
+
+@pytest.mark.parametrize(("label", "what"), [([1], "a list"), (True, "a boolean"), (1.0, "a number")])
+def test_wrong_alpaca_label(label: Any, what: str) -> None:
+    assert problem({"instruction": "q", "output": "a", "label": label}, "alpaca") == (
+        f"`label` is {what}; expected a string or a whole number"
+    )
+
+
+@pytest.mark.parametrize("label", [0, 1, "0", "1", 1.0])
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        ({"prompt": "q", "completion": "a"}, "prompt"),
+        ({"messages": chat(Q, A)}, "messages"),
+        ({"conversations": talk(("human", "q"), ("gpt", "a"))}, "sharegpt"),
+        ({"question": "q", "answer": "a"}, "qa"),
+    ],
+)
+def test_a_label_of_0_or_1_that_nothing_would_read_is_refused(row: Row, form: str, label: Any) -> None:
+    assert problem({**row, "label": label}) == (
+        f"`label` is {label} beside an answer: KTO's label, or a class?; "
+        f"write true or false for KTO; to train on every answer, set data.format to {form}"
+    )
+    assert example({**row, "label": label}, form).messages == said(Q, A)
+    assert example({**row, "label": None}).messages == said(Q, A)
 
 
 @pytest.mark.parametrize(
@@ -297,13 +375,37 @@ def test_prompt_and_completion_may_be_lists_of_messages() -> None:
 
 @pytest.mark.parametrize(
     ("answer", "letter"),
-    [(0, "A"), (2, "C"), ("B", "B"), ("b", "B"), ("1", "B"), ("cat", "A"), ("c", "C"), ("A", "B")],
+    [(0, "A"), (2, "C"), ("B", "B"), ("b", "B"), ("1", "B"), ("cat", "A"), ("c", "C")],
 )
 def test_multiple_choice(answer: Any, letter: str) -> None:
     row = {"question": "Which?", "choices": ["cat", "A", "dog"], "answer": answer}
     assert example(row).messages == said(("user", "Which?\n\nA. cat\nB. A\nC. dog"), ("assistant", letter))
     read_first = example({**row, "passage": "Read."}).messages or ()
     assert read_first[0].content == "Read.\n\nWhich?\n\nA. cat\nB. A\nC. dog"
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "choice"),
+    [(["B", "A"], 1, "B"), (["A", "B"], "A", "A"), (["0", "1"], "1", "B"), (["x", "x", "y"], 1, "B"), (["x", "x", "y"], "c", "C")],
+)  # fmt: skip
+def test_choices_that_look_like_letters_or_repeat_may_be_named_clearly(choices: Any, answer: Any, choice: str) -> None:
+    assert (example({"question": "?a", "choices": choices, "answer": answer}).messages or ())[1].content == choice
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "choice"),
+    [
+        (["B", "A"], "A", "A, B"),
+        (["4", "2", "1", "0"], "2", "B, C"),
+        (["x", "y", "x"], "x", "A, C"),
+        (["a", "c", "b"], "b", "B, C"),
+    ],
+)
+def test_an_answer_that_could_be_two_choices_is_refused(choices: Any, answer: str, choice: str) -> None:
+    assert problem({"question": "q", "choices": choices, "answer": answer}) == (
+        f"`answer` is '{answer}', which could mean the choices {choice}; "
+        "give the answer as its letter, or in JSON as a number, its index from 0"
+    )
 
 
 @pytest.mark.parametrize(
@@ -337,6 +439,9 @@ def test_kto() -> None:
     assert (found.messages, found.desirable, found.label) == (said(Q, A), False, None)
     assert example({"prompt": chat(S, Q), "completion": chat(A), "label": True}).messages == said(S, Q, A)
     assert example({"conversations": talk(("human", "q"), ("gpt", "a")), "label": True}).desirable is True
+    for row in ({"instruction": "q", "output": "a"}, {"question": "q", "answer": "a"}):
+        found = example({**row, "label": False})
+        assert (found.messages, found.desirable, found.label) == (said(Q, A), False, None)
     assert problem({"messages": chat(Q, A)}, "kto") == "`label` is missing; expected true or false"
     assert problem({"messages": chat(Q, A), "label": 1}, "kto") == (
         "`label` is a number; expected true (a good answer) or false (a bad one)"
@@ -399,6 +504,8 @@ SAME = "there is nothing to prefer in this row"
         ({"prompt": chat(S), "chosen": "a", "rejected": "b"}, "`chosen[0]`: the conversation starts with assistant; expected user"),
         ({"prompt": "q", "chosen": chat(A), "rejected": chat(Q)}, "`rejected` starts with user behind the prompt; expected the assistant's answer"),
         ({"prompt": "x", "chosen": chat(Q, A), "rejected": chat(Q, ("assistant", "b"))}, "`chosen` starts with another conversation than the prompt beside it; expected the assistant's turn, or the same prompt"),
+        ({"chosen": "Paris is it", "rejected": "Paris was it"}, "`chosen` and `rejected` have no common beginning to be the prompt; add a `prompt`, or name its column with data.columns"),
+        ({"chosen": "\n\nHuman: hi\n\nAssistant: a", "rejected": "\n\nHuman: hi\n\nAssistant: b"}, "`chosen` is a transcript: its turns are marked by `Human:` and `Assistant:` in the text; write the turns as a list of {role, content}"),
         ({"chosen": "yes", "rejected": "no"}, "`chosen` and `rejected` have no common beginning to be the prompt; add a `prompt`, or name its column with data.columns"),
         ({"chosen": chat(Q, A), "rejected": chat(("user", "r"), A)}, "`chosen` and `rejected` have no common beginning to be the prompt; add a `prompt`, or name its column with data.columns"),
         ({"chosen": chat(A), "rejected": chat(("assistant", "b"))}, "`chosen` and `rejected` have no common beginning to be the prompt; add a `prompt`, or name its column with data.columns"),
@@ -407,6 +514,22 @@ SAME = "there is nothing to prefer in this row"
 )  # fmt: skip
 def test_wrong_preference(row: Row, expected: str) -> None:
     assert problem(row) == expected
+
+
+def test_answers_may_differ_in_their_reasoning_alone() -> None:
+    thoughts = [[{"role": "assistant", "content": "a", "thinking": thought}] for thought in ("good", "bad", "Bad ")]
+    found = read({"prompt": "q", "chosen": thoughts[0], "rejected": thoughts[1]})
+    assert isinstance(found, PreferenceExample)
+    assert [m.reasoning for m in (*found.chosen, *found.rejected)] == ["good", "bad"]
+    assert problem({"prompt": "q", "chosen": thoughts[1], "rejected": thoughts[2]}) == (
+        "`chosen` and `rejected` differ only in case and white space; there is nothing to prefer in this row"
+    )
+
+
+def test_one_word_on_a_line_of_its_own_may_be_a_prompt() -> None:
+    found = read({"chosen": "Greet\nhello you", "rejected": "Greet\ngo away"})
+    assert isinstance(found, PreferenceExample)
+    assert found.prompt[0].content == "Greet\n"
 
 
 @pytest.mark.parametrize(
@@ -418,7 +541,11 @@ def test_wrong_preference(row: Row, expected: str) -> None:
         ({"text": "\ud800"}, "lone_surrogate"),
         ({"text": "."}, "no_letter_or_digit"),
         ({"prompt": "q"}, "nothing_to_learn"),
-        ({"instruction": "q"}, "missing_field"),
+        ({"instruction": "q"}, "nothing_to_learn"),
+        ({"output": "a"}, "missing_field"),
+        ({"prompt": "q", "completion": "a", "label": 1}, "unclear_label"),
+        ({"text": "a\0b"}, "nul_byte"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "transcript"),
         ({"messages": chat(("bot", "q"))}, "unknown_role"),
         ({"messages": chat(Q, Q)}, "turn_order"),
         ({"messages": chat(Q)}, "no_assistant_turn"),

@@ -22,7 +22,12 @@ REASONS: dict[str, dict[int | None, str]] = {
     "M03": {None: "the file is empty; expected one JSON object a line"},
     "M06": {5: "not valid UTF-8: byte 0xe9 at offset 20 of the line"},
     "M07": {6: "a NUL byte at offset 30 of the line; it is not legal in JSON"},
-    "M08": {3: "`output` is missing", 7: "`instruction` is missing"},
+    "M08": {
+        3: "`instruction` has no answer beside it, so there is nothing to learn (keys found: `instruction`, `input`); "
+        "if a column holds the answer, name it with data.columns, e.g. {output: reply}",
+        7: "`instruction` is missing (keys found: `input`, `output`); "
+        "if a column holds it, name it with data.columns, e.g. {instruction: ask}",
+    },
     "M09": {
         2: "`output` is a number; expected a string",
         4: "`instruction` is a number; expected a string",

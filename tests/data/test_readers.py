@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import os
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +21,10 @@ import pytest
 from tiny import chat_rows, write_jsonl
 from tunesmith.config import SourceConfig
 from tunesmith.data.formats import DataFile, inspect_file, read_examples
+from tunesmith.data.readers import open_source
 from tunesmith.data.tables import hub_rows
+from tunesmith.data.text_files import WINDOW
+from tunesmith.errors import DataError
 from tunesmith.files import sha256_file
 from tunesmith.types import Example
 
@@ -165,12 +171,22 @@ def test_every_broken_element_of_a_pretty_printed_list_is_reported(tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "problems"),
     [
-        ('[{"text": "a"}, 5, "x", null]', [":1: expected a JSON object, found a number", ":1: expected a JSON object, found a string", ":1: expected a JSON object, found null"]),
+        ('[{"text": "a"}, 5, "x", null]', [":1: row 2: expected a JSON object, found a number", ":1: row 3: expected a JSON object, found a string", ":1: row 4: expected a JSON object, found null"]),
+        ('[{"text": "a"}, {"text": ""},\n{"text": ""},\n{"text": "b"}, {"text": 1}]', [":1: row 2: `text` is empty", ":2: `text` is empty", ":3: row 5: `text` is a number; expected a string"]),
+        ('[{"text": "a"},\n {"m": {"b": 1, "b": 2}, oops},\n {"text": "c"}]', [":2: not valid JSON: expecting property name enclosed in double quotes at line 2, column 26"]),
         ('[{"text": "a"},\n {"text": "b", "text": "c"},\n {"text": "d"}]', [":2: the key `text` stands twice in one object"]),
         ('[{"text": "a"},\n {"text": "b"}', [":2: not valid JSON: no comma and no `]` after this row", ": line 2: a row that is not valid JSON; nothing behind it can be read; mend it first"]),
         ('[{"text": "a"},\n {"te', [":2: not valid JSON: unterminated string starting at line 2, column 3", ": line 2: a row that is not valid JSON; nothing behind it can be read; mend it first"]),
         ('[{"text": "a"},\n]', [": line 2: a comma that no row follows; nothing behind it can be read; mend it first"]),
         ('[{"text": "a"}]\n[1]', [": line 2: text after the end of the list; nothing behind it can be read; mend it first"]),
+        ('{"data": [{"text": "a"}], "meta":', ["1: no valid JSON behind the list of rows"]),
+        ('{"data": [{"text": "a"}],\n"meta": {"x": 1}', ["2: no `}` and no comma behind the list of rows"]),
+        ('{"data": [{"text": "a"}] "meta": 1}', ["1: no `}` and no comma behind the list of rows"]),
+        ('{"data": [{"text": "a"}],\n', ["2: no valid JSON behind the list of rows"]),
+        ('{"data": [{"text":\n"a"}]} trailing garbage {', ["2: text after the end of the object"]),
+        ('{"data": [{"text": "a"}],\n"rows": [{"text": "b"}]}', ["2: `rows`, a list of objects beside the list of rows"]),
+        ('{"test": [{"text": "a"}],\n"data": [{"text": "b"}]}', ["1: a list of objects beside the list of rows"]),
+        ('{\n"data": [{"text": "a"}],\n"instruction": "b"}', ["3: `instruction`, a row's key beside the list of rows"]),
         ('[{"text": "a"}\n {"text": "b"}]', [":1: not valid JSON: no comma and no `]` after this row"]),
         ('[{"text": "a\x00"}]', [":1: not valid JSON: invalid control character at line 1, column 13", ": line 1: a row that is not valid JSON; nothing behind it can be read; mend it first"]),
         ("[]", [": the file holds no rows; expected rows to train on"]),
@@ -180,7 +196,81 @@ def test_every_broken_element_of_a_pretty_printed_list_is_reported(tmp_path: Pat
     ],
 )  # fmt: skip
 def test_broken_json(tmp_path: Path, content: str, problems: list[str]) -> None:
+    if problems and problems[0][0].isdigit():
+        problems = [f": line {problem}; nothing behind it can be read; mend it first" for problem in problems]
     assert said(inspect_file(written(tmp_path, "a.json", content))) == [f"a.json{problem}" for problem in problems]
+
+
+def test_a_wrapped_list_may_have_other_things_beside_it(tmp_path: Path) -> None:
+    content = '{"v": [1, {}], "n": {"a": [{}]}, "rows": [{"text": "a"}], "x": [], "license": "MIT"}\n '
+    found = inspect_file(written(tmp_path, "a.json", content.replace("[1, {}]", "[1]")))
+    assert (found.findings, texts(found)) == ([], [(1, "a")])
+
+
+def test_a_damaged_row_of_a_wrapped_list_does_not_end_it_in_silence(tmp_path: Path) -> None:
+    content = json.dumps({"data": CHATS}, indent=0)
+    broken = content.replace('"content"', '"content', 3).replace('"content', '"content"', 2)
+    assert broken != content
+    path = written(tmp_path, "a.json", broken)
+    with pytest.raises(DataError, match="nothing behind it can be read"):
+        read_examples(path, skip_bad_rows=True)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a"])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_row_with_a_list_of_its_own_under_data_is_a_row(tmp_path: Path, name: str, indent: int | None) -> None:
+    for more in ({"data": [1, 2]}, {"data": [{"x": 1}]}):
+        row = {"instruction": "q", "output": "a", **more}
+        found = read_examples(written(tmp_path, name, json.dumps(row, indent=indent)))
+        assert (found.form, found.rows, found.ignored) == ("alpaca", 1, {"data": 1})
+
+
+def test_json_rows_longer_than_what_is_parsed_at_first(tmp_path: Path) -> None:
+    for length in [*range(WINDOW - 40, WINDOW + 10), 5 * WINDOW]:
+        rows = [{"text": "x" * length, "n": [-12345, True]}, {"text": "a" + "\U0001f600" * (length // 12)}]
+        found = read_examples(written(tmp_path, "a.json", json.dumps(rows, indent=1)))
+        assert [text for _, text in texts(found)] == [row["text"] for row in rows]
+
+
+def test_a_broken_row_has_its_line_and_column_wherever_it_stands(tmp_path: Path) -> None:
+    rows = [f'{{"text": "{"x" * length}", "n": 1 2}}' for length in (3, WINDOW - 12, 3 * WINDOW)]
+    found = inspect_file(written(tmp_path, "a.json", "[" + ",\n ".join(rows) + "]"))
+    for number, finding in enumerate(found.findings[:3], 1):
+        column = rows[number - 1].index("2") + 2
+        assert finding.message.startswith("not valid JSON: expecting ',' delimiter")
+        assert finding.message.endswith(f" at line {number}, column {column}")
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("a.json", b' {"instruction": "q", "output""x"},\n'),
+        ("b.json", b' {"instruction": "q", "output": "\xe9"},\n'),
+        ("c.json", b' {"instruction": "q", "output": "\xe9"},'),
+        ("a.csv", b"caf\xe9,x\n"),
+        ("b.csv", b'"a"b,x\n'),
+        ("a.jsonl", b'{"instruction": "q", "output""x"}\n'),
+    ],
+)
+def test_a_fault_in_every_row_costs_no_more_than_the_rows(tmp_path: Path, name: str, row: bytes) -> None:
+    number = 60_000 if name.endswith(".csv") else 20_000
+    content = b"instruction,output\n" + row * number if "csv" in name else row * number
+    if name.endswith(".json"):
+        content = b"[" + content[: content.rindex(b",")] + b"]"
+    path = written(tmp_path, name, content)
+    start = time.perf_counter()
+    found = inspect_file(path)
+    assert time.perf_counter() - start < 4, "0.5 s, where the time grows with the file and not with its square"
+    assert (found.rows, sum(finding.line is not None for finding in found.findings)) == (number, number)
+
+
+def test_bytes_that_are_not_utf8_have_their_offset_in_the_line(tmp_path: Path) -> None:
+    one_line = '[{"text": "é'.encode() + b'\xff"}, {"text": "a", "b": "\xfe"}, {"text":\n "\xfd"}]'
+    found = inspect_file(written(tmp_path, "a.json", one_line))
+    assert [finding.found for finding in found.findings] == [
+        f"row {row}: not valid UTF-8: byte 0x{byte:02x} at offset {offset} of the line"
+        for row, byte, offset in ((1, 0xFF, 13), (2, 0xFE, 38), (3, 0xFD, 2))
+    ]
 
 
 def test_bytes_that_are_not_utf8_spoil_only_their_element(tmp_path: Path) -> None:
@@ -274,6 +364,36 @@ def test_broken_header(tmp_path: Path, header: str, problem: str) -> None:
     assert finding.message.startswith(problem)
 
 
+def test_the_csv_modules_limit_is_put_back_between_rows(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    (contents,) = open_source(SourceConfig(path=str(written(tmp_path, "a.csv", "text,n\na,1\nb,2\n"))), None)
+    rows = iter(contents.rows)
+    assert next(rows) == (2, {"text": "a", "n": "1"})
+    assert csv.field_size_limit() == limit
+
+
+def test_excels_hint_of_the_delimiter(tmp_path: Path) -> None:
+    for name in ("a.csv", "a", "a.txt"):
+        assert said(inspect_file(written(tmp_path, name, "sep=;\r\ntext;label\r\na;b\r\n"))) == [
+            f"{name}: line 1 is `sep=;`, which is meant for Excel; "
+            "remove that line; the delimiter is recognised without it"
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.jsonl", '{"text": "a"}\r{"text": "b"}\r'), ("a.csv", "text,label\ra,b\rc,d\r"), ("a.csv", "text\ra\r")],
+)
+def test_the_line_ends_of_a_classic_mac(tmp_path: Path, name: str, content: str) -> None:
+    assert said(inspect_file(written(tmp_path, name, content))) == [
+        f"{name}: the lines end in a carriage return alone, as on a classic Mac; "
+        "save it with line feeds, e.g. tr '\\r' '\\n' < OLD > NEW"
+    ]
+    assert texts(read_examples(written(tmp_path, "a.txt", "a\rb\r"))) == [(1, "a\rb\r")]
+    (finding,) = inspect_file(SourceConfig(path=str(tmp_path / "a.txt"), sample_by="line")).findings
+    assert finding.check == "line_ends"
+
+
 def test_a_header_alone_is_no_data(tmp_path: Path) -> None:
     assert said(inspect_file(written(tmp_path, "a.csv", "text,label\n"))) == [
         "a.csv: the file holds no rows; expected rows to train on"
@@ -315,12 +435,27 @@ def test_text_that_begins_like_something_else(tmp_path: Path, text: str) -> None
     assert [e.text for e in found.examples if isinstance(e, Example)] == ([text] if text != "{" else [])
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a"])
+@pytest.mark.parametrize("content", ['{"text": "a', '{"text": "a", "b": [', '{"text": \n"a'])
+def test_a_cut_off_row_is_no_plain_text(tmp_path: Path, name: str, content: str) -> None:
+    found = inspect_file(written(tmp_path, name, content))
+    assert (found.container, found.examples) == ("JSON Lines", [])
+    assert "not valid JSON" in found.findings[0].message
+
+
 def test_a_bad_byte_in_plain_text_has_a_line(tmp_path: Path) -> None:
     path = written(tmp_path, "a.txt", b"one\ntwo \xff\n\nthree\n")
     assert said(inspect_file(path)) == ["a.txt:2: not valid UTF-8: byte 0xff at offset 4 of the line"]
     found = inspect_file(SourceConfig(path=str(path), sample_by="paragraph"))
     assert said(found) == ["a.txt:2: not valid UTF-8: byte 0xff at offset 4 of the line"]
     assert texts(found) == [(4, "three")]
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert said(inspect_file(tmp_path / "pipe")) == [
+        "pipe: a pipe or device, not a file; data is read more than once: save it as a file"
+    ]
 
 
 # -- what is not read -------------------------------------------------------------------------------------------------
@@ -369,6 +504,43 @@ def test_files_that_are_something_else(tmp_path: Path, content: bytes, problem: 
     assert "\n" not in finding.message
 
 
+def test_nulls_of_a_table_are_said_to_be_missing(tmp_path: Path) -> None:
+    rows: Rows = [{"text": "a", "n": 1}, {"text": None, "n": 2}, {"text": None, "n": None}]
+    found = inspect_file(written(tmp_path, "a.parquet", parquet(rows)))
+    assert said(found) == ["a.parquet:2: `text` is missing", "a.parquet:3: `text` is missing"]
+    found = inspect_file(written(tmp_path, "a.parquet", parquet(rows[::-1])))
+    assert [finding.found for finding in found.findings] == [
+        "no known form: keys found: none (a null in a table is a missing key)",
+        "no known form: keys found: `n` (a null in a table is a missing key)",
+    ]
+
+
+def test_labels_behind_a_null_are_not_lost(tmp_path: Path) -> None:
+    rows: Rows = [{"text": text, "label": label} for text, label in (("a", None), ("b", "x"), ("c", "y"))]
+    found = inspect_file(written(tmp_path, "a.parquet", parquet(rows)))
+    assert [(finding.check, finding.line) for finding in found.findings] == [
+        ("mixed_forms", None),
+        ("form_mismatch", 2),
+        ("form_mismatch", 3),
+    ]
+    rows = [{"text": "a", "label": 1.0}, {"text": "b", "label": 0.0}]
+    found = inspect_file(written(tmp_path, "a.parquet", parquet(rows)))
+    assert said(found) == [
+        f"a.parquet:{line}: `label` is a number; expected a string or a whole number" for line in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.parquet.gz"])
+def test_sample_by_has_no_effect_on_tables(tmp_path: Path, name: str) -> None:
+    content = arrow(ALPACA, stream=True) if "arrow" in name else parquet(ALPACA)
+    path = written(tmp_path, name, gzip.compress(content) if "gz" in name else content)
+    (finding,) = inspect_file(SourceConfig(path=str(path), sample_by="line")).findings
+    what = "Arrow" if "arrow" in name else "Parquet"
+    assert finding.message == f"data.sample_by has no effect on {what}; it is for plain text; remove it"
+    (finding,) = inspect_file(SourceConfig(path="org/name", sample_by="line")).findings
+    assert finding.message == "data.sample_by has no effect on a hub data set; it is for plain text; remove it"
+
+
 def test_a_name_that_promises_a_table(tmp_path: Path) -> None:
     assert said(inspect_file(written(tmp_path, "a.parquet", "hello"))) == [
         "a.parquet: the name ends in .parquet, but the content does not begin as such a file does; write it again"
@@ -412,6 +584,7 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
         ("a.parquet.gz", 1, "a1"),
     ]
     assert (found.container, found.rows, found.ignored) == ("JSON Lines, CSV, Parquet", 4, {"x": 1})
+    assert (found.files, found.split) == (["b.jsonl", "c.csv", "deep/a.parquet.gz"], "")
     changed = found.sha256
     write_jsonl(tmp_path / "b.jsonl", text_rows("b1", "b3"))
     assert read_examples(tmp_path).sha256 != changed
@@ -432,7 +605,8 @@ def test_the_splits_of_a_folder(tmp_path: Path, names: tuple[str, str]) -> None:
         write_jsonl(tmp_path / name, text_rows(text))
     for split, text in ((None, "train"), ("train", "train"), ("test", "test")):
         found = read_examples(SourceConfig(path=str(tmp_path), split=split))
-        assert texts(found) == [(1, text)]
+        assert (texts(found), found.split) == ([(1, text)], split or "train")
+        assert found.files == [dict(zip(("train", "test"), names, strict=True))[text]]
     (finding,) = inspect_file(SourceConfig(path=str(tmp_path), split="validation")).findings
     assert finding.message == "no split `validation` in this folder; data.split can be `test`, `train`"
 
@@ -445,6 +619,43 @@ def test_files_of_a_folder_that_no_split_takes_are_not_left_out_in_silence(tmp_p
         "`more.jsonl`: no split in the name, unlike the other files; "
         "put train or validation or test into it, or move the file elsewhere"
     )
+
+
+def test_files_that_are_no_data_are_named(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", text_rows("a"))
+    (tmp_path / "sub").mkdir()
+    for name in ("c.md", "part-00000", "_x.jsonl", "sub/d", "README.md", "LICENSE", ".gitattributes", "_SUCCESS"):
+        write_jsonl(tmp_path / name, text_rows("b"))
+    found = read_examples(tmp_path)
+    assert texts(found) == [(1, "a")]
+    assert [(finding.severity, finding.check, finding.found) for finding in found.findings] == [
+        (
+            "warning",
+            "skipped_files",
+            "files of this folder that are not read: `_x.jsonl`, `c.md`, `part-00000`, `sub/d`",
+        )
+    ]
+    assert found.findings[0].fix == (
+        "a file is read if its name ends in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, .txt, also with .gz, "
+        "and does not begin with _"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("d.jsonl.bz2", bz2.compress(b"x"), "a bzip2 archive"),
+        ("d.zip", zip_of("a.jsonl"), "a zip archive"),
+        ("d.jsonl.zst", b"\x28\xb5\x2f\xfd", "a zstd archive"),
+    ],
+)
+def test_an_archive_in_a_folder_is_an_error(tmp_path: Path, name: str, content: bytes, what: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", text_rows("a"))
+    written(tmp_path, name, content)
+    found = inspect_file(tmp_path)
+    assert [(finding.severity, str(finding)) for finding in found.findings] == [
+        ("error", f"{tmp_path}/{name}: this is {what}, not a file of rows; unpack it first")
+    ]
 
 
 def test_a_folder_without_train(tmp_path: Path) -> None:
@@ -550,10 +761,31 @@ def test_the_hub_is_asked_for_what_looks_like_an_id(tmp_path: Path, monkeypatch:
         "train.jsonl": "no such file",
         "a/b/c": "no such file",
         "nul\0byte": "no such file",
-        "": "no such file",
+        "dat/train.jsonl": "no such file",
+        "dat/train.csv.gz": "no such file",
+        "": "the path is empty; name a file, a folder or a hub data set",
     }.items():
         (finding,) = inspect_file(path if path else SourceConfig(path="")).findings
         assert (finding.line, finding.message) == (None, problem), path
+
+
+def test_an_unreachable_hub_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import httpx
+    import huggingface_hub
+
+    asked: list[str] = []
+
+    def fail(self: Any, repo_id: str, **_: Any) -> None:
+        asked.append(repo_id)
+        raise httpx.ConnectError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", None)
+    (finding,) = inspect_file("org/name").findings
+    assert finding.message == "no such file here, and the hub cannot be reached; check the path or the network"
+    assert asked == ["org/name"]
 
 
 def test_a_hub_data_set_is_read_row_by_row(hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import random
 from collections import Counter
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import pytest
 
 from tiny import write_jsonl
 from tunesmith.config import SourceConfig
-from tunesmith.data.checks import check_rows, fingerprint, labels_of
+from tunesmith.data.checks import check_rows, labels_of
+from tunesmith.data.fingerprints import fingerprint
 from tunesmith.data.formats import inspect_file, read_examples
 from tunesmith.data.splits import groups_of, split_rows, write_split
 from tunesmith.errors import DataError, RunError
@@ -80,12 +83,52 @@ def test_texts_are_grouped_too() -> None:
     assert groups_of(rows) == [[0, 2], [1]]
 
 
+def talk(*texts: str, train: bool | None = None) -> Example:
+    turns = (
+        Message(("user", "assistant")[i % 2], text, train=train if i == 1 else None) for i, text in enumerate(texts)
+    )
+    return Example(tuple(turns), None, "x.jsonl", 1)
+
+
+def test_conversations_that_begin_alike_stay_together() -> None:
+    rows = [talk("a?", "one"), talk("b?", "two"), talk("a?", "one", "c?", "three"), talk("A?", "else", "d?", "four")]
+    assert groups_of(rows) == [[0, 2, 3], [1]]
+    pairs = [row for i in range(20) for row in (talk(f"q{i}", f"a{i}"), talk(f"q{i}", f"a{i}", "more?", f"more {i}"))]
+    parts = split_rows(pairs, {"train": 0.8, "test": 0.2}, 0)
+    openings = [{pairs[place].messages[:2] for place in places} for places in parts.values()]  # type: ignore[index]
+    assert sizes(parts) == {"train": 32, "test": 8}
+    assert not openings[0] & openings[1]
+
+
+def test_rows_that_share_only_what_is_not_trained_on_are_divided() -> None:
+    shots = [talk("shot?", "yes", f"q{i}", f"a{i}", train=False) for i in range(3)]
+    assert groups_of(shots) == [[0], [1], [2]]
+    plain = [talk("shot?", "yes", f"q{i}", f"a{i}") for i in range(3)]
+    assert groups_of(plain) == [[0, 1, 2]]
+    assert groups_of(plain, "last") == [[0], [1], [2]]
+
+
+@pytest.mark.parametrize("name", ["openassistant_seed_messages.jsonl"])
+def test_real_conversations_without_leaks(shared_data: Path, tmp_path: Path, name: str) -> None:
+    source = SourceConfig(path=str(shared_data / "chat" / name))
+    data = read_examples(source)
+    for seed in range(5):
+        paths = write_split(tmp_path / f"{seed}", source, data, split_rows(data.examples, SHARES, seed))
+        files = {part: inspect_file(path) for part, path in paths.items()}
+        for part in ("validation", "test"):
+            findings = check_rows(files["train"], source_settings(paths["train"]), files[part])
+            assert not [finding for finding in findings if finding.check.startswith("leaked")]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_groups_never_straddle(seed: int) -> None:
     rng = random.Random(seed)
     rows = [ask(f"question {rng.randrange(60)}", f"answer {rng.randrange(5)}") for _ in range(300)]
     parts = split_rows(rows, SHARES, seed)
-    prompts = [{fingerprint(rows[position]).prompt for position in positions} for positions in parts.values()]
+    prompts = [
+        {exchange.prompt for position in positions for exchange in fingerprint(rows[position]).exchanges}
+        for positions in parts.values()
+    ]
     assert not prompts[0] & prompts[1]
     assert not prompts[0] & prompts[2]
     assert not prompts[1] & prompts[2]
@@ -142,6 +185,34 @@ def test_rows_of_other_files_are_written_as_json_lines(tmp_path: Path) -> None:
     expected = [{"prompt": f"q{i}", "completion": f"é, {i}", "id": str(i)} for i in range(10)]
     assert sorted(rows, key=lambda row: row["id"]) == expected
     assert list(paths) == ["train", "test"]
+
+
+def test_values_of_a_table_that_json_does_not_have(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = {
+        "text": ["one text", "two texts"],
+        "score": [float("nan"), 0.5],
+        "day": [datetime.date(2024, 2, 29), datetime.date(2025, 1, 1)],
+        "price": [Decimal("1.10"), Decimal("2.00")],
+    }
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table(values), path)
+    source = SourceConfig(path=str(path))
+    data = read_examples(source)
+    (written,) = write_split(tmp_path / "split", source, data, {"all": [0, 1]}).values()
+    assert written.read_text().splitlines() == [
+        '{"text": "one text", "score": null, "day": "2024-02-29", "price": "1.10"}',
+        '{"text": "two texts", "score": 0.5, "day": "2025-01-01", "price": "2.00"}',
+    ]
+    pq.write_table(pa.table(values | {"raw": [b"\x00", b"\xff"]}), path)
+    with pytest.raises(DataError) as raised:
+        write_split(tmp_path / "other", source, read_examples(source), {"all": [0, 1]})
+    assert str(raised.value) == (
+        f"{path}:1: the row holds bytes (b'\\x00'), which JSON Lines cannot hold; write the file without such columns first"
+    )
+    assert not (tmp_path / "other").exists()
 
 
 def test_several_rows_on_one_line_are_told_apart(tmp_path: Path) -> None:
@@ -206,3 +277,10 @@ def test_a_file_without_rows_is_refused_and_nothing_is_written(tmp_path: Path) -
     )
     assert not out.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+    rows = [["shot?", "yes", f"q{i}", f"a{i}"] for i in range(3)]
+    turns = [[{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(row)] for row in rows]
+    source = SourceConfig(path=str(write_jsonl(tmp_path / "chats.jsonl", [{"messages": row} for row in turns])))
+    data = read_examples(source)
+    for train_on, groups in (("assistant", 1), ("last", 3)):
+        with pytest.raises(DataError, match=rf"test would get no row \(3 rows in {groups} groups"):
+            write_split(out, source, data, {"train": [0, 1, 2], "test": []}, train_on=train_on)

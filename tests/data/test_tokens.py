@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -153,8 +154,9 @@ def test_added_end_tokens_and_unrolled_turns_are_said(tmp_path: Path) -> None:
     assert said(result) == [
         f"warning no_end_token f.jsonl: the chat template ({path}) writes no end token after an answer; '<|im_end|>' is "
         "added to each and trained, so that the model learns to stop",
-        f"warning unrolled f.jsonl: the chat template ({path}) rewrites earlier turns when later ones follow; 2 "
-        "conversations became 3 examples, each cut after the answer that it teaches",
+        "warning unrolled f.jsonl: no single text shows every answer of these conversations as the model has to write it "
+        f"(the chat template, {path}, writes no end token); 2 conversations became 3 examples, each cut after the answer "
+        "that it teaches",
     ]
 
 
@@ -283,17 +285,23 @@ def test_an_interrupted_run_keeps_the_shards_that_were_done(
     assert made == [16, 16], "two of four were kept; the third was made, but not yet kept"
 
 
-def test_a_template_that_prints_the_date_is_cached_for_the_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_prints_the_date_is_cached_for_that_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "t.jinja"
-    path.write_text("{{ strftime_now('%Y') }}" + CHATML)
-    format = ChatFormat(make_tokenizer(), str(path))
-    run(format, chats(3))
+    path.write_text("{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    first, same_day, later = (
+        ChatFormat(make_tokenizer(), str(path), now=datetime(2001, 1, day, hour))
+        for day, hour in ((1, 2), (1, 9), (2, 2))
+    )
+    found = run(first, chats(3))
+    assert first.tokenizer.decode(found.examples[0].input_ids).startswith("2001-01-01<|im_start|>")
     made = count_made(monkeypatch)
-    run(format, chats(3))
+    run(same_day, chats(3))
     assert made == []
-    monkeypatch.setattr(tokens.time, "strftime", lambda form: "2001-01-01")
-    run(format, chats(3))
+    again = run(later, chats(3))
     assert made == [3]
+    assert first.tokenizer.decode(again.examples[0].input_ids).startswith("2001-01-02<|im_start|>")
 
 
 def test_a_cache_that_cannot_be_written_is_gone_without(

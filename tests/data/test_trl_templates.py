@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tiny import supervised
 from tunesmith.data.chat import ChatFormat
 from tunesmith.data.formats import read_examples
 from tunesmith.types import Example, Message, TokenizedExample, ToolCall
@@ -88,16 +89,6 @@ def tokenizer_for(name: str) -> Any:
     )
     tokenizer.chat_template = template
     return tokenizer
-
-
-def supervised(tokenizer: Any, example: TokenizedExample) -> list[str]:
-    runs: list[list[int]] = [[]]
-    for token, mask in zip(example.input_ids.tolist(), example.loss_mask.tolist(), strict=True):
-        if mask:
-            runs[-1].append(token)
-        elif runs[-1]:
-            runs.append([])
-    return [tokenizer.decode(run) for run in runs if run]
 
 
 def is_answer(name: str, found: str, text: str, last: bool) -> bool:

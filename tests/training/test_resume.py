@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -375,13 +376,22 @@ def test_late_steps_too_small_to_move_a_tensor_are_fine(configure: Configure, tm
     assert again.train().status == "finished"
 
 
-def test_a_template_that_changed_is_refused(configure: Configure, tmp_path: Path) -> None:
+def test_a_template_that_changed_is_not_used(configure: Configure, tmp_path: Path) -> None:
     from tiny import CHATML
 
     template = tmp_path / "chat.jinja"
     template.write_text(CHATML, encoding="utf-8")
-    start(configure(f"data.chat_template={template}"), tmp_path / "run")
+    before = start(configure(f"data.chat_template={template}"), tmp_path / "run")
     template.write_text("Today is Monday.\n" + CHATML, encoding="utf-8")
+    assert restart(tmp_path / "run").data.train.digest() == before.data.train.digest()
+
+
+def test_a_tokenizer_that_changed_is_refused(configure: Configure, tiny_model: Path, tmp_path: Path) -> None:
+    from tiny import make_tokenizer
+
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    start(configure(model=model), tmp_path / "run")
+    make_tokenizer(merges=[("b", "i")]).save_pretrained(model)
     with pytest.raises(RunError, match="the same rows give other tokens than when this run started"):
         restart(tmp_path / "run")
 

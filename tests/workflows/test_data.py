@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 from tiny import BOS, IM_END, IM_START, chat_rows, make_tiny_model, make_tokenizer, write_jsonl
 from tunesmith.config import RunConfig
@@ -82,6 +84,81 @@ def test_what_skipping_rows_does_not_mend(write: Write, tmp_path: Path) -> None:
     assert result["problems"][0]["message"] == "no such file"
     held = write([ask("b?", "")], "held.jsonl")
     assert not check_data(configured(write([ask("a?", "b")]), skip_bad_rows=True, eval_path=str(held)))["ok"]
+
+
+def test_bad_rows_of_a_json_list_on_one_line_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([ask("a?", ""), ask("b?", ""), ask("c?", "")]))
+    result = check_data(configured(path))
+    assert (result["rows"], result["bad_rows"], result["skippable"]) == (3, 3, False)
+    path.write_text(json.dumps([ask("a?", ""), ask("b?", ""), ask("c?", "yes")]))
+    result = check_data(configured(path))
+    assert (result["bad_rows"], result["skippable"]) == (2, True)
+
+
+def test_what_can_be_skipped_and_what_can_be_trained_on(write: Write, tiny_model: Path) -> None:
+    def outcome(config: RunConfig) -> tuple[bool, bool, bool]:
+        result = check_data(config)
+        return result["ok"], result["trainable"], result["skippable"]
+
+    good = write([ask("a?", "one"), ask("b" * 100, "two")], "good.jsonl")
+    assert outcome(configured(good)) == (True, True, False)
+    assert outcome(configured(good, tiny_model, max_seq_length=64)) == (False, False, True)
+    assert outcome(configured(good, tiny_model, max_seq_length=64, skip_bad_rows=True)) == (True, True, False)
+    assert outcome(configured(good, tiny_model, max_seq_length=8)) == (False, False, False)  # no row would be left
+    assert outcome(configured(good, tiny_model, max_seq_length=8, skip_bad_rows=True)) == (False, False, False)
+    assert outcome(configured(good, eval_path=str(good.with_name("no.jsonl")))) == (False, False, False)
+    weightless = write([{"messages": [*ask("a?", "b")["messages"][:1], {"role": "assistant", "content": "b", "train": False}]}], "w.jsonl")  # fmt: skip
+    assert outcome(configured(weightless)) == (False, False, False)
+    pairs = write([{"prompt": "a?", "chosen": "good", "rejected": "bad"}], "pairs.jsonl")
+    assert outcome(configured(pairs)) == (True, False, False)
+    assert outcome(configured(good, eval_path=str(pairs))) == (True, False, False)
+    kto = write([{"prompt": "a?", "completion": "good", "label": True}], "kto.jsonl")
+    assert outcome(configured(kto)) == (True, False, False)
+
+
+Command = Callable[[RunConfig], Any]
+COMMANDS: dict[str, Command] = {
+    "check": check_data,
+    "stats": data_stats,
+    "preview": preview_data,
+    "split": lambda config: split_data(config, Path("never-made"), {"train": 1.0}),
+}
+EVERY_ROW = "on this command, which reads every row; remove it"
+NO_MODEL = "without a model; pass --model, or remove it"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "reasons"),
+    [
+        ("max_rows", 5, dict.fromkeys(COMMANDS, EVERY_ROW)),
+        (
+            "eval_fraction",
+            0.1,
+            dict.fromkeys(
+                COMMANDS, "on this command, which holds no rows out; remove it, or use `tunesmith data split`"
+            ),
+        ),
+        ("eval_path", "x.jsonl", dict.fromkeys(("stats", "preview", "split"), "on this command; remove it")),
+        ("chat_template", "alpaca", dict.fromkeys(COMMANDS, NO_MODEL) | {"split": "on this command; remove it"}),
+        (
+            "chat_template_kwargs",
+            {"enable_thinking": False},
+            dict.fromkeys(COMMANDS, NO_MODEL) | {"split": "on this command; remove it"},
+        ),
+        ("max_seq_length", 99, {"preview": NO_MODEL}),
+        ("overlong", "drop", {"preview": NO_MODEL}),
+    ],
+)
+def test_settings_that_would_be_ignored(write: Write, setting: str, value: Any, reasons: dict[str, str]) -> None:
+    path = write([ask("a?", "b")])
+    for name, command in COMMANDS.items():
+        if name in reasons:
+            with pytest.raises(ConfigError) as raised:
+                command(configured(path, **{setting: value}))
+            assert str(raised.value) == f"data.{setting} has no effect {reasons[name]}"
+        elif name != "split" and setting != "eval_path":
+            command(configured(path, **{setting: value}))
 
 
 def test_a_model_gives_exact_lengths_and_its_own_control_tokens(write: Write, tiny_model: Path) -> None:
@@ -181,7 +258,15 @@ def test_statistics_of_bad_rows(write: Write) -> None:
     path = write([ask("a?", "b"), ask("b?", "")])
     with pytest.raises(DataError, match=r"rows.jsonl:2: "):
         data_stats(configured(path))
-    assert data_stats(configured(path, skip_bad_rows=True))["rows"] == 1
+    result = data_stats(configured(path, skip_bad_rows=True))
+    assert (result["rows"], result["skipped_rows"]) == (1, {str(path): [2]})
+
+
+def test_statistics_name_the_rows_that_the_tokens_leave_out(write: Write, tiny_model: Path) -> None:
+    answer = {"role": "assistant", "content": "b", "train": False}
+    path = write([ask("a?", "b"), ask("c?", ""), {"messages": [{"role": "user", "content": "d?"}, answer]}])
+    result = data_stats(configured(path, tiny_model, skip_bad_rows=True))
+    assert (result["sequences"], result["skipped_rows"]) == (1, {str(path): [2, 3]})
 
 
 def test_estimates_of_a_real_file_are_near_its_bytes(shared_data: Path) -> None:
@@ -255,6 +340,59 @@ def test_preview_of_a_pair_shows_both_sides(write: Write, tiny_model: Path, with
     assert supervised == ([f"good{IM_END}", f"bad{IM_END}"] if with_model else ["good", "bad"])
 
 
+@pytest.mark.parametrize(
+    ("overlong", "shown", "problem"),
+    [
+        ("truncate", ["user\na?", "assistant\n", "x" * 12], "cut to its first 33 tokens"),
+        ("drop", [], "left out"),
+    ],
+)
+def test_preview_shows_what_training_sees_of_a_long_row(
+    write: Write, tiny_model: Path, overlong: str, shown: list[str], problem: str
+) -> None:
+    path = write([ask("a?", "yes"), ask("a?", "x" * 100)])
+    result = preview_data(configured(path, tiny_model, max_seq_length=33, overlong=overlong))
+    short, long = result["examples"]
+    assert (short["problems"], long["problems"]) == ([], [f"123 tokens, data.max_seq_length is 33; {problem}"])
+    assert [p["text"] for p in long["pieces"] if not p["special"] and p["text"] != "\n"] == shown
+    assert long["num_tokens"] == len(long["tokens"]) == (33 if shown else 0)
+    assert result["max_seq_length"] == 33
+
+
+def test_preview_of_rows_that_training_refuses(write: Write, tiny_model: Path) -> None:
+    path = write([ask("a?", "yes"), ask("a?", "x" * 100)])
+    config = configured(path, tiny_model, max_seq_length=33)
+    assert [example["num_tokens"] for example in preview_data(config)["examples"]] == [26, 0]
+    with pytest.raises(DataError) as raised:
+        preview_data(config, line=2)
+    assert str(raised.value) == (
+        f"{path}:2: 123 tokens, data.max_seq_length is 33; raise it, or set data.overlong to truncate, split or drop"
+    )
+
+
+def test_preview_with_an_automatic_length_is_cut_where_training_cuts(write: Write, tiny_model: Path) -> None:
+    path = write([ask("a?", "x" * 400), *(ask(f"{i}?", "yes") for i in range(99))])
+    result = preview_data(configured(path, tiny_model, max_seq_length="auto", overlong="truncate"), num_rows=1)
+    assert result["max_seq_length"] == result["examples"][0]["num_tokens"] == 64
+
+
+def test_preview_of_a_long_conversation_is_not_quadratic(write: Write, tiny_model: Path) -> None:
+    turns = [{"role": role, "content": "é " + "x" * 48} for _ in range(300) for role in ("user", "assistant")]
+    config = configured(write([{"messages": turns}]), tiny_model, max_seq_length=100_000)
+    decoded = 0
+    decode = PreTrainedTokenizerBase.decode
+
+    def counted(self: Any, ids: Any, **options: Any) -> Any:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode(self, ids, **options)
+
+    with mock.patch.object(PreTrainedTokenizerBase, "decode", counted):
+        (example,) = preview_data(config)["examples"]
+    assert "".join(piece["text"] for piece in example["pieces"] if piece["supervised"]).count("é ") == 300
+    assert decoded < 20 * example["num_tokens"]
+
+
 def test_preview_of_one_line(write: Write) -> None:
     path = write([ask("a?", "one"), ask("b?", ""), ask("c?", "three")])
     assert [row["line"] for row in preview_data(configured(path))["examples"]] == [1, 3]  # bad rows are passed over
@@ -309,6 +447,10 @@ def test_a_share_of_nothing_makes_no_file(write: Write, tmp_path: Path) -> None:
     [
         ((0.8, 0.1, 0.2), "the shares train 0.8, validation 0.1, test 0.2 add up to 1.1"),
         (
+            (float("nan"), 0.5, 0.5),
+            "the shares train nan, validation 0.5, test 0.5 add up to nan; make them add up to 1, none negative",
+        ),
+        (
             (1.2, -0.2, 0),
             "the shares train 1.2, validation -0.2, test 0 add up to 1; make them add up to 1, none negative",
         ),
@@ -328,6 +470,7 @@ def test_split_refuses_bad_rows_and_taken_folders(write: Write, tmp_path: Path) 
     path = write([ask("a?", "b"), ask("b?", "")])
     with pytest.raises(DataError, match=r"rows.jsonl:2"):
         split_data(configured(path), tmp_path / "split", {"train": 1.0})
-    assert split_data(configured(path, skip_bad_rows=True), tmp_path / "split", {"train": 1.0})["rows"] == 1
+    result = split_data(configured(path, skip_bad_rows=True), tmp_path / "split", {"train": 1.0})
+    assert (result["rows"], result["skipped_rows"]) == (1, {str(path): [2]})
     with pytest.raises(RunError, match="already exists"):
         split_data(configured(path, skip_bad_rows=True), tmp_path / "split", {"train": 1.0})

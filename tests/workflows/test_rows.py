@@ -83,6 +83,17 @@ def test_path_and_mix_exclude_each_other(tmp_path: Path) -> None:
         config(data__path="a.jsonl", data__mix=[{"path": "b.jsonl"}])
 
 
+def test_rows_that_several_sources_have_are_said(tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "a.jsonl", pairs(5))
+    other = write_jsonl(tmp_path / "b.jsonl", [*pairs(3, "new"), *pairs(2)])
+    notes = read_rows(config(data__mix=[{"path": str(one)}, {"path": str(other)}])).notes
+    assert notes[0] == (
+        f"{other}: 2 rows with duplicate row (lines 4, 5); line 4: the same as {one}:1 (2 of 5 rows repeat one of another "
+        "source); remove it from one of the two files, or keep it if it is to count more"
+    )
+    assert len(notes) == 2
+
+
 # -- what is wrong ----------------------------------------------------------------------------------------------------
 
 
@@ -120,16 +131,28 @@ def test_rows_that_become_bad_as_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "row",
+    ("row", "form", "fix"),
     [
-        {"prompt": "ab", "chosen": "c1", "rejected": "d1"},
-        {"prompt": "ab", "completion": "cd", "label": True},
+        (
+            {"prompt": "ab", "chosen": "c1", "rejected": "d1"},
+            "preference",
+            "pass a file of answers, or name the column that holds them (data.format: prompt, data.columns: {completion: "
+            "chosen})",
+        ),
+        (
+            {"prompt": "ab", "completion": "cd", "label": True},
+            "kto",
+            "pass a file of answers: only the rows whose label is true, without that label",
+        ),
     ],
 )
-def test_preferences_are_no_answers(tmp_path: Path, row: dict[str, Any]) -> None:
+def test_preferences_are_no_answers(tmp_path: Path, row: dict[str, Any], form: str, fix: str) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [row])
-    with pytest.raises(DataError, match=r"objective sft needs answers, not preferences"):
+    with pytest.raises(DataError) as caught:
         read_rows(config(data__path=str(path)))
+    assert str(caught.value) == (
+        f"{path}: the rows are of form {form}; objective sft needs answers, not preferences; {fix}"
+    )
     with pytest.raises(DataError, match=r"evaluation needs answers, not preferences"):
         read_questions(path)
 

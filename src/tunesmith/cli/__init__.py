@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import sys
 import warnings
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -88,7 +89,9 @@ def quickstart(
 def train(
     config: Annotated[str | None, typer.Argument(help="Settings (YAML).", metavar="[RUN.yaml]")] = None,
     model: Model = None,
-    data: Annotated[str | None, typer.Option("--data", help="Training examples (JSON Lines).", metavar="FILE")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Training examples, in any form that docs/data.md has.", metavar="FILE")
+    ] = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Held-out examples.", metavar="FILE")] = None,
     method: Annotated[
         str | None, typer.Option("--method", help="lora (default), qlora or full.", metavar="NAME")
@@ -142,7 +145,7 @@ def resume(
 @app.command("eval")
 def evaluate(
     target: Target,
-    data: Annotated[str, typer.Option("--data", help="Questions with known answers (JSON Lines).", metavar="FILE")],
+    data: Annotated[str, typer.Option("--data", help="Questions with known answers.", metavar="FILE")],
     baseline: Annotated[bool, typer.Option("--baseline", help="Ask the base model too, and compare.")] = False,
     rows: Annotated[
         int | None, typer.Option("--rows", help="A fixed sample of this many rows.", min=1, metavar="N")
@@ -314,6 +317,13 @@ def main() -> None:
     _set_up_libraries()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _stop_printing()
+    except SystemExit as error:  # what typer and rich make of a closed output
+        if isinstance(error.__context__, BrokenPipeError):
+            _stop_printing()
+        raise
     except TunesmithError as error:
         _fail(str(error), error.exit_code)
     except typer.Abort:
@@ -339,6 +349,12 @@ def main() -> None:
         _handle_out_of_memory(error)
         raise
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop_printing() -> NoReturn:
+    """Whoever read our output has gone (`| head`): end as a program does that the signal for it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is still in the buffer
+    sys.exit(128 + signal.SIGPIPE)
 
 
 def _handle_usage(error: Exception) -> None:

@@ -68,14 +68,19 @@ def check(
     from tunesmith.cli.data_views import print_check
     from tunesmith.workflows.data import check_data
 
-    given = {"data.eval_path": eval_data, "data.max_seq_length": max_seq_length}
-    config = _config(file, model, format_name, columns, template, skip_bad_rows, settings, given)
+    given = {
+        "data.eval_path": eval_data,
+        "data.max_seq_length": max_seq_length,
+        "data.skip_bad_rows": skip_bad_rows or None,
+    }
+    values = _values(file, model, format_name, columns, template, given)
+    config = _config(values, settings)
     with Console() as console:
         result = check_data(config, console.progress)
     if as_json:
         console.result(result)
     else:
-        print_check(result, model)
+        print_check(result, _train_command(values, settings or []))
     if not result["ok"]:
         raise typer.Exit(2)
 
@@ -99,8 +104,8 @@ def stats(
     from tunesmith.cli.data_views import print_stats
     from tunesmith.workflows.data import data_stats
 
-    given = {"data.max_seq_length": max_seq_length}
-    config = _config(file, model, format_name, columns, template, skip_bad_rows, settings, given)
+    given = {"data.max_seq_length": max_seq_length, "data.skip_bad_rows": skip_bad_rows or None}
+    config = _config(_values(file, model, format_name, columns, template, given), settings)
     with Console() as console:
         result = data_stats(config, console.progress)
     if as_json:
@@ -115,6 +120,7 @@ def preview(
     model: Model = None,
     rows: Annotated[int, typer.Option("--rows", help="How many rows.", min=1, metavar="N")] = 3,
     line: Annotated[int | None, typer.Option("--line", help="Only the row on this line.", min=1, metavar="N")] = None,
+    max_seq_length: Length = None,
     format_name: Format = None,
     columns: Column = None,
     template: Template = None,
@@ -123,12 +129,13 @@ def preview(
 ) -> None:
     """Show rows as the model will see them, supervised tokens marked.
 
-    Without --model: the turns, before a chat template."""
+    Without --model: the turns, before a chat template and uncut."""
     from tunesmith.cli.console import Console
     from tunesmith.cli.data_views import print_preview
     from tunesmith.workflows.data import preview_data
 
-    result = preview_data(_config(file, model, format_name, columns, template, False, settings, {}), rows, line)
+    given = {"data.max_seq_length": max_seq_length}
+    result = preview_data(_config(_values(file, model, format_name, columns, template, given), settings), rows, line)
     if as_json:
         Console().result(result)
     else:
@@ -153,15 +160,15 @@ def split(
 ) -> None:
     """Divide a file into train, validation and test files.
 
-    Every label gets its share of each; rows that are alike, or have the same prompt, stay together."""
+    Every label gets its share of each; rows that are alike, or begin alike, stay together."""
     from pathlib import Path
 
     from tunesmith.cli.console import Console
     from tunesmith.cli.data_views import print_split
     from tunesmith.workflows.data import split_data
 
-    given = {"training.seed": seed}
-    config = _config(file, None, format_name, columns, None, skip_bad_rows, settings, given)
+    given = {"training.seed": seed, "data.skip_bad_rows": skip_bad_rows or None}
+    config = _config(_values(file, None, format_name, columns, None, given), settings)
     result = split_data(config, Path(out), {"train": train, "validation": validation, "test": test})
     console = Console()
     if as_json:
@@ -170,25 +177,24 @@ def split(
         print_split(result, console)
 
 
-def _config(
+def _values(
     file: str,
     model: str | None,
     format_name: str | None,
     columns: list[str] | None,
     template: str | None,
-    skip_bad_rows: bool,
-    settings: list[str] | None,
     given: dict[str, Any],
-) -> RunConfig:
-    """The settings that the options of a `data` command make together."""
-    from tunesmith.config import load_config
+) -> dict[str, Any]:
+    """The settings, by dotted key, that the options of a `data` command stand for."""
     from tunesmith.errors import ConfigError
 
-    mapping = {}
+    mapping: dict[str, str] = {}
     for column in columns or []:
         field, equals, name = column.partition("=")
         if not equals or not field or not name:
             raise ConfigError(f"--column {column}: expected FIELD=COLUMN, e.g. --column output=reply")
+        if field in mapping:
+            raise ConfigError(f"--column {column}: `{field}` was named before (--column {field}={mapping[field]})")
         mapping[field] = name
     values = {
         "data.path": file,
@@ -196,7 +202,6 @@ def _config(
         "data.format": format_name,
         "data.columns": mapping or None,
         "data.chat_template": template,
-        "data.skip_bad_rows": skip_bad_rows or None,
         **given,
     }
     length = values.get("data.max_seq_length")
@@ -204,4 +209,30 @@ def _config(
         if not length.isdecimal():
             raise ConfigError(f"--max-seq-length {length}: expected a number of tokens, or auto")
         values["data.max_seq_length"] = int(length)
-    return load_config(None, settings or [], {key: value for key, value in values.items() if value is not None})
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _config(values: dict[str, Any], settings: list[str] | None) -> RunConfig:
+    from tunesmith.config import load_config
+
+    return load_config(None, settings or [], values)
+
+
+def _train_command(values: dict[str, Any], settings: list[str]) -> str:
+    """The `tunesmith train` that reads data as a command with these settings did."""
+    import json
+    import shlex
+
+    options = {"model.name": "--model", "data.path": "--data", "data.eval_path": "--eval-data"}
+    words = ["tunesmith", "train", *([] if "model.name" in values else ["--model", "NAME"])]
+    for key, value in sorted(values.items(), key=lambda item: (item[0] not in options, item[0] != "model.name")):
+        if key in options:
+            words += [options[key], value]
+        elif key == "data.skip_bad_rows":
+            words.append("--skip-bad-rows")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            words += ["--set", f"{key}={text}"]
+    for setting in settings:
+        words += ["--set", setting]
+    return shlex.join(words)

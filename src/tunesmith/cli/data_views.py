@@ -23,9 +23,12 @@ BAR = 40
 """Width of the histogram's longest bar, in characters."""
 
 
-def print_check(result: Mapping[str, Any], model: str | None) -> None:
-    """Problems by check, errors first, and what to do."""
+def print_check(result: Mapping[str, Any], train: str) -> None:
+    """Problems by check, errors first, and what to do; `train` is the command that would train on this data."""
     print(_title(result))
+    if result["files"]:
+        split = f"split {result['split']}: " if result["split"] else ""
+        print(f"{split}{', '.join(result['files'])}")
     if result["eval_file"]:
         print(f"held out: {result['eval_file']}, {_rows(result['eval_rows'])}")
     for note in result["notes"]:
@@ -45,12 +48,14 @@ def print_check(result: Mapping[str, Any], model: str | None) -> None:
             print(f"  and {len(problems) - shown} more" + (f" (lines {hidden})" if hidden else ""))
         if same_fix and problems[0]["fix"]:
             print(f"  -> {visible(problems[0]['fix'])}")
-    print(f"\n{_verdict(result, model)}")
+    print(f"\n{_verdict(result, train)}")
 
 
 def print_stats(result: Mapping[str, Any], console: Console) -> None:
     """A table of the statistics, a histogram, what each `max_seq_length` costs, and the recommendation."""
     print(_title(result))
+    if result["skipped_rows"]:
+        print(_left_out(result))
     tokens = result["tokens"]
     if result["estimated"]:
         print("tokens are estimated from characters; --model NAME counts them exactly")
@@ -104,6 +109,8 @@ def print_preview(result: Mapping[str, Any]) -> None:
         counted = f", {example['num_supervised']} supervised" if "num_supervised" in example else ""
         side = f", {example['side']}" if example["side"] else ""
         out.print(Text(f"\nline {example['line']}{side}: {about}{example['num_tokens']} tokens{counted}", style="dim"))
+        for problem in example["problems"]:
+            out.print(Text(f"({visible(problem)})", style="dim"))
         if template:
             out.print(_pieces(example["pieces"], colour))
             continue
@@ -113,6 +120,8 @@ def print_preview(result: Mapping[str, Any]) -> None:
 
 def print_split(result: Mapping[str, Any], console: Console) -> None:
     """How many rows each file got, by label where there are labels."""
+    if result["skipped_rows"]:
+        print(_left_out(result))
     counts = result["counts"]
     table = Table("label", *counts)
     for column in table.columns[1:]:
@@ -166,19 +175,23 @@ def _where(problem: Mapping[str, Any], result: Mapping[str, Any]) -> str:
     return f"{place}: " if place else ""
 
 
-def _verdict(result: Mapping[str, Any], model: str | None) -> str:
+def _verdict(result: Mapping[str, Any], train: str) -> str:
     errors, warnings = result["errors"], result["warnings"]
     said = f"{warnings} warning{'s' * (warnings != 1)}"
-    train = f"tunesmith train --model {model or 'NAME'} --data {result['file']}"
-    left_out = {file: lines for file, lines in result["skipped_rows"].items() if lines}
     if not result["ok"]:
-        can_skip = result["rows"] > result["bad_rows"] and not result["skipped_rows"]
-        skip = ", or leave those rows out with --skip-bad-rows" if can_skip else ""
+        skip = ", or leave those rows out with --skip-bad-rows" if result["skippable"] else ""
         return f"{errors} error{'s' * (errors != 1)}, {said}: mend what is listed above{skip}"
-    if left_out:
-        parts = [f"{len(lines)} of {file} (lines {_ranges(lines)})" for file, lines in left_out.items()]
-        return f"rows left out: {'; '.join(parts)}; {said}\ngo on with: {train} --skip-bad-rows"
-    return f"no errors, {said}{': look at them, then' if warnings else ';'} go on with: {train}"
+    then = f"go on with: {train}"
+    if not result["trainable"]:
+        then = "`tunesmith train` takes answers only, no preferences"
+    if result["skipped_rows"]:
+        return f"{_left_out(result)}; {said}\n{then}"
+    return f"no errors, {said}{': look at them, then' if warnings and result['trainable'] else ';'} {then}"
+
+
+def _left_out(result: Mapping[str, Any]) -> str:
+    parts = [f"{len(lines)} of {file} (lines {_ranges(lines)})" for file, lines in result["skipped_rows"].items()]
+    return f"rows left out: {'; '.join(parts)}"
 
 
 def _ranges(lines: Iterable[int], most: int = 20) -> str:

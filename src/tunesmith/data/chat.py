@@ -13,18 +13,21 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tokenizers import Tokenizer
 
-from tunesmith.data.rendering import RESERVED, ChatTemplate, MaskError, RenderedText, Span
+from tunesmith.data.rendering import ChatTemplate, MaskError
+from tunesmith.data.shapes import RESERVED, RenderedText
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.files import sha256_text
-from tunesmith.types import Example, Finding, Message, TokenizedExample
+from tunesmith.types import Example, Finding, Message, TokenizedExample, ToolCall
 
 NO_TEMPLATE = "{% for message in messages %}{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 """`chat_template: none`: the texts joined as they are, each answer ended by the end-of-sequence token."""
@@ -37,6 +40,11 @@ TOKENIZE_ROWS = 512
 KEPT_CHARACTERS = 10_000_000
 """Tokens of parts of so much text at most are kept, in case the parts come again."""
 
+MARKUP = re.compile(r"<\S*>|\[\S*\]")
+"""What an added token that is not special looks like if it is markup of the template's (`<think>`, `[TOOL_CALLS]`)."""
+
+CONTROLS_FROM_TEXT = "the tokenizer makes control tokens of this text, however it is written; change the text"
+
 # A hidden control token: its number between two of Unicode's noncharacters. A renamed one: its text between two others.
 HIDDEN = re.compile("\ufdd2([0-9]+)\ufdd3")
 RENAMED_START, RENAMED_END = "\ufdd4", "\ufdd5"
@@ -46,12 +54,21 @@ class ChatFormat:
     """Renders and tokenizes conversations for one tokenizer and one template.
 
     `tokenizer` is a transformers fast tokenizer. `setting` is `data.chat_template`: auto, a name, none or a .jinja file;
-    `variables` are `data.chat_template_kwargs`. Raises ConfigError for a template that cannot be read or used.
+    `variables` are `data.chat_template_kwargs`, `now` is the time that a template sees which prints the date. `kept` is the
+    text that a run has kept of the template that `setting` names. Raises ConfigError for a template that cannot be read or
+    used.
     """
 
-    def __init__(self, tokenizer: Any, setting: str = "auto", variables: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        tokenizer: Any,
+        setting: str = "auto",
+        variables: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+        kept: str | None = None,
+    ):
         self.tokenizer = tokenizer
-        name, text = _find_template(tokenizer, setting)
+        name, text = (setting, kept) if kept is not None else _find_template(tokenizer, setting)
         if tokenizer.eos_token_id is None:
             raise ConfigError(
                 "the tokenizer has no end-of-sequence token; set `eos_token` in its tokenizer_config.json"
@@ -62,17 +79,26 @@ class ChatFormat:
             )
         added = tokenizer.added_tokens_decoder
         specials = {str(token) for token in added.values() if token.special} | set(tokenizer.all_special_tokens)
-        written = {str(token) for token in added.values() if str(token) in text} - specials
+        written = {str(token) for token in added.values() if MARKUP.fullmatch(str(token)) and str(token) in text}
         self.special_ids = {number for number, token in added.items() if token.special} | set(tokenizer.all_special_ids)
         self._added_ids = self.special_ids | set(added)
         self._special, self._control = _any_of(specials), _any_of(specials | written)
         self._controls = sorted(specials | written)
+        control_ids = tokenizer.convert_tokens_to_ids(self._controls)
+        self._is_control = np.zeros(max(control_ids) + 1, dtype=bool)
+        self._is_control[control_ids] = True
+        if tokenizer.unk_token_id is not None and tokenizer.unk_token_id < len(self._is_control):
+            self._is_control[tokenizer.unk_token_id] = False  # it stands for what the vocabulary does not hold
         self._adds_bos = bool(tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
-        if self._adds_bos and name in (*NAMED_TEMPLATES, "none"):
+        if self._adds_bos and kept is None and name in (*NAMED_TEMPLATES, "none"):
             text = "{{ bos_token }}" + text  # a model's own template writes it itself
-        self.rendering = ChatTemplate(name, text, variables or {}, tokenizer.special_tokens_map, sorted(specials))
+        self.rendering = ChatTemplate(
+            name, text, variables or {}, tokenizer.special_tokens_map, sorted(specials), now or datetime.now()
+        )
+        state = _tokenizer_state(tokenizer)
+        self._plain = Tokenizer.from_str(json.dumps(state))
         # The pattern that cuts texts at added tokens as the tokenizer does, or None; and the tokens of parts seen before.
-        self._added = re.compile(f"({_any_of(map(str, added.values())).pattern})") if _cuts_cleanly(tokenizer) else None
+        self._added = re.compile(f"({_any_of(map(str, added.values())).pattern})") if _cuts_cleanly(state) else None
         self._parts: dict[str, np.ndarray] = {}
         self._kept = 0
         self._ids_of = lru_cache(maxsize=4096)(self._encode)
@@ -86,6 +112,16 @@ class ChatFormat:
     def template(self) -> str:
         """The template's text, with `data.chat_template_kwargs` as defaults: what is saved beside a model."""
         return self.rendering.text_to_save
+
+    @property
+    def raw_template(self) -> str:
+        """The template's text without its variables: what a run keeps beside its settings."""
+        return self.rendering.text
+
+    @property
+    def now(self) -> datetime | None:
+        """The time that the template sees, if it prints the date."""
+        return self.rendering.now if self.rendering.prints_date else None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -128,9 +164,13 @@ class ChatFormat:
         """Token ids that ask for the assistant's next turn: the same prefix that training saw before an answer."""
         hidden, tools, held = self._hide(messages, tools)
         text = self.rendering.prompt(hidden, tools)
-        if held:
-            text, _ = self._reveal(RenderedText(text, ()), held)
-        return self._encode(text, bool(held))
+        ids = self._encode(text, False) if not held else []
+        if held or self._makes_controls(np.array(ids, dtype=np.int32), text):
+            revealed = self._reveal(RenderedText(text, ()), held).text
+            ids = self._encode(revealed, True)
+            if self._makes_controls(np.array(ids, dtype=np.int32), text):
+                raise MaskError(CONTROLS_FROM_TEXT)
+        return ids
 
     def encode(self, examples: Sequence[Example], train_on: str = "assistant") -> list[TokenizedExample]:
         """As `encode_checked`, but raises DataError with one line for each example that cannot be encoded."""
@@ -151,9 +191,7 @@ class ChatFormat:
         encoded: list[TokenizedExample] = []
         findings: list[Finding] = []
         for start in range(0, len(examples), TOKENIZE_ROWS):
-            plain: list[tuple[Example, RenderedText]] = []
-            renamed: list[tuple[Example, RenderedText]] = []
-            order: list[tuple[list[RenderedText], bool]] = []
+            rendered: list[_Row] = []
             for example in examples[start : start + TOKENIZE_ROWS]:
                 try:
                     texts, held = self._rendered(example, train_on)
@@ -161,23 +199,17 @@ class ChatFormat:
                     findings.append(Finding("template", "error", example.file, example.line, str(error)))
                     continue
                 if held:
+                    findings.append(_control_finding(example, held))
+                rendered.append(_Row(example, texts, held))
+            plain = [row for row in rendered if not row.held]
+            tokens = {id(row): found for row, found in zip(plain, self._tokenize(plain), strict=True)}
+            for row in rendered:
+                found = tokens.get(id(row)) or self._tokenize_hidden(row)
+                if found is None:
                     findings.append(
-                        Finding(
-                            "control_token",
-                            "warning",
-                            example.file,
-                            example.line,
-                            f"the text holds {', '.join(repr(token) for token in dict.fromkeys(held))}, "
-                            f"control token{'s' * (len(set(held)) > 1)} of this model",
-                            "encoded as plain text, never as the token",
-                        )
+                        Finding("template", "error", row.example.file, row.example.line, CONTROLS_FROM_TEXT)
                     )
-                    texts = [RenderedText(*self._reveal(text, held)) for text in texts]
-                (renamed if held else plain).extend((example, text) for text in texts)
-                order.append((texts, bool(held)))
-            tokens, others = iter(self._tokenize(plain, False)), iter(self._tokenize(renamed, True))
-            for texts, has_held in order:
-                encoded += [next(others if has_held else tokens) for _ in texts]
+                encoded += found or []
         return encoded, findings
 
     def _rendered(self, example: Example, train_on: str) -> tuple[list[RenderedText], list[str]]:
@@ -189,7 +221,12 @@ class ChatFormat:
             return [RenderedText(text, ((0, len(text)),))], held
         assert example.messages is not None
         messages, tools, held = self._hide(example.messages, example.tools)
-        return self.rendering.supervised(messages, tools, train_on), held
+        texts = self.rendering.supervised(messages, tools, train_on)
+        if self.name == "none":  # nothing stands between two texts
+            ends = sum(message.role == "assistant" for message in messages) + self._adds_bos
+            if len(self._control.findall(texts[-1].text)) != ends:
+                raise MaskError("two texts together spell a control token; choose another data.chat_template")
+        return texts, held
 
     def _hide(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()
@@ -213,19 +250,29 @@ class ChatFormat:
         for message in messages:
             pattern = self._special if message.role == "assistant" else self._control
             content = hide(message.content, pattern, message.role)
-            if message.reasoning is None and not message.tool_calls:
-                hidden.append(message if content is message.content else replace(message, content=content))
-                continue
-            calls = tuple(
-                replace(call, arguments=hide_in(dict(call.arguments), pattern, "tool call's"))
-                for call in message.tool_calls
-            )
-            reasoning = message.reasoning and hide(message.reasoning, pattern, message.role)
-            hidden.append(replace(message, content=content, reasoning=reasoning, tool_calls=calls))
+            if message.reasoning or message.tool_calls or message.name or message.call_id:
+                message = replace(
+                    message,
+                    content=content,
+                    reasoning=message.reasoning and hide(message.reasoning, pattern, message.role),
+                    tool_calls=tuple(
+                        ToolCall(
+                            hide(call.name, self._control, "tool call's"),
+                            hide_in(dict(call.arguments), pattern, "tool call's"),
+                            call.id and hide(call.id, self._control, "tool call's"),
+                        )
+                        for call in message.tool_calls
+                    ),
+                    name=message.name and hide(message.name, self._control, message.role),
+                    call_id=message.call_id and hide(message.call_id, self._control, message.role),
+                )
+            elif content is not message.content:
+                message = replace(message, content=content)
+            hidden.append(message)
         tools = [hide_in(dict(tool), self._control, "tool's") for tool in tools]
         return (hidden, tools, held)
 
-    def _reveal(self, rendered: RenderedText, held: Sequence[str]) -> tuple[str, tuple[Span, ...]]:
+    def _reveal(self, rendered: RenderedText, held: Sequence[str]) -> RenderedText:
         """The text for `_renamed`: real control tokens by their new names, hidden ones as the plain text they are."""
         pieces: list[str] = []
         moved: list[tuple[int, int]] = []  # (position in the hidden text, how far what follows has moved)
@@ -243,62 +290,74 @@ class ChatFormat:
         def at(place: int) -> int:
             return place + next((shift for start, shift in reversed(moved) if start <= place), 0)
 
-        return "".join(pieces), tuple((at(begin), at(end)) for begin, end in rendered.spans)
+        return RenderedText("".join(pieces), tuple((at(begin), at(end)) for begin, end in rendered.spans))
 
     def _encode(self, text: str, renamed: bool) -> list[int]:
-        return list(self._backend(renamed).encode(text, add_special_tokens=False).ids)
-
-    def _backend(self, renamed: bool) -> Any:
-        """The Rust tokenizer, as transformers uses it when neither padding nor truncation is asked for."""
-        if renamed:
-            return self._renamed
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = False
-        return backend
+        return list((self._renamed if renamed else self._plain).encode(text, add_special_tokens=False).ids)
 
     @cached_property
-    def _renamed(self) -> Any:
+    def _renamed(self) -> Tokenizer:
         """The same tokenizer with its control tokens under other names: their usual strings are plain text to it."""
-        from tokenizers import Tokenizer
-
-        names = {token: f"{RENAMED_START}{token}{RENAMED_END}" for token in self._controls}
-        state = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        state = _tokenizer_state(self.tokenizer)
+        model = state["model"]
+        merged = {piece for merge in model.get("merges") or [] for piece in (*merge, "".join(merge))}
+        names = {t: f"{RENAMED_START}{t}{RENAMED_END}" for t in self._controls if t not in merged}
         for token in state["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
-        model = state["model"]
         if isinstance(model["vocab"], dict):
             model["vocab"] = {names.get(piece, piece): number for piece, number in model["vocab"].items()}
         else:  # Unigram: a list of (piece, score)
             model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
-        state["truncation"] = state["padding"] = state["post_processor"] = None
         return Tokenizer.from_str(json.dumps(state))
 
-    def _tokenize(self, rows: Sequence[tuple[Example, RenderedText]], renamed: bool) -> list[TokenizedExample]:
-        """Tokenize texts, each part between two added tokens once: system messages, tools, turns that come again."""
-        if not rows:
-            return []
-        if self._added is None or renamed:
-            texts = [rendered.text for _, rendered in rows]
-            encodings = self._backend(renamed).encode_batch(texts, add_special_tokens=False)
-            return [self._mask(*row, encoding, renamed) for row, encoding in zip(rows, encodings, strict=True)]
-        backend = self._backend(False)
-        cut = [self._added.split(rendered.text) for _, rendered in rows]
+    def _makes_controls(self, ids: np.ndarray, text: str) -> bool:
+        """Whether tokens hold more control tokens than the text that was rendered writes: plain text became some."""
+        found = int(self._is_control[ids[ids < len(self._is_control)]].sum())
+        return found > len(self._control.findall(text))
+
+    def _tokenize_hidden(self, row: _Row) -> list[TokenizedExample] | None:
+        """Tokenize a row that holds control tokens as text; None if the tokenizer makes control tokens of it even so."""
+        found = []
+        for rendered in row.texts:
+            revealed = self._reveal(rendered, row.held)
+            encoding = self._renamed.encode(revealed.text, add_special_tokens=False)
+            if self._makes_controls(np.array(encoding.ids, dtype=np.int32), rendered.text):
+                return None
+            found += self._mask(row.example, revealed, encoding, True)
+        return found
+
+    def _tokenize(self, rows: Sequence[_Row]) -> list[list[TokenizedExample] | None]:
+        """Tokenize rows, each part between two added tokens once: system messages, tools, turns that come again.
+
+        None for a row of whose plain text the tokenizer makes a control token (a normalizer's doing).
+        """
+        cut = [[self._cut(rendered.text) for rendered in row.texts] for row in rows]
         if self._kept > KEPT_CHARACTERS:
             self._parts.clear()
             self._kept = 0
-        new = list(dict.fromkeys(part for parts in cut for part in parts if part not in self._parts))
-        for part, encoding in zip(new, backend.encode_batch(new, add_special_tokens=False), strict=True):
+        new = list(dict.fromkeys(p for texts in cut for parts in texts for p in parts if p not in self._parts))
+        for part, encoding in zip(new, self._plain.encode_batch(new, add_special_tokens=False), strict=True):
             self._parts[part] = np.array(encoding.ids, dtype=np.int32)
             self._kept += len(part)
-        return [
-            self._join(example, rendered, parts)
-            or self._mask(example, rendered, backend.encode(rendered.text, add_special_tokens=False), False)
-            for (example, rendered), parts in zip(rows, cut, strict=True)
-        ]
+        found: list[list[TokenizedExample] | None] = []
+        for row, texts in zip(rows, cut, strict=True):
+            examples: list[TokenizedExample] = []
+            made = False
+            for rendered, parts in zip(row.texts, texts, strict=True):
+                made |= self._makes_controls(np.concatenate([self._parts[part] for part in parts]), rendered.text)
+                joined = self._join(row.example, rendered, parts) if self._added else None
+                if joined is None:
+                    encoding = self._plain.encode(rendered.text, add_special_tokens=False)
+                    examples += self._mask(row.example, rendered, encoding, False)
+                else:
+                    examples.append(joined)
+            found.append(None if made else examples)
+        return found
+
+    def _cut(self, text: str) -> list[str]:
+        return self._added.split(text) if self._added else [text]
 
     def _join(self, example: Example, rendered: RenderedText, parts: Sequence[str]) -> TokenizedExample | None:
         """The tokens of a text's parts, one after the other; None where a span's bounds are not seen to be exact."""
@@ -321,49 +380,78 @@ class ChatFormat:
             mask[first : tokens[last]] = True
         return TokenizedExample(np.concatenate(arrays), mask, example.line, example.file)
 
-    def _mask(self, example: Example, rendered: RenderedText, encoding: Any, renamed: bool) -> TokenizedExample:
+    def _mask(self, example: Example, rendered: RenderedText, encoding: Any, renamed: bool) -> list[TokenizedExample]:
         """The mask by character positions, where tokens end at every span's bounds and the prompts' tokens are their own."""
         ids = encoding.ids
         mask = np.zeros(len(ids), dtype=bool)
         for begin, end in rendered.spans:
-            first = _token_at(encoding, begin, len(rendered.text), len(ids))
-            last = _token_at(encoding, end, len(rendered.text), len(ids))
+            first = self._token_at(encoding, begin, rendered.text, ids)
+            last = self._token_at(encoding, end, rendered.text, ids)
             if first is None or last is None:
-                return self._mask_by_piece(example, rendered, renamed)
+                return self._apart(example, rendered, renamed)
             # An added token cuts a text into parts that are tokenized apart: only what follows the last one needs a look.
             cut = next((place for place in range(first - 1, -1, -1) if ids[place] in self._added_ids), None)
-            if cut != first - 1:
-                start = 0 if cut is None else encoding.token_to_chars(cut)[0]
-                if self._ids_of(rendered.text[start:begin], renamed) != ids[cut or 0 : first]:
-                    return self._mask_by_piece(example, rendered, renamed)
+            start = 0 if cut is None else encoding.token_to_chars(cut)[0]
+            if self._ids_of(rendered.text[start:begin], renamed) != ids[cut or 0 : first]:
+                return self._apart(example, rendered, renamed)
             mask[first:last] = True
-        return TokenizedExample(np.array(ids, dtype=np.int32), mask, example.line, example.file)
+        return [TokenizedExample(np.array(ids, dtype=np.int32), mask, example.line, example.file)]
 
-    def _mask_by_piece(self, example: Example, rendered: RenderedText, renamed: bool) -> TokenizedExample:
-        """Tokenize prompt and answer apart, as inference does, where the whole text's tokens differ around their border."""
-        ids: list[int] = []
-        mask: list[bool] = []
-        position = 0
-        for begin, end in [*rendered.spans, (len(rendered.text), len(rendered.text))]:
-            for piece, supervised in ((rendered.text[position:begin], False), (rendered.text[begin:end], True)):
-                tokens = self._ids_of(piece, renamed) if piece else []
-                ids += tokens
-                mask += [supervised] * len(tokens)
-            position = end
-        return TokenizedExample(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool), example.line, example.file)
+    def _token_at(self, encoding: Any, place: int, text: str, ids: Sequence[int]) -> int | None:
+        """The token that starts at character `place` (their number at the text's end), or None if none starts there.
+
+        An added token may have taken the white space behind it: what ends before that ends with the token.
+        """
+        if place == len(text):
+            return len(ids)
+        token = encoding.char_to_token(place)
+        if token is None:
+            return None
+        start, end = encoding.token_to_chars(token)
+        if start == place:
+            return int(token)
+        return int(token) + 1 if ids[token] in self._added_ids and text[place:end].isspace() else None
+
+    def _apart(self, example: Example, rendered: RenderedText, renamed: bool) -> list[TokenizedExample]:
+        """Prompt and answer tokenized apart, as inference does, where the whole text's tokens differ around their border.
+
+        One example for each answer: before a later one, inference tokenizes the conversation anew.
+        """
+        found = []
+        for begin, end in rendered.spans:
+            prompt = self._encode(rendered.text[:begin], renamed) if begin else []
+            answer = self._encode(rendered.text[begin:end], renamed)
+            mask = np.zeros(len(prompt) + len(answer), dtype=bool)
+            mask[len(prompt) :] = True
+            ids = np.array(prompt + answer, dtype=np.int32)
+            found.append(TokenizedExample(ids, mask, example.line, example.file))
+        return found
 
 
-def _token_at(encoding: Any, place: int, length: int, num_tokens: int) -> int | None:
-    """The token that starts at character `place` (`num_tokens` at the text's end), or None if none starts there."""
-    if place == length:
-        return num_tokens
-    token = encoding.char_to_token(place)
-    return int(token) if token is not None and encoding.token_to_chars(token)[0] == place else None
+@dataclass(frozen=True, slots=True, eq=False)
+class _Row:
+    """An example as texts, and the control tokens that were hidden in it."""
+
+    example: Example
+    texts: list[RenderedText]
+    held: list[str]
 
 
-def _cuts_cleanly(tokenizer: Any) -> bool:
+def _control_finding(example: Example, held: Sequence[str]) -> Finding:
+    tokens = list(dict.fromkeys(held))
+    found = f"the text holds {', '.join(map(repr, tokens))}, control token{'s' * (len(tokens) > 1)} of this model"
+    fix = "encoded as plain text, never as the token"
+    return Finding("control_token", "warning", example.file, example.line, found, fix)
+
+
+def _tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer as JSON, without what comes after its model: no post-processor moves an offset."""
+    state: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return state | {"truncation": None, "padding": None, "post_processor": None}
+
+
+def _cuts_cleanly(state: Mapping[str, Any]) -> bool:
     """Whether added tokens cut a text into parts that are tokenized as if each stood alone."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
     normalizer = state["normalizer"] or {"type": "Sequence", "normalizers": []}
     plain = normalizer == {"type": "Sequence", "normalizers": []}
     takes_space = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in state["added_tokens"])

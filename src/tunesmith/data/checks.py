@@ -5,8 +5,8 @@
 | duplicate_row | a row that stands earlier in the file, exactly |
 | near_duplicate_row | the same but for case, white space and Unicode composition |
 | conflicting_answers | the prompt of an earlier row with another answer |
-| leaked_row | a held-out row that is also in the training file, exactly or nearly, under whatever system message |
-| leaked_prompt | a held-out prompt that the training file has with another answer |
+| leaked_row | a held-out answer that the training file has after the same turns, under whatever system message |
+| leaked_prompt | turns before a held-out answer that the training file has with another answer |
 | label_imbalance | a label ten times rarer than the most frequent one, or with fewer than five rows |
 | ignored_column | a column that nothing reads |
 | long_row | a row that is probably longer than `data.max_seq_length` |
@@ -15,25 +15,21 @@
 | answer_without_text | a supervised answer without a letter or digit |
 | placeholder | `{{name}}` left in what the assistant says or the system message |
 
-All but `nothing_supervised` are warnings. Rows are compared by 128-bit digests, so that the tables stay small.
+All but `nothing_supervised` are warnings. What rows have in common is told by their `fingerprints`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from tunesmith.config import DataConfig
+from tunesmith.data.conversations import LETTER_OR_DIGIT
+from tunesmith.data.fingerprints import Fingerprint, Row, fingerprint, last_answer, supervised_turns
 from tunesmith.data.formats import DataFile
 from tunesmith.data.lengths import estimate_row, estimate_turn, recommended_max_seq_length
 from tunesmith.types import Example, Finding, Message, PreferenceExample
-
-Row = Example | PreferenceExample
 
 CONTROL_TOKENS: dict[str, tuple[str, ...]] = {
     "ChatML": ("<|im_start|>", "<|im_end|>", "<|im_sep|>"),
@@ -95,87 +91,9 @@ LABEL_CHARS = 64
 ROWS_PER_LABEL = 5
 """... and if each occurs this often on average."""
 
-HAS_TEXT = re.compile(r"[^\W_]")
-"""A letter or digit of any script."""
 PLACEHOLDER = re.compile(r"\{\{\s*[^\W\d][\w.-]*\s*\}\}")
 NAMED = 10
 """How many labels a message names."""
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprint:
-    """Digests of a row's content.
-
-    Rows with equal `exact` are the same to training; all others ignore case, white space and composition (`near`: the
-    whole row). `prompt` is what comes before the last answer, without system messages: who saw it under another system
-    message has still seen it; None where there is no such thing (plain text). `exchange` is the prompt with that answer
-    (of a pair, the chosen one). Two rows contradict each other if their `question` is the same and their `answer` is not:
-    all before the last answer, and that answer; for KTO, both of these, and whether it is desirable; for preference pairs,
-    prompt with both completions, and which one was chosen.
-    """
-
-    exact: bytes
-    near: bytes
-    prompt: bytes | None
-    exchange: bytes
-    question: bytes | None
-    answer: bytes
-
-
-def fingerprint(row: Row) -> Fingerprint:
-    """The digests of one row."""
-    if isinstance(row, Example) and row.messages is None:
-        near = _digest(normalized(row.text or ""))
-        return Fingerprint(_digest(row.text or ""), near, prompt=None, exchange=near, question=None, answer=near)
-    if isinstance(row, PreferenceExample):
-        before, answer, rejected, about = row.prompt, _content(row.chosen), _content(row.rejected), ""
-    else:
-        messages = row.messages or ()
-        last = last_answer(messages)
-        before, answer, rejected = messages[:last], _content(messages[last:]), ""
-        about = f"{row.label} {row.desirable}"
-    tools = _tools(row)
-    question = _content(before) + tools
-    asked, said, refused = normalized(question), normalized(answer), normalized(rejected)
-    turns = [message for message in before if message.role != "system"]
-    prompt = normalized(_content(turns) + tools) if len(turns) < len(before) else asked
-    asks, answers = [asked], said
-    if isinstance(row, PreferenceExample):
-        asks = [asked, *sorted((said, refused))]
-    elif row.desirable is not None:
-        asks, answers = [asked, said], about
-    return Fingerprint(
-        exact=_digest(question, answer, rejected, about),
-        near=_digest(asked, said, refused, about),
-        prompt=_digest(prompt) if turns else None,
-        exchange=_digest(prompt, said),
-        question=_digest(*asks),
-        answer=_digest(answers),
-    )
-
-
-def normalized(text: str) -> str:
-    """`text` in Unicode NFC, case-folded, each run of white space one space, none around it."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-    return " ".join(text.casefold().split())
-
-
-def last_answer(messages: Sequence[Message]) -> int:
-    """Position of the last assistant's turn; the number of messages if there is none."""
-    return next((i for i in reversed(range(len(messages))) if messages[i].role == "assistant"), len(messages))
-
-
-def supervised_turns(messages: Sequence[Message], train_on: str) -> list[bool]:
-    """Which turns the loss covers: all of them, or the assistant's, where a message's own `train` comes first."""
-    if train_on == "all" and all(message.train is not False for message in messages):
-        return [True] * len(messages)
-    last = last_answer(messages)
-    return [
-        message.role == "assistant"
-        and (message.train if message.train is not None else train_on != "last" or i == last)
-        for i, message in enumerate(messages)
-    ]
 
 
 def labels_of(rows: Sequence[Row]) -> list[str | None]:
@@ -210,8 +128,8 @@ def check_rows(
 
     With `tokenized`, what only a tokenizer knows is left to it: lengths, the model's own control tokens, loss masks.
     """
-    rows = _rows(data)
-    prints = [fingerprint(row) for row in rows]
+    rows: Sequence[Row] = data.examples
+    prints = [fingerprint(row, settings.train_on) for row in rows]
     findings = [
         *_ignored_columns(data),
         *_repeated_rows(rows, prints),
@@ -226,34 +144,8 @@ def check_rows(
             findings += _check_supervision(row, settings.train_on)
         findings += _check_lengths(rows, settings)
     if held_out:
-        findings += _leaks(data, prints, held_out)
+        findings += _leaks(rows, prints, held_out, settings.train_on)
     return findings
-
-
-def _rows(file: DataFile) -> Sequence[Row]:
-    return file.examples
-
-
-def _digest(*parts: str) -> bytes:
-    return hashlib.blake2b(" \0 ".join(parts).encode(), digest_size=16).digest()
-
-
-def _content(messages: Sequence[Message]) -> str:
-    """All that a row says, in one string. The separators are words of their own, so that `normalized` keeps them apart."""
-    parts: list[str] = []
-    for message in messages:
-        parts += (message.role, message.content)
-        if message.reasoning:
-            parts.append(message.reasoning)
-        for call in message.tool_calls:
-            parts += (call.name, json.dumps(dict(call.arguments), sort_keys=True, ensure_ascii=False, default=str))
-    return " \0 ".join(parts)
-
-
-def _tools(row: Row) -> str:
-    if not row.tools:
-        return ""
-    return " \0 " + json.dumps([dict(tool) for tool in row.tools], sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _short_answer(row: Row) -> str | None:
@@ -291,8 +183,13 @@ def _ignored_columns(file: DataFile) -> Iterator[Finding]:
         return  # the rows' own problems say it
     for column, count in file.ignored.items():
         if column.casefold() not in IDENTIFIERS:
-            found = f"nothing reads the column `{column}` ({count} of {file.rows} rows have it)"
-            fix = "name what it holds in data.columns if it matters, else ignore this"
+            is_key = "[]." in column  # of a conversation's turns
+            found = (
+                f"nothing reads the {'key' if is_key else 'column'} `{column}` ({count} of {file.rows} rows have it)"
+            )
+            fix = "correct its name if it is meant for another, else ignore this"
+            if not is_key:
+                fix = "name what it holds in data.columns if it matters, else ignore this"
             yield Finding("ignored_column", "warning", file.path, None, found, fix, field=column)
 
 
@@ -415,7 +312,12 @@ def _check_texts(row: Row, train_on: str) -> Iterator[Finding]:
     if isinstance(row, PreferenceExample) or row.messages is None:
         return
     for message, counts in zip(row.messages, supervised_turns(row.messages, train_on), strict=True):
-        if counts and message.role == "assistant" and not message.tool_calls and not HAS_TEXT.search(message.content):
+        if (
+            counts
+            and message.role == "assistant"
+            and not message.tool_calls
+            and not LETTER_OR_DIGIT.search(message.content)
+        ):
             found = f"the answer {message.content.strip()[:20]!r} has no letter or digit"
             yield _warning("answer_without_text", row, found, "write the answer, or remove the row")
             return
@@ -463,42 +365,74 @@ def _place(other: Row, row: Row) -> str:
     return f"line {other.line}" if other.file == row.file else other.where
 
 
-def _leaks(data: DataFile, prints: Sequence[Fingerprint], held_out: DataFile) -> list[Finding]:
-    """The rows of `held_out` that are among those of `data`, and those whose prompts are."""
-    exchanges: dict[bytes, Row] = {}
+def repeated_across(files: Sequence[DataFile], train_on: str) -> list[Finding]:
+    """Rows of a file that stand in an earlier one of `files`, exactly or nearly: a mix would train on them twice."""
+    exact: dict[bytes, Row] = {}
+    near: dict[bytes, Row] = {}
+    findings: list[Finding] = []
+    for file in files:
+        rows: Sequence[Row] = file.examples
+        prints = [fingerprint(row, train_on) for row in rows]
+        same: list[tuple[Row, Row]] = []
+        alike: list[tuple[Row, Row]] = []
+        for row, print_ in zip(rows, prints, strict=True):
+            if print_.exact in exact:
+                same.append((row, exact[print_.exact]))
+            elif print_.near in near:
+                alike.append((row, near[print_.near]))
+        for row, print_ in zip(rows, prints, strict=True):
+            exact.setdefault(print_.exact, row)
+            near.setdefault(print_.near, row)
+        total = len(rows)
+        fix = "remove it from one of the two files, or keep it if it is to count more"
+        for row, other in same:
+            found = f"the same as {other.where} ({len(same)} of {total} rows repeat one of another source)"
+            findings.append(_warning("duplicate_row", row, found, fix))
+        for row, other in alike:
+            found = (
+                f"the same as {other.where} but for case, white space or Unicode composition "
+                f"({len(alike)} of {total} rows are such)"
+            )
+            findings.append(_warning("near_duplicate_row", row, found, fix))
+    return findings
+
+
+def _leaks(rows: Sequence[Row], prints: Sequence[Fingerprint], held_out: DataFile, train_on: str) -> Iterator[Finding]:
+    """The rows of `held_out` that have an answer of `rows`, or a prompt of theirs."""
+    answers: dict[bytes, tuple[Row, bool]] = {}  # with whether it is the row's last answer
     prompts: dict[bytes, Row] = {}
-    for row, print_ in zip(_rows(data), prints, strict=True):
-        exchanges.setdefault(print_.exchange, row)
-        if print_.prompt is not None:
-            prompts.setdefault(print_.prompt, row)
-    leaked: list[tuple[Row, Row]] = []
-    asked: list[tuple[Row, Row]] = []
-    for row in _rows(held_out):
-        print_ = fingerprint(row)
-        if print_.exchange in exchanges:
-            leaked.append((row, exchanges[print_.exchange]))
-        elif print_.prompt in prompts:
-            asked.append((row, prompts[print_.prompt]))
-    total = len(held_out.examples)
+    for row, print_ in zip(rows, prints, strict=True):
+        for exchange in print_.exchanges:
+            ends = exchange is print_.exchanges[-1]
+            if exchange.whole not in answers or (ends and not answers[exchange.whole][1]):
+                answers[exchange.whole] = (row, ends)
+            if exchange.prompt is not None:
+                prompts.setdefault(exchange.prompt, row)
+    leaked: list[tuple[Row, str]] = []
+    asked: list[tuple[Row, str]] = []
+    held: Sequence[Row] = held_out.examples
+    for row in held:
+        exchanges = fingerprint(row, train_on).exchanges
+        # The last answer first: it is what the row is about, and what evaluation asks for.
+        last = exchanges[-1]
+        for exchange in (last, *exchanges[:-1]):
+            if exchange.whole in answers:
+                trained, ends = answers[exchange.whole]
+                what = f"turn {exchange.turn} of this held-out row is also an answer in training"
+                if exchange is last:
+                    what = f"this held-out row is {'also' if ends else 'how'} a training row{'' if ends else ' begins'}"
+                leaked.append((row, f"{what}, {trained.where}"))
+                break
+        else:
+            for exchange in (last, *exchanges[:-1]):
+                if exchange.prompt in prompts:
+                    whose = "this held-out prompt"
+                    if exchange is not last:
+                        whose = f"the prompt of turn {exchange.turn} of this held-out row"
+                    where = prompts[exchange.prompt].where
+                    asked.append((row, f"{whose} is also a training prompt, {where}, with another answer"))
+                    break
     fix = "remove it from one of the two files, or its score says nothing about unseen data"
-    return [
-        *(
-            _warning(
-                "leaked_row",
-                row,
-                f"this held-out row is also a training row, {trained.where} ({len(leaked)} of {total} rows are such)",
-                fix,
-            )
-            for row, trained in leaked
-        ),
-        *(
-            _warning(
-                "leaked_prompt",
-                row,
-                f"this held-out prompt is also a training prompt, {trained.where}, with another answer "
-                f"({len(asked)} of {total} rows are such)",
-                fix,
-            )
-            for row, trained in asked
-        ),
-    ]
+    for check, found in (("leaked_row", leaked), ("leaked_prompt", asked)):
+        for row, what in found:
+            yield _warning(check, row, f"{what} ({len(found)} of {len(held)} rows are such)", fix)

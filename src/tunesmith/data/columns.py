@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tunesmith.data.problems import FileProblem
+from tunesmith.data.problems import FileProblem, listed
 from tunesmith.types import ROLES
 
 FIELDS: dict[str, tuple[str, ...]] = {
@@ -118,34 +118,44 @@ class Columns:
 
 
 def resolve(columns: Mapping[str, str], roles: Mapping[str, str]) -> Columns:
-    """The columns that `data.columns` and `data.roles` stand for. Raises FileProblem for a name that is not known."""
-    fields: dict[str, str] = {}
-    keys: dict[str, str] = {}
+    """The columns that `data.columns` and `data.roles` stand for.
+
+    Raises FileProblem for a name that is not known, and for names that contradict each other.
+    """
+    by_field: dict[str, str] = {}  # field, or `role`, `content`, `train` of a message -> the key of data.columns
     role_names: dict[str, str] = {}
     llama_factory = bool({"query", "response", "kto_tag"} & columns.keys())
     prompt_alone = set(columns) == {"prompt"} and columns["prompt"] != "prompt"
     for key, column in columns.items():
         if key in MEDIA:
             raise FileProblem("media_column", f"data.columns names `{key}`", "only text can be trained on", key)
-        if key in MESSAGE_KEYS:
-            keys[MESSAGE_KEYS[key]] = column
-        elif key in ROLE_TAGS:
-            role_names[column] = ROLE_TAGS[key]
-        elif prompt_alone:
-            fields["text"] = fields["prompt"] = column
+        if key in ROLE_TAGS:
+            _add_role(role_names, column, ROLE_TAGS[key])
+            continue
+        name = MESSAGE_KEYS.get(key) or LLAMA_FACTORY.get(key) or AXOLOTL.get(key) or key
+        if prompt_alone:
+            name = "text"
         elif key == "prompt" and llama_factory:
-            fields["instruction"] = column
+            name = "instruction"
         elif key == "response" and "question" in columns:
-            fields["answer"] = column
-        elif (name := LLAMA_FACTORY.get(key) or AXOLOTL.get(key) or key) in FIELDS:
-            fields[name] = column
-        else:
+            name = "answer"
+        if name not in FIELDS and key not in MESSAGE_KEYS:
             raise FileProblem("unknown_column_key", f"data.columns has no field `{key}`", _nearest(key), key)
+        other = by_field.setdefault(name, key)
+        if columns[other] != column:
+            found = f"data.columns names `{name}` twice: `{other}` is `{columns[other]}`, `{key}` is `{column}`"
+            raise FileProblem("contradicting_columns", found, "keep one of them", key)
     for theirs, ours in roles.items():
         if ours not in ROLES:
             allowed = f"allowed: {', '.join(ROLES)}"
             raise FileProblem("unknown_role", f"data.roles maps `{theirs}` to `{ours}`", allowed, theirs)
-        role_names[theirs] = ours
+        _add_role(role_names, theirs, ours)
+    keys = {name: columns[key] for name, key in by_field.items() if name in MESSAGE_KEYS.values()}
+    fields = {name: columns[key] for name, key in by_field.items() if name not in keys}
+    _refuse_shared(keys)
+    _refuse_shared(fields)
+    if prompt_alone:
+        fields["prompt"] = fields["text"]
     taken = set(fields.values())
     candidates = {
         name: (fields[name],) if name in fields else tuple(column for column in own if column not in taken)
@@ -162,6 +172,21 @@ def resolve(columns: Mapping[str, str], roles: Mapping[str, str]) -> Columns:
         "kto_tag" in columns,
         prompt_alone,
     )
+
+
+def _add_role(role_names: dict[str, str], theirs: str, ours: str) -> None:
+    if role_names.setdefault(theirs, ours) != ours:
+        found = f"the role name `{theirs}` is given two meanings: {role_names[theirs]} and {ours}"
+        raise FileProblem("contradicting_columns", found, "keep one in data.roles and data.columns", theirs)
+
+
+def _refuse_shared(fields: Mapping[str, str]) -> None:
+    """Refuse one column as two fields: a question trained on as its own answer."""
+    for column in fields.values():
+        names = [name for name, other in fields.items() if other == column]
+        if len(names) > 1:
+            found = f"data.columns gives the column `{column}` to {listed(names)}"
+            raise FileProblem("contradicting_columns", found, "a column holds one field", names[1])
 
 
 def _nearest(key: str) -> str:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, cast
 
 from tunesmith.data.columns import FUNCTION_CALL, Columns
-from tunesmith.data.problems import RowProblem, kind
+from tunesmith.data.problems import RowProblem, kind, listed
 from tunesmith.types import Message, Role, ToolCall
 
 Row = Mapping[str, Any]
@@ -39,6 +42,28 @@ SHAREGPT_ROLES: dict[str, str] = {
     FUNCTION_CALL: FUNCTION_CALL,
 }
 
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+READ_KEYS = frozenset({"training", "weight", "tool_calls", "function_call", "name", "tool_call_id", *REASONING_KEYS})
+"""Keys of a turn that are read, beside those of its role, its text and its `train` flag."""
+
+HARMLESS_KEYS = frozenset(
+    {"annotations", "audio", "created_at", "id", "idx", "index", "lang", "language"}
+    | {"meta", "metadata", "model", "parsed", "refusal", "source", "timestamp", "uuid"}
+)
+"""Keys of a turn that say nothing about how to train on it: nothing reads them, and no word is lost over that."""
+
+
+@dataclass(slots=True)
+class Seen:
+    """What the turns of all rows had. `roles` are role names, noted where `data.roles` is set.
+
+    `unread` has the keys that nothing reads, as `messages[].weigth`, with the number of conversations that have them.
+    """
+
+    conversations: int = 0
+    roles: set[str] = field(default_factory=set)
+    unread: Counter[str] = field(default_factory=Counter)
+
 
 # -- texts ------------------------------------------------------------------------------------------------------------
 
@@ -58,6 +83,8 @@ def checked_text(value: Any, name: str) -> str:
     """A value that has to be a string that UTF-8 can hold; it may be blank."""
     if not isinstance(value, str):
         raise RowProblem("wrong_type", f"`{name}` is {kind(value)}", "expected a string", name)
+    if "\0" in value:
+        raise RowProblem("nul_byte", f"`{name}` holds a NUL character (\\u0000)", "remove it", name)
     if not value.isascii():
         try:
             value.encode()
@@ -110,17 +137,34 @@ def role_key_of(conversation: Any, default: str) -> str:
     return keys[0] if keys else default
 
 
-def read_conversation(items: Sequence[Any], column: str, columns: Columns) -> list[Message]:
-    """The messages of a list of turns, in OpenAI's or ShareGPT's style. Their order is not checked."""
+def read_conversation(items: Sequence[Any], column: str, columns: Columns, seen: Seen) -> list[Message]:
+    """The messages of a list of turns, in OpenAI's or ShareGPT's style. Their order is not checked.
+
+    Notes in `seen` what the turns have.
+    """
     role_key = columns.role_key or role_key_of(items, "role")
     content_key = columns.content_key or ("value" if role_key == "from" else "content")
     roles: Mapping[str, str] = SHAREGPT_ROLES if role_key == "from" else OPENAI_ROLES
     if columns.roles:
         roles = {**roles, **columns.roles}
-    return [
+    messages = [
         _message(item, f"{column}[{index}]", role_key, content_key, roles, columns.train_key)
         for index, item in enumerate(items)
     ]
+    seen.conversations += 1
+    if columns.roles:
+        seen.roles.update(item[role_key] for item in items)
+    known = _known_keys(role_key, content_key, columns.train_key)
+    unread = {key for item in items if not item.keys() <= known for key in item.keys() - known if item[key] is not None}
+    if unread:
+        seen.unread.update(f"{column}[].{key}" for key in sorted(unread))
+    return messages
+
+
+@lru_cache
+def _known_keys(*own: str) -> frozenset[str]:
+    """The keys of a turn of which no word is said."""
+    return READ_KEYS | HARMLESS_KEYS | set(own)
 
 
 def _message(
@@ -137,10 +181,12 @@ def _message(
     train = _train(item, where, train_key)
     if role == FUNCTION_CALL:
         place = f"{where}.{content_key}"
-        calls = parse_json(text_of(item, content_key, f"{where}."), place)
-        return Message("assistant", "", tool_calls=_tool_calls(calls, place), train=train)
-    calls = item.get("tool_calls") or item.get("function_call")
-    tool_calls = _tool_calls(calls, f"{where}.{'tool_calls' if item.get('tool_calls') else 'function_call'}")
+        called = _tool_calls(parse_json(text_of(item, content_key, f"{where}."), place), place)
+        if not called:
+            raise RowProblem("tool_call", f"`{place}` holds no call", "expected {name, arguments}", place)
+        return Message("assistant", "", tool_calls=called, train=train)
+    calls_key = "tool_calls" if item.get("tool_calls") or "function_call" not in item else "function_call"
+    tool_calls = _tool_calls(item.get(calls_key), f"{where}.{calls_key}")
     if tool_calls and role != "assistant":
         fix = "only an assistant's turn can call tools"
         raise RowProblem("tool_call", f"`{where}` has tool calls and the role {name!r}", fix, f"{where}.tool_calls")
@@ -185,7 +231,7 @@ def _optional(item: Row, key: str, where: str) -> str | None:
 
 
 def _reasoning(item: Row, where: str) -> str | None:
-    for key in ("reasoning_content", "thinking", "reasoning"):
+    for key in REASONING_KEYS:
         if item.get(key) is not None:
             return checked_text(item[key], f"{where}.{key}") or None
     return None
@@ -193,28 +239,28 @@ def _reasoning(item: Row, where: str) -> str | None:
 
 def _train(item: Row, where: str, train_key: str) -> bool | None:
     """Whether the turn is supervised: `train` or `training` (true, false), or OpenAI's `weight` (0, 1)."""
-    for key in (train_key, "training"):
-        if item.get(key) is not None:
-            if not isinstance(item[key], bool):
-                found = f"`{where}.{key}` is {kind(item[key])}"
-                raise RowProblem("wrong_type", found, "expected true or false", f"{where}.{key}")
-            return cast(bool, item[key])
-    weight = item.get("weight")
-    if weight is None:
-        return None
-    if type(weight) not in (int, float) or weight not in (0, 1):
-        shown = str(weight) if type(weight) in (int, float) else kind(weight)
-        allowed = "allowed: 0 (not trained on) and 1"
-        raise RowProblem("wrong_weight", f"`{where}.weight` is {shown}", allowed, f"{where}.weight")
-    return bool(weight)
+    keys = [key for key in (train_key, "training", "weight") if item.get(key) is not None]
+    for key in keys:
+        value = item[key]
+        if key == "weight" and (type(value) not in (int, float) or value not in (0, 1)):
+            shown = str(value) if type(value) in (int, float) else kind(value)
+            allowed = "allowed: 0 (not trained on) and 1"
+            raise RowProblem("wrong_weight", f"`{where}.weight` is {shown}", allowed, f"{where}.weight")
+        if key != "weight" and not isinstance(value, bool):
+            found = f"`{where}.{key}` is {kind(value)}"
+            raise RowProblem("wrong_type", found, "expected true or false", f"{where}.{key}")
+    if len({bool(item[key]) for key in keys}) > 1:
+        found = f"`{where}` has {' and '.join(f'`{key}` {json.dumps(item[key])}' for key in keys)}, which contradict"
+        raise RowProblem("wrong_weight", found, "keep one of them", where)
+    return bool(item[keys[0]]) if keys else None
 
 
 # -- tools ------------------------------------------------------------------------------------------------------------
 
 
 def _tool_calls(calls: Any, where: str) -> tuple[ToolCall, ...]:
-    """A list of calls, or a single one."""
-    if not calls:
+    """A list of calls, or a single one; none for null and for what is empty."""
+    if calls is None or calls in ([], {}, ""):
         return ()
     if isinstance(calls, dict):
         return (_tool_call(calls, where),)
@@ -285,6 +331,27 @@ def check_turns(messages: Sequence[Message], name: str, before: int = 0) -> None
             place = f"{name}[{index - before}]"
             raise RowProblem(check, f"`{place}`{found}", fix, place)
         previous = message if message.role != "system" else previous
+
+
+def check_calls(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], name: str, before: int = 0) -> None:
+    """Refuse a call of a function that is not among the row's tools (if it has any), and a result of no call.
+
+    A result is one of no call if it has an id and the calls before it have others. Calls that no result follows are
+    fine: the results may not be there yet. The first `before` messages are not in the column `name`.
+    """
+    known = [tool.get("function", tool)["name"] for tool in tools]
+    ids: set[str | None] = set()
+    for index, message in enumerate(messages):
+        place = f"{name}[{index - before}]"
+        if message.role == "assistant":
+            ids = {call.id for call in message.tool_calls}
+        elif message.role == "tool" and message.call_id is not None and None not in ids and message.call_id not in ids:
+            found = f"`{place}.tool_call_id` is {message.call_id!r}, the id of no call before it"
+            raise RowProblem("tool_call", found, f"calls there: {listed(sorted(map(str, ids)))}", place)
+        for call in message.tool_calls if known else ():
+            if call.name not in known:
+                found = f"`{place}` calls `{call.name}`, which is not among the tools"
+                raise RowProblem("tool_call", found, f"tools of this row: {listed(known)}", place)
 
 
 def _turn_problem(message: Message, previous: Message | None, index: int) -> tuple[str, str, str] | None:

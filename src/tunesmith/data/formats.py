@@ -10,15 +10,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from tunesmith.config import SourceConfig
-from tunesmith.data.columns import Columns, resolve
+from tunesmith.data.columns import MESSAGE_KEYS, ROLE_TAGS, Columns, resolve
+from tunesmith.data.conversations import Seen
 from tunesmith.data.forms import READS, form_of, read_row
 from tunesmith.data.problems import FileProblem, Problem, RowProblem, listed, printable
-from tunesmith.data.readers import Contents, open_source
+from tunesmith.data.readers import SUFFIXES, Contents, Folder, open_source, survey
 from tunesmith.errors import DataError
 from tunesmith.files import sha256_text
 from tunesmith.types import Example, Finding, PreferenceExample
@@ -26,15 +27,15 @@ from tunesmith.types import Example, Finding, PreferenceExample
 COVERED = frozenset({"mixed_forms"})
 """Problems of a whole file that are also reported row by row: leaving out those rows mends them."""
 
-RELATED = (
-    {"text", "classification"},
-    {"qa", "multiple_choice"},
-    {"kto", "messages"},
-    {"kto", "sharegpt"},
-    {"kto", "prompt"},
-    {"kto", "alpaca"},
-)
-"""Forms that differ in one column only. A row of the other one is read in the file's form, and what it lacks is said."""
+LACKS_A_COLUMN = {
+    "classification": ("text",),
+    "multiple_choice": ("qa",),
+    "kto": ("messages", "sharegpt", "prompt", "alpaca", "qa"),
+}
+"""For a file's form, the forms of rows that lack one of its columns: they are read in the file's form, and it is said
+what they lack. The other way round nothing is read: a label that only some rows have must not be lost."""
+
+TABLES = ("Parquet", "Arrow", "hub data set")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,9 @@ class DataFile:
 
     `container` is what the file is (JSON Lines, JSON, CSV, TSV, Parquet, Arrow, plain text, hub data set), `form` what
     its rows are (see `forms`; empty if no row could be recognised). `rows` counts all rows seen, good and bad. `ignored`
-    has the columns that nothing reads, with the number of rows that have them. `sha256` is that of the file (of all files of a folder; of
-    the rows of a hub data set).
+    has the columns that nothing reads, with the number of rows that have them, and the keys of turns that nothing reads,
+    as `messages[].weigth`, with the number of conversations. `sha256` is that of the file (of all files of a folder; of the
+    rows of a hub data set). `files` are those of a folder that were read, relative to it, and `split` is theirs.
     """
 
     path: str
@@ -55,6 +57,8 @@ class DataFile:
     findings: list[Finding] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
     sha256: str = ""
+    files: list[str] = field(default_factory=list)
+    split: str = ""
 
 
 def inspect_file(source: SourceConfig | str | Path, max_rows: int | None = None) -> DataFile:
@@ -70,6 +74,8 @@ def inspect_file(source: SourceConfig | str | Path, max_rows: int | None = None)
         reading.columns = resolve(source.columns, source.roles)
         for contents in open_source(source, max_rows):
             reading.read(contents)
+        if source.path and Path(source.path).is_dir():
+            reading.folder = survey(Path(source.path), source.split)
     except FileProblem as problem:
         reading.add(problem, source.path, None)
     return reading.result()
@@ -109,6 +115,8 @@ class _Reading:
         self.findings: list[Finding] = []
         self.rows = 0
         self.shapes: Counter[tuple[str, ...]] = Counter()
+        self.seen = Seen()
+        self.folder: Folder | None = None
         self.containers: dict[str, None] = {}
         self.hashes: list[str] = []
 
@@ -119,30 +127,45 @@ class _Reading:
         """Read one file. A problem of the whole file is noted, and others go on."""
         self.containers[contents.container] = None
         digest = hashlib.sha256()
+        previous = len(self.findings)
+        numbers: list[int] = []  # of the rows with findings
+        lines: list[int] = []
         try:
-            for line, row in contents.rows:
+            for number, (line, row) in enumerate(contents.rows, 1):
                 if self.rows == self.max_rows:
                     break
                 self.rows += 1
                 if not contents.sha256:  # rows of the hub come from no file
                     digest.update(json.dumps(row, default=str).encode() + b"\n")
+                lines.append(line)
                 try:
-                    self.examples.append(self.read_row(row, contents.path, line))
+                    self.examples.append(self.read_row(row, contents, line))
                 except RowProblem as problem:
                     self.add(problem, contents.path, line)
+                    numbers.append(number)
         except FileProblem as problem:
             self.add(problem, contents.path, None)
+        if contents.container == "JSON" and len(set(lines)) < len(lines):
+            self.number_rows(previous, numbers, Counter(lines))
         self.hashes.append(contents.sha256 or digest.hexdigest())
 
-    def read_row(self, row: dict[str, Any] | RowProblem, file: str, line: int) -> Example | PreferenceExample:
+    def number_rows(self, previous: int, numbers: list[int], rows_on: Counter[int]) -> None:
+        """Put the row's number into the findings (from the index `previous`) of lines that hold several rows."""
+        for index, number in enumerate(numbers, previous):
+            finding = self.findings[index]
+            if rows_on[finding.line or 0] > 1:
+                self.findings[index] = replace(finding, found=f"row {number}: {finding.found}")
+
+    def read_row(self, row: dict[str, Any] | RowProblem, contents: Contents, line: int) -> Example | PreferenceExample:
+        file = contents.path
         if isinstance(row, RowProblem):
             raise row
         self.shapes[tuple(row)] += 1
         if self.source.format == "auto":
-            form = form_of(row, self.columns)
+            form = self.form_of(row, contents.container)
             self.form = self.form or form
             here = f"line {line}" if file == self.source.path else f"{file}:{line}"
-            if form != self.form and {form, self.form} not in RELATED:
+            if form != self.form and form not in LACKS_A_COLUMN.get(self.form, ()):
                 self.first.setdefault(form, here)
                 raise RowProblem(
                     "form_mismatch",
@@ -150,7 +173,19 @@ class _Reading:
                     "keep one form in a file",
                 )
             self.first.setdefault(self.form, here)
-        return read_row(self.form, row, file, line, self.columns)
+        return read_row(self.form, row, file, line, self.columns, self.seen)
+
+    def form_of(self, row: dict[str, Any], container: str) -> str:
+        """The row's form. A table's row lacks what is null in it, so that the file's form says best what is missing."""
+        try:
+            return form_of(row, self.columns)
+        except RowProblem as problem:
+            if problem.check != "unknown_form" or container not in TABLES:
+                raise
+            if self.form:
+                return self.form
+            found = f"{problem.found} (a null in a table is a missing key)"
+            raise RowProblem(problem.check, found, problem.fix) from None
 
     def result(self) -> DataFile:
         whole = list(self.useless_columns())
@@ -163,6 +198,11 @@ class _Reading:
         if not self.rows and not self.findings:
             found = "the file holds no rows"
             whole.append(Finding("no_rows", "error", self.source.path, None, found, "expected rows to train on"))
+        whole += [*self.useless_turn_settings(), *self.unused_roles()]
+        if self.folder and self.folder.skipped:
+            found = f"files of this folder that are not read: {listed(self.folder.skipped)}"
+            fix = f"a file is read if its name ends in {', '.join(SUFFIXES)}, also with .gz, and does not begin with _"
+            whole.append(Finding("skipped_files", "warning", self.source.path, None, printable(found), fix))
         return DataFile(
             self.source.path,
             ", ".join(filter(None, self.containers)),
@@ -172,6 +212,8 @@ class _Reading:
             [*whole, *self.findings],
             dict(self.ignored()),
             self.hashes[0] if len(self.hashes) == 1 else sha256_text(self.hashes),
+            self.folder.names if self.folder else [],
+            self.folder.split if self.folder else "",
         )
 
     def useless_columns(self) -> Iterator[Finding]:
@@ -188,6 +230,27 @@ class _Reading:
             fix = f"remove it, or set another data.format; this form has {listed(read, limit=30)}"
             yield _finding(FileProblem("column_without_effect", found, fix, name), self.source.path)
 
+    def useless_turn_settings(self) -> Iterator[Finding]:
+        """What `data.roles` and `data.columns` say of turns, where no row has any."""
+        if self.examples and not self.seen.conversations:
+            settings = ["data.roles"] if self.source.roles else []
+            settings += [
+                f"data.columns.{key}" for key in self.source.columns if key in MESSAGE_KEYS or key in ROLE_TAGS
+            ]
+            if settings:
+                found = f"no effect of {listed(settings)}: no row holds a list of turns (their form is `{self.form}`)"
+                yield _finding(FileProblem("setting_without_effect", found, "remove it", "roles"), self.source.path)
+
+    def unused_roles(self) -> Iterator[Finding]:
+        """Role names of `data.roles` that no turn has: a misspelt one, or one that this file happens not to have."""
+        unused = [role for role in self.source.roles if role not in self.seen.roles]
+        if unused and self.seen.roles and self.rows != self.max_rows:
+            found = f"data.roles names {listed(unused)}, which no turn has"
+            fix = f"role names found: {listed(sorted(self.seen.roles), limit=30)}"
+            yield Finding(
+                "role_not_found", "warning", self.source.path, None, printable(found), printable(fix), "roles"
+            )
+
     def ignored(self) -> Counter[str]:
         """Columns that nothing reads, with the number of rows that have them."""
         unread: Counter[str] = Counter()
@@ -195,4 +258,4 @@ class _Reading:
             row = dict.fromkeys(shape)
             read = {self.columns.find(row, name) for name in READS.get(self.form, ())}
             unread.update({key: count for key in shape if key not in read})
-        return unread
+        return unread + self.seen.unread

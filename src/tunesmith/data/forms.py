@@ -15,17 +15,23 @@
 
 All but `text` may have `system` and `tools` beside them. An Alpaca row's `input` follows its instruction after a blank
 line. A multiple-choice question is asked as `passage`, blank line, `question`, blank line, `A. ...`, `B. ...`; the
-answer is the letter.
+answer is the letter. An answer that could be read as two of the choices is refused.
+
+A label of 0 or 1 beside an answer is refused where nothing would read it: TRL takes it for KTO's label, and training on the
+answers that it calls bad would be a silent mistake. KTO's label is written true or false here.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 from tunesmith.data.columns import Columns
 from tunesmith.data.conversations import (
     Row,
+    Seen,
+    check_calls,
     check_letters,
     check_turns,
     checked_text,
@@ -51,7 +57,18 @@ READS: dict[str, tuple[str, ...]] = {
     "classification": ("text", "label", *BESIDE),
     "text": ("text",),
     "preference": ("prompt", "messages", "instruction", "input", "question", "chosen", "rejected", *BESIDE),
-    "kto": ("messages", "prompt", "completion", "instruction", "input", "output", "label", *BESIDE),
+    "kto": (
+        "messages",
+        "prompt",
+        "completion",
+        "instruction",
+        "input",
+        "output",
+        "question",
+        "answer",
+        "label",
+        *BESIDE,
+    ),
 }
 """The fields that each form reads."""
 
@@ -59,6 +76,12 @@ KNOWN_FORMS = (
     "expected `messages`, `conversations`, `instruction`+`output`, `prompt`+`completion`, `question`+`answer`, "
     "`text`, `text`+`label` or `chosen`+`rejected`; name other columns with data.columns"
 )
+NO_LABEL = ("messages", "sharegpt", "prompt", "qa")
+"""Forms with an answer that read no label."""
+
+TRANSCRIPT = re.compile(r"\A\s*(?:Human|User):.*\n\s*Assistant:", re.DOTALL)
+"""Turns written into one text, as in Anthropic's HH data."""
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -66,7 +89,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def form_of(row: Row, columns: Columns) -> str:
-    """The form of a row by its keys. Raises RowProblem where there is none."""
+    """The form of a row by its keys. Raises RowProblem where there is none, and for a label that may be KTO's or a class."""
     there = {name: column for name in columns.columns if (column := columns.find(row, name)) is not None}
     filled = {name: column for name, column in there.items() if row[column] is not None}
     form = ""
@@ -75,6 +98,10 @@ def form_of(row: Row, columns: Columns) -> str:
     form = form or _form_of(row, filled, columns) or _form_of(row, there, columns)
     if not form:
         raise RowProblem("unknown_form", f"no known form: keys found: {listed(row)}", KNOWN_FORMS)
+    if form in NO_LABEL and "label" in filled and row[filled["label"]] in (0, 1, "0", "1"):
+        found = f"`{filled['label']}` is {row[filled['label']]} beside an answer: KTO's label, or a class?"
+        fix = f"write true or false for KTO; to train on every answer, set data.format to {form}"
+        raise RowProblem("unclear_label", found, fix, filled["label"])
     return form
 
 
@@ -82,9 +109,8 @@ def _form_of(row: Row, has: dict[str, str], columns: Columns) -> str:
     """The form of a row that has these fields (in these columns); empty if it has none."""
     if has.keys() & {"chosen", "rejected"}:
         return "preference"
-    if has.keys() & {"messages", "completion"} and (columns.kto or _is_truth(row, has.get("label"))):
-        return "kto"
-    if columns.kto and "output" in has:
+    answered = has.keys() & {"messages", "completion", "output"} or ("question" in has and "answer" in has)
+    if answered and "choices" not in has and (columns.kto or _is_truth(row, has.get("label"))):
         return "kto"
     if "messages" in has:
         column = has["messages"]
@@ -101,7 +127,7 @@ def _form_of(row: Row, has: dict[str, str], columns: Columns) -> str:
     if "question" in has:
         return "qa"
     if "text" in has:
-        return "classification" if "label" in has and isinstance(row[has["label"]], (str, int)) else "text"
+        return "classification" if "label" in has and row[has["label"]] is not None else "text"
     return ""
 
 
@@ -116,17 +142,21 @@ def _truth(value: Any) -> bool | None:
     return {"true": True, "false": False}.get(value.lower()) if isinstance(value, str) else None
 
 
-def read_row(form: str, row: Row, file: str, line: int, columns: Columns) -> Example | PreferenceExample:
-    """The example that a row of the given form holds. Raises RowProblem with the first thing that is wrong."""
-    return _READERS[form](_Fields(row, columns), file, line)
+def read_row(form: str, row: Row, file: str, line: int, columns: Columns, seen: Seen) -> Example | PreferenceExample:
+    """The example that a row of the given form holds; what its turns have is noted in `seen`.
+
+    Raises RowProblem with the first thing that is wrong.
+    """
+    return _READERS[form](_Fields(row, columns, seen), file, line)
 
 
 class _Fields:
     """A row, its values looked up by field."""
 
-    def __init__(self, row: Row, columns: Columns):
+    def __init__(self, row: Row, columns: Columns, seen: Seen):
         self.row = row
         self.columns = columns
+        self.seen = seen
 
     def has(self, name: str) -> bool:
         """Whether there is such a column, with or without a value."""
@@ -167,13 +197,14 @@ class _Fields:
 
     def conversation(self, name: str) -> list[Message]:
         """The messages of a list of turns."""
-        return read_conversation(self.elements(name, "a list of {role, content}"), self.column(name), self.columns)
+        turns = self.elements(name, "a list of {role, content}")
+        return read_conversation(turns, self.column(name), self.columns, self.seen)
 
     def turns(self, name: str, role: Role) -> list[Message]:
         """A text (one turn of `role`), one message, or a list of messages."""
         value = self.get(name)
         if isinstance(value, dict) and value:
-            return read_conversation([value], self.column(name), self.columns)
+            return read_conversation([value], self.column(name), self.columns, self.seen)
         return self.conversation(name) if isinstance(value, list) else [Message(role, self.text(name))]
 
     def with_system(self, messages: list[Message]) -> list[Message]:
@@ -218,6 +249,7 @@ def _example(
         raise RowProblem("no_assistant_turn", found, field=column)
     check_letters(spoken(turns))
     tools = read_tools(fields.get("tools"), fields.column("tools"))
+    check_calls(turns, tools, fields.column(name), len(turns) - len(messages))
     return Example(tuple(turns), None, file, line, tools, label, desirable)
 
 
@@ -226,6 +258,12 @@ def _read_messages(fields: _Fields, file: str, line: int) -> Example:
 
 
 def _read_alpaca(fields: _Fields, file: str, line: int) -> Example:
+    if not fields.has("instruction"):
+        column = fields.column("instruction")
+        found = f"`{column}` is missing (keys found: {listed(fields.row)})"
+        fix = "if a column holds it, name it with data.columns, e.g. {instruction: ask}"
+        raise RowProblem("missing_field", found, fix, column)
+    fields.needs_answer("instruction", "output")
     messages: list[Message] = []
     column = fields.column("history")
     for index, pair in enumerate(
@@ -238,8 +276,10 @@ def _read_alpaca(fields: _Fields, file: str, line: int) -> Example:
         messages += [Message("user", text_of(turn, "[0]", where)), Message("assistant", text_of(turn, "[1]", where))]
     messages += [Message("user", _instruction(fields)), Message("assistant", fields.text("output"))]
     label = fields.get("label")
-    known = label != "" and type(label) in (str, int)
-    return _example(fields, messages, "instruction", file, line, label=str(label) if known else None)
+    if label is not None and type(label) not in (str, int):
+        column = fields.column("label")
+        raise RowProblem("wrong_type", f"`{column}` is {kind(label)}", "expected a string or a whole number", column)
+    return _example(fields, messages, "instruction", file, line, label=None if label in (None, "") else str(label))
 
 
 def _instruction(fields: _Fields) -> str:
@@ -282,8 +322,15 @@ def _right_choice(fields: _Fields, texts: list[str]) -> int:
     letters = LETTERS[: len(texts)]
     if isinstance(answer, str):
         names = [*texts, *letters, *letters.lower(), *map(str, range(len(texts)))]
-        if answer in names:
-            return names.index(answer) % len(texts)
+        meant = sorted({index % len(texts) for index, name in enumerate(names) if name == answer})
+        if len(meant) == 1:
+            return meant[0]
+        if meant:
+            found = (
+                f"`{column}` is {answer[:40]!r}, which could mean the choices {', '.join(letters[i] for i in meant)}"
+            )
+            fix = "give the answer as its letter, or in JSON as a number, its index from 0"
+            raise RowProblem("wrong_choice", found, fix, column)
     elif type(answer) is int and 0 <= answer < len(texts):
         return answer
     shown = repr(answer[:40]) if isinstance(answer, str) else str(answer) if type(answer) is int else kind(answer)
@@ -331,7 +378,7 @@ def _read_kto(fields: _Fields, file: str, line: int) -> Example:
         raise RowProblem("wrong_type", found, "expected true (a good answer) or false (a bad one)", column)
     if fields.has("messages"):
         return _example(fields, fields.conversation("messages"), "messages", file, line, desirable=label)
-    answer = "output" if fields.has("output") else "completion"
+    answer = next((name for name in ("output", "completion", "answer") if fields.has(name)), "completion")
     name, prompt = _asked(fields) or ("prompt", fields.turns("prompt", "user"))
     fields.needs_answer(name, answer)
     messages = [*prompt, *fields.turns(answer, "assistant")]
@@ -365,13 +412,19 @@ def _read_preference(fields: _Fields, file: str, line: int) -> PreferenceExample
         check_turns([*prompt, *answer], column, before)
     check_letters(spoken([*prompt, *chosen, *rejected]))
     tools = read_tools(fields.get("tools"), fields.column("tools"))
+    for side, answer in (("chosen", chosen), ("rejected", rejected)):
+        check_calls([*prompt, *answer], tools, fields.column(side), before)
     return PreferenceExample(tuple(prompt), tuple(chosen), tuple(rejected), file, line, tools)
 
 
 def _check_different(fields: _Fields, chosen: list[Message], rejected: list[Message]) -> None:
     """Refuse two answers that are the same, or the same up to case and white space."""
     plain = [
-        [(m.role, " ".join(m.content.split()).casefold(), m.tool_calls) for m in side] for side in (chosen, rejected)
+        [
+            (m.role, *(" ".join(text.split()).casefold() for text in (m.content, m.reasoning or "")), m.tool_calls)
+            for m in side
+        ]
+        for side in (chosen, rejected)
     ]
     if plain[0] == plain[1]:
         how = "are the same" if chosen == rejected else "differ only in case and white space"
@@ -396,13 +449,19 @@ def _cut_texts(fields: _Fields) -> Cut:
     while count and not chosen[count - 1].isspace():
         count -= 1
     count -= count > 0 and chosen[count - 1] == " "
-    if is_blank(chosen[:count]):
+    shared = chosen[:count]
+    if TRANSCRIPT.search(shared):
+        found = f"`{fields.column('chosen')}` is a transcript: its turns are marked by `Human:` and `Assistant:` in the text"
+        fix = "write the turns as a list of {role, content}"
+        raise RowProblem("transcript", found, fix, fields.column("chosen"))
+    # One word that both answers happen to begin with is no question; a line of its own may be.
+    if is_blank(shared) or (len(shared.split()) == 1 and not shared.endswith("\n")):
         raise _no_prompt(fields)
     answers = [
         [Message("assistant", text_of({fields.column(name): text[count:]}, fields.column(name)))]
         for name, text in (("chosen", chosen), ("rejected", rejected))
     ]
-    return [Message("user", chosen[:count])], answers[0], answers[1]
+    return [Message("user", shared)], answers[0], answers[1]
 
 
 def _cut_conversations(

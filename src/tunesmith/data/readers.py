@@ -17,6 +17,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from tunesmith.files import sha256_file
 SUFFIXES = (*JSON_SUFFIXES, *CELL_SUFFIXES, ".parquet", ".arrow", ".txt")
 """Names of the files of a folder that hold data."""
 
+ARCHIVES = (".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz", ".xls", ".xlsx")
+"""Names of files that may hold data and cannot be read: a folder with one of them is not read without a word."""
+
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -40,9 +44,10 @@ SPLITS = {
 """Words in a file's or folder's name that say which split it belongs to, as `datasets` has them."""
 
 NOT_DATA = re.compile(
-    r"dataset_infos?\.json|dataset_dict\.json|state\.json|(readme|licen[cs]e|notice)\.txt", re.IGNORECASE
+    r"dataset_infos?\.json|dataset_dict\.json|state\.json|_SUCCESS|(readme|licen[cs]e|notice|citation)(\.\w+)?",
+    re.IGNORECASE,
 )
-"""What `datasets`, or an author, puts beside the data."""
+"""What `datasets`, Spark, or an author puts beside the data."""
 
 UTF8_MARK = b"\xef\xbb\xbf"
 GZIP = b"\x1f\x8b"
@@ -57,6 +62,7 @@ REFUSED = {
     b"\xfd7zXZ\x00": ("an xz archive", "unpack it first"),
     b"\x28\xb5\x2f\xfd": ("a zstd archive", "unpack it first"),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it first"),
+    b"Rar!": ("a RAR archive", "unpack it first"),
     b"\xd0\xcf\x11\xe0": ("an old Microsoft Office file", "save its rows as CSV"),
     b"%PDF": ("a PDF file", "extract its text first"),
     b"SQLite format 3\x00": ("an SQLite database", "export its rows as CSV or JSON Lines"),
@@ -82,6 +88,19 @@ class Contents:
 
 
 @dataclass(frozen=True, slots=True)
+class Folder:
+    """What a folder holds: the data files of one split, and files that are not read though nothing says why.
+
+    `names` are those of `files`, relative to the folder, as `skipped` is. `split` is empty where no name has one.
+    """
+
+    files: list[Path]
+    names: list[str]
+    split: str
+    skipped: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class _Unreadable:
     """The rows of a file of a folder that cannot be opened: asking for them raises why, and the next file is read."""
 
@@ -96,14 +115,20 @@ def open_source(source: SourceConfig, max_rows: int | None) -> Iterator[Contents
 
     Raises FileProblem for what cannot be read, and for a setting that this kind of source does not have.
     """
+    if not source.path:
+        raise FileProblem("no_such_file", "the path is empty", "name a file, a folder or a hub data set")
     try:
-        is_folder = Path(source.path).is_dir()
-        exists = bool(source.path) and (is_folder or Path(source.path).stat() is not None)
+        mode = Path(source.path).stat().st_mode
+        is_folder, exists = stat.S_ISDIR(mode), True
+        if not (is_folder or stat.S_ISREG(mode)):
+            found = "a pipe or device, not a file"
+            raise FileProblem("unreadable_file", found, "data is read more than once: save it as a file")
     except (FileNotFoundError, ValueError):  # ValueError: a NUL in the path
-        exists = False
+        is_folder = exists = False
     except OSError as error:
         raise FileProblem("unreadable_file", f"cannot be read ({error.strerror})") from None
-    if not exists and is_hub_id(source.path):
+    if not exists and is_hub_id(source.path) and not _is_data_name(source.path):
+        _check_sample_by(source.sample_by, "a hub data set")
         yield Contents(source.path, "hub data set", hub_rows(source, max_rows))
         return
     if not exists:
@@ -116,7 +141,7 @@ def open_source(source: SourceConfig, max_rows: int | None) -> Iterator[Contents
     if not is_folder:
         yield _open_file(Path(source.path), source.sample_by)
         return
-    for path in _files_of(Path(source.path), source.split):
+    for path in survey(Path(source.path), source.split).files:
         try:
             contents = _open_file(path, source.sample_by)
         except FileProblem as problem:
@@ -124,21 +149,31 @@ def open_source(source: SourceConfig, max_rows: int | None) -> Iterator[Contents
         yield contents
 
 
-def _files_of(folder: Path, split: str | None) -> list[Path]:
-    """The data files of a folder that belong to a split: `train` unless told, or the only one."""
+def _is_data_name(name: str) -> bool:
+    return name.lower().removesuffix(".gz").endswith((*SUFFIXES, *ARCHIVES))
+
+
+def survey(folder: Path, split: str | None) -> Folder:
+    """The data files of a folder that belong to a split: `train` unless told, or the only one.
+
+    Hidden files and what is known to stand beside data are passed over. Raises FileProblem if no file is left, or if
+    the names do not say which split each file belongs to.
+    """
     splits: dict[str, list[Path]] = {}
+    skipped: list[str] = []
     for path in sorted(folder.rglob("*")):
         parts = path.relative_to(folder).parts
-        if (
-            path.is_file()
-            and not NOT_DATA.fullmatch(path.name)
-            and not any(part.startswith((".", "_")) for part in parts)
-            and path.name.lower().removesuffix(".gz").endswith(SUFFIXES)
-        ):
+        if not path.is_file() or NOT_DATA.fullmatch(path.name) or any(part.startswith(".") for part in parts):
+            continue
+        if _is_data_name(path.name) and not any(part.startswith("_") for part in parts):
             splits.setdefault(_split_of(parts), []).append(path)
+        else:
+            skipped.append(str(path.relative_to(folder)))
     if not splits:
         raise FileProblem("no_data_files", "no data files in this folder", f"expected {', '.join(SUFFIXES)}")
     unnamed = splits.pop("", [])
+    if not splits and split in (None, "train"):
+        return Folder(unnamed, [str(path.relative_to(folder)) for path in unnamed], "", skipped)
     if not splits:
         splits["train"] = unnamed
     elif unnamed:
@@ -148,7 +183,8 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
     if wanted not in splits:
         found = f"no split `{wanted or 'train'}` in this folder"
         raise FileProblem("no_such_split", found, f"data.split can be {listed(sorted(splits))}", "split")
-    return splits[wanted]
+    files = splits[wanted]
+    return Folder(files, [str(path.relative_to(folder)) for path in files], wanted, skipped)
 
 
 def _split_of(parts: tuple[str, ...]) -> str:
@@ -166,6 +202,7 @@ def _open_file(path: Path, sample_by: str) -> Contents:
         with path.open("rb") as file:
             container = _table_container(file.read(6))
             if container:
+                _check_sample_by(sample_by, container)
                 return Contents(str(path), container, table_rows(path, container), sha256_file(path))
             file.seek(0)
             data = file.read()
@@ -182,6 +219,7 @@ def _open_file(path: Path, sample_by: str) -> Contents:
             raise FileProblem("damaged_file", f"a damaged gzip file: {error}", fix) from None
         container = _table_container(data[:6])
         if container:
+            _check_sample_by(sample_by, container)
             return Contents(str(path), container, table_rows(data, container), digest)
     _refuse_binary(data)
     data = data.removeprefix(UTF8_MARK)
@@ -189,10 +227,22 @@ def _open_file(path: Path, sample_by: str) -> Contents:
         expected = "one JSON object a line" if suffix in JSON_SUFFIXES else "rows to train on"
         raise FileProblem("empty_file", "the file is empty", f"expected {expected}")
     container = text_container(data, suffix)
+    _check_sample_by(sample_by, container)
+    if (
+        b"\n" not in data
+        and b"\r" in data.rstrip()
+        and container != "JSON"
+        and not (container == "plain text" and sample_by == "document")
+    ):
+        found = "the lines end in a carriage return alone, as on a classic Mac"
+        raise FileProblem("line_ends", found, "save it with line feeds, e.g. tr '\\r' '\\n' < OLD > NEW")
+    return Contents(str(path), container, text_rows(data, container, sample_by), digest)
+
+
+def _check_sample_by(sample_by: str, container: str) -> None:
     if sample_by != "document" and container != "plain text":
         found = f"data.sample_by has no effect on {container}"
         raise FileProblem("setting_without_effect", found, "it is for plain text; remove it", "sample_by")
-    return Contents(str(path), container, text_rows(data, container, sample_by), digest)
 
 
 def _table_container(head: bytes) -> str:

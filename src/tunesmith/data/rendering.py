@@ -1,55 +1,47 @@
 """Conversations as text: the chat template, and which characters of the text the loss covers.
 
-The loss mask comes from rendering, not from searching for marker strings: for the assistant's turn i, the conversation
-before it is rendered with the generation prompt (what the model is given at inference) and the conversation up to it
-without; what the second adds to the first is what the model has to write, its end-of-turn token included. White space
-after that token is left out. Three kinds of templates need more:
+The loss mask comes from rendering, not from searching for marker strings: for the assistant's turn i, what the model is
+given at inference (`prompt`: the conversation before it, with the generation prompt) has to be what the conversation up to
+it begins with; what follows is what the model has to write, its end-of-turn token included. White space after that token is
+left out. Three kinds of templates need more:
 
 - One that rewrites earlier turns (a thinking model's, which drops old thoughts): the conversation becomes one text for
   each supervised turn, cut after it, because no single text shows every turn as the model will have to write it.
 - One that writes no end token after an answer: the tokenizer's end-of-sequence token is added, one text a turn.
-- One whose generation prompt is no prefix of its answers (DeepSeek's, which asks for a thought): its own
-  `{% generation %}` marks, where it has them; inference then asks with what stands before them.
+- One whose generation prompt is no prefix of its answers (DeepSeek's, which asks for a thought), but which marks them with
+  `{% generation %}`: its prompt is what stands before the mark.
 
 What cannot be masked exactly is refused.
 
 Rendering every prefix of every conversation takes time that grows with the square of its turns. So it is done once for
-each *shape* (roles, and where white space stands), with placeholders for contents; rows of that shape are filled in, and
-each is compared with what the template itself renders. A template that looks into contents (`'</think>' in content`)
-is found by the strings it looks for, and rows that hold one take the long way.
+each shape (shapes.py); the rows of a shape are filled in, and each is compared with what the template itself renders: its
+text, and the prompt of its last supervised turn. Rows that a shape cannot speak for (tools, thoughts, contents with a
+string that the template looks for) take the long way.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
+from tunesmith.data.shapes import RenderedText, Shape, Span, edges_of, is_dropped, slots_for, strings_looked_for
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.types import Message
-
-# Unicode's noncharacters: they stand in no text, and no template treats them as white space.
-SLOT_START, SLOT_END = "\ufdd0", "\ufdd1"
-RESERVED = re.compile("[\ufdd0-\ufdd9]")
-
-PROBE = 'aB1é한😀 "q"\'\\n\\ \n\n {{ x }} </a><b>&`*#|]['
-"""In a placeholder: what a template that escapes, splits or changes the case of contents would not leave as it is."""
 
 BROKEN_TEMPLATE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What Jinja lets through when a template does something that its values cannot."""
 
-Span = tuple[int, int]
+NOT_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversations")
+"""Names that a template is given anyway."""
 
-
-@dataclass(frozen=True, slots=True)
-class RenderedText:
-    """A conversation as the model sees it, and the character ranges that are supervised, in order."""
-
-    text: str
-    spans: tuple[Span, ...]
+PROMPT_TAIL = 64
+"""So many characters of a prompt's end may belong to the answer's text: an opened thought."""
 
 
 class MaskError(DataError):
@@ -60,7 +52,8 @@ class ChatTemplate:
     """A Jinja chat template with its variables. Renders as `tokenizer.apply_chat_template` does (transformers' sandbox).
 
     `special_tokens` are the tokenizer's (`bos_token`, `eos_token`, ...), `control_tokens` the strings that end a turn or
-    start one: an answer that ends with none of them gets `eos_token`. Raises ConfigError for a template that is no Jinja.
+    start one: an answer that ends with none of them gets `eos_token`. `now` is the time that a template sees which prints
+    the date. Raises ConfigError for a template that is no Jinja, and for variables that it cannot have.
     """
 
     def __init__(
@@ -70,29 +63,37 @@ class ChatTemplate:
         variables: Mapping[str, Any],
         special_tokens: Mapping[str, str],
         control_tokens: Sequence[str],
+        now: datetime,
     ):
+        if taken := sorted({*variables} & {*NOT_VARIABLES, *special_tokens}):
+            raise ConfigError(f"data.chat_template_kwargs sets {', '.join(taken)}: the template is given that anyway")
         self.name = name
         self.text = text
         self.variables = dict(variables)
         self.special_tokens = dict(special_tokens)
+        self.now = now
+        self.prints_date = "strftime_now" in text
         self._ends = tuple(control_tokens)
         self._control = re.compile("|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) or "(?!)")
-        self._shapes: dict[Any, list[_Shape] | None] = {}
-        self._inspected = _strings_looked_for(name, text)
+        self._shapes: dict[Any, list[Shape] | None] = {}
+        self._inspected = strings_looked_for(name, text)
         self.added_ends = False
 
     def with_variables(self, variables: Mapping[str, Any]) -> ChatTemplate:
         """The same template with other variables."""
-        return ChatTemplate(self.name, self.text, variables, self.special_tokens, self._ends)
+        return ChatTemplate(self.name, self.text, variables, self.special_tokens, self._ends, self.now)
 
     @property
     def text_to_save(self) -> str:
         """The template with its variables as defaults: saved with a tokenizer, it renders the same without being told."""
-        settings = "".join(
-            f"{{%- if {name} is not defined %}}{{% set {name} = {_jinja_literal(value)} %}}{{% endif -%}}"
-            for name, value in self.variables.items()
+        # Each ends with a line break, which goes with its tag (trim_blocks), so that the text begins on a line of its own.
+        return (
+            "".join(
+                f"{{% if {name} is not defined %}}{{% set {name} = {_jinja_literal(value)} %}}{{% endif %}}\n"
+                for name, value in self.variables.items()
+            )
+            + self.text
         )
-        return settings + self.text
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), add_generation_prompt: bool = False
@@ -110,6 +111,9 @@ class ChatTemplate:
         import jinja2
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        given: dict[str, Any] = self.special_tokens | self.variables
+        if self.prints_date:
+            given["strftime_now"] = self.now.strftime
         try:
             texts, indices = render_jinja_template(
                 conversations=[[self._as_dict(message) for message in messages]],
@@ -117,7 +121,7 @@ class ChatTemplate:
                 chat_template=self.text,
                 add_generation_prompt=add_generation_prompt,
                 return_assistant_tokens_mask=marks,
-                **(self.special_tokens | self.variables),
+                **given,
             )
         except (jinja2.exceptions.TemplateError, *BROKEN_TEMPLATE) as error:
             said = " ".join(str(error).split())
@@ -140,22 +144,58 @@ class ChatTemplate:
             row["tool_call_id"] = message.call_id
         return row
 
+    # -- what an answer begins with ------------------------------------------------------------------------------------
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """What the model is given so that it writes the next turn; an answer in training begins behind the same text."""
+        if not self.asks_otherwise:
+            return self.render(messages, tools, add_generation_prompt=True)
+        answered = [*messages, Message("assistant", "b")]
+        full, marked = self._render(answered, tools, marks=True)
+        if len(marked) != sum(message.role == "assistant" for message in answered):
+            raise MaskError("the chat template does not mark where an answer to this conversation would begin")
+        start = marked[-1][0]
+        common = _length_in_common(full, self.render(messages, tools, add_generation_prompt=True))
+        while (header := self._control.match(full, start, max(common, start))) and header.end() > start:
+            start = header.end()  # some marks hold the turn's header
+        return full[:start]
+
+    @cached_property
+    def asks_otherwise(self) -> bool:
+        """Whether the generation prompt is no prefix of an answer, and the template's own marks say where that begins."""
+        question, answer = Message("user", "a"), Message("assistant", "b")
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", self.text):
+            return False
+        try:
+            prompt = self.render([question], (), True)
+            full, marked = self._render([question, answer], (), marks=True)
+        except MaskError:
+            return False  # it needs more than a question: what it refuses is said where it is used
+        return not full.startswith(prompt) and len(marked) == 1
+
+    # -- what is supervised --------------------------------------------------------------------------------------------
+
     def supervised(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), train_on: str = "assistant"
     ) -> list[RenderedText]:
         """The conversation as one text, or as one for each supervised turn, with what is supervised in it.
 
-        `train_on` is `assistant`, `last` or `all`; a message's own `train` comes first. Raises MaskError.
+        `train_on` is `assistant`, `last` or `all`; an assistant's own `train` comes first. Raises MaskError.
         """
+        for index, message in enumerate(messages):
+            if message.role != "assistant" and (message.train or (message.train is False and train_on == "all")):
+                raise MaskError(
+                    f"message {index + 1} is the {message.role}'s and has a `train` of its own; only the assistant's turns "
+                    "can be chosen"
+                )
+        if train_on == "all":
+            return [self._whole(messages, tools)]
         turns = _supervised_turns(messages, train_on)
-        if train_on == "all" and all(message.train is not False for message in messages):
-            full = self.render(messages, tools)
-            return [RenderedText(full, ((0, len(full)),))]
         if not turns:
             raise MaskError("no turn is supervised: there is nothing to learn from this row")
         plain = not tools and all(not m.tool_calls and m.reasoning is None for m in messages)
-        if plain and not any(self._looks_into(message.content) for message in messages):
-            edges = tuple((message.role, *_edges(message.content)) for message in messages)
+        if plain and not any(self._inspected.finds(message.content) for message in messages):
+            edges = tuple((message.role, *edges_of(message.content)) for message in messages)
             key = (edges, tuple(turns))
             if key not in self._shapes:
                 self._shapes[key] = self._shape(edges, turns)
@@ -164,43 +204,65 @@ class ChatTemplate:
                 filled = [shape.fill(messages) for shape in shapes]
                 if all(self._is_rendered(text, shape, messages) for text, shape in zip(filled, shapes, strict=True)):
                     return filled
-        return self._supervised_exactly(messages, tools, turns)
+        return [piece.rendered for piece in self._exactly(messages, tools, turns)]
 
-    def _looks_into(self, content: str) -> bool:
-        return content in self._inspected.equal or self._inspected.inside.search(content) is not None
-
-    def _is_rendered(self, filled: RenderedText, shape: _Shape, messages: Sequence[Message]) -> bool:
+    def _is_rendered(self, filled: RenderedText, shape: Shape, messages: Sequence[Message]) -> bool:
+        """Whether the template renders this very text, and this prompt of the last supervised turn."""
         text = self.render(messages[: shape.num_messages])
-        return filled.text == (text if not shape.added_end else _closed(text, self.special_tokens["eos_token"]))
+        if filled.text != (self._closed(text) if shape.added_end else text):
+            return False
+        return self.prompt(messages[: shape.last_turn]) == filled.text[: filled.spans[-1][0]]
 
-    def _supervised_exactly(
+    def _whole(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> RenderedText:
+        """Every character, but for the assistant's turns that are not to be trained."""
+        text = self.render(messages, tools)
+        self._check_complete(text, messages, tools)
+        left_out = [index for index, message in enumerate(messages) if message.train is False]
+        holes: tuple[Span, ...] = ()
+        if left_out:
+            pieces = self._exactly(messages, tools, left_out)
+            if [piece.rendered.text for piece in pieces] != [text]:
+                raise MaskError("the chat template cannot be masked exactly: set data.train_on: assistant for this row")
+            holes = pieces[0].rendered.spans
+        if not text.rstrip().endswith(self._ends):
+            self.added_ends = True
+            text = self._closed(text)
+        bounds = [0, *(bound for hole in holes for bound in hole), len(text)]
+        spans = zip(bounds[::2], bounds[1::2], strict=True)
+        return RenderedText(text, tuple((start, end) for start, end in spans if start < end))
+
+    def _exactly(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], turns: Sequence[int]
-    ) -> list[RenderedText]:
+    ) -> list[_Piece]:
         """The long way: every prompt and every prefix is rendered."""
         full = self.render(messages, tools)
         self._check_complete(full, messages, tools)
         found: list[_Turn] = []
         for index in turns:
-            prompt = self.render(messages[:index], tools, add_generation_prompt=True)
+            prompt = self.prompt(messages[:index], tools)
             through = full if index == len(messages) - 1 else self.render(messages[: index + 1], tools)
             if not through.startswith(prompt):
-                return [self._by_marks(messages, tools, turns, index, prompt)]
+                raise MaskError(
+                    f"the chat template cannot be masked exactly: turn {index + 1} does not begin with the generation "
+                    f"prompt (ends in {prompt[-30:]!r}); choose another data.chat_template, set "
+                    "data.chat_template_kwargs if it has a variable for this, or data.train_on: all"
+                )
             answer = through[len(prompt) :].rstrip()
-            self._check_answer(answer, messages[index], index)
-            closed = answer.endswith(self._ends)
+            self._check_answer(prompt[-PROMPT_TAIL:], answer, messages[index], index)
             inside = self._as_in(full, through, prompt, answer)
-            found.append(_Turn(len(prompt), through, answer, inside, closed))
-        last = turns[-1] == len(messages) - 1
+            found.append(_Turn(len(prompt), through, answer, inside, answer.endswith(self._ends)))
         if all(turn.inside and turn.closed for turn in found):
-            return [RenderedText(full, tuple((turn.begin, turn.begin + len(turn.inside)) for turn in found))]
-        if len(found) == 1 and last and not found[0].closed:
-            return [self._closed_turn(found[0])]
-        return [
-            self._closed_turn(turn)
-            if not turn.closed
-            else RenderedText(turn.through, ((turn.begin, turn.begin + len(turn.answer)),))
-            for turn in found
-        ]
+            spans = tuple((turn.begin, turn.begin + len(turn.inside)) for turn in found)
+            return [_Piece(RenderedText(full, spans), len(messages), turns[-1], False)]
+        pieces = []
+        for index, turn in zip(turns, found, strict=True):
+            text, end = turn.through, turn.begin + len(turn.answer)
+            if not turn.closed:
+                self.added_ends = True
+                text = self._closed(text)
+                end = len(text)
+            pieces.append(_Piece(RenderedText(text, ((turn.begin, end),)), index + 1, index, not turn.closed))
+        return pieces
 
     def _as_in(self, full: str, through: str, prompt: str, answer: str) -> str:
         """As much of the answer as the whole conversation shows too; empty if it does not show a finished one.
@@ -215,128 +277,75 @@ class ChatTemplate:
         end = max((match.end() for match in self._control.finditer(answer, 0, max(together, 0))), default=0)
         return answer[:end] if end and self._is_control(answer[end:]) else ""
 
-    def _closed_turn(self, turn: _Turn) -> RenderedText:
-        self.added_ends = True
-        text = _closed(turn.through, self.special_tokens["eos_token"])
-        return RenderedText(text, ((turn.begin, len(text)),))
-
     def _is_control(self, text: str) -> bool:
         return not self._control.sub("", text).strip()
 
-    def _by_marks(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]],
-        turns: Sequence[int],
-        index: int,
-        prompt: str,
-    ) -> RenderedText:
-        """The spans that the template itself marks with {% generation %}, without the turn's header."""
-        full, spans = self._marked(messages, tools)
-        if spans is None:
-            raise MaskError(
-                f"the chat template cannot be masked exactly: turn {index + 1} does not begin with the generation prompt "
-                f"(ends in {prompt[-30:]!r}); choose another data.chat_template, set data.chat_template_kwargs if it has "
-                "a variable for this, or data.train_on: all"
-            )
-        for turn in turns:
-            self._check_answer(full[slice(*spans[turn])], messages[turn], turn)
-        return RenderedText(full, tuple(spans[turn] for turn in turns))
+    def _closed(self, text: str) -> str:
+        return text.rstrip() + self.special_tokens["eos_token"]
 
-    def _marked(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]
-    ) -> tuple[str, dict[int, Span] | None]:
-        """The text, and the marked span of each of the assistant's turns; None where marks are missing or end too early."""
-        if not re.search(r"\{%-?\s*generation\s*-?%\}", self.text):
-            return "", None
-        full, marked = self._render(messages, tools, marks=True)
-        answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
-        if len(marked) != len(answers):
-            return full, None
-        spans = {}
-        for place, (start, end) in zip(answers, marked, strict=True):
-            common = _length_in_common(full, self.render(messages[:place], tools, add_generation_prompt=True))
-            while (header := self._control.match(full, start, max(common, start))) and header.end() > start:
-                start = header.end()
-            end = start + len(full[start:end].rstrip())
-            if not full[start:end].endswith(self._ends):
-                return full, None
-            spans[place] = (start, end)
-        return full, spans
-
-    @cached_property
-    def asks_otherwise(self) -> bool:
-        """Whether the generation prompt is no prefix of an answer, and the template's own marks say where that begins."""
-        question, answer = Message("user", "a"), Message("assistant", "b")
-        try:
-            prompt, full = self.render([question], (), True), self.render([question, answer])
-        except MaskError:
-            return False  # it needs more than a question: what it refuses is said where it is used
-        return not full.startswith(prompt) and self._marked([question, answer], ())[1] is not None
-
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
-        """What the model is given so that it writes the next turn: what stood before an answer in training."""
-        if not self.asks_otherwise:
-            return self.render(messages, tools, add_generation_prompt=True)
-        full, spans = self._marked([*messages, Message("assistant", "b")], tools)
-        if spans is None:
-            raise MaskError("the chat template does not mark where an answer to this conversation would begin")
-        return full[: spans[len(messages)][0]]
+    # -- what a template leaves out ------------------------------------------------------------------------------------
 
     def _check_complete(self, full: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
-        """Whatever a template drops, the model would never see: a system message, a tool, a tool's result."""
+        """Whatever a template drops, the model would never see: a system message, a tool, a call, a tool's result.
+
+        An assistant's earlier thoughts may be dropped: thinking models' templates do.
+        """
         seen = _without_space(full)
         for index, message in enumerate(messages):
-            if message.role != "assistant" and not _is_shown(message.content, seen):
-                raise MaskError(
-                    f"the chat template leaves out the {message.role} text of message {index + 1}; choose another "
-                    "data.chat_template"
-                )
+            content = message.content.rpartition("</think>")[2] if message.role == "assistant" else message.content
+            if not _is_shown(content, seen):
+                raise _left_out(f"{message.role} text of message {index + 1}")
+            for call in message.tool_calls:
+                if call.name not in full:
+                    raise _left_out(f"call of `{call.name}` of turn {index + 1}")
         for tool in tools:
             name = str(tool.get("function", tool).get("name", ""))
             if name not in full:
-                raise MaskError(
-                    f"the chat template leaves out the tools (`{name}` is not in the text it renders); choose another "
-                    "data.chat_template"
-                )
+                raise _left_out(f"tools (`{name}` is not in the text it renders)")
 
-    def _check_answer(self, answer: str, message: Message, index: int) -> None:
-        seen = _without_space(answer)
+    def _check_answer(self, tail: str, answer: str, message: Message, index: int) -> None:
+        """An answer has to hold its text, thought and calls; the prompt's `tail` may have opened the thought."""
+        seen = _without_space(tail + answer)
         content = message.content.rpartition("</think>")[2] if "</think>" not in answer else message.content
-        missing = None
+        shown = f"of turn {index + 1} (it renders {answer[:30]!r})"
         if _without_space(content) not in seen:
-            missing = "text"
-        elif content != message.content or _without_space(message.reasoning or "") not in seen:
-            missing = "thought"
+            raise _left_out(f"text {shown}")
+        if content != message.content or _without_space(message.reasoning or "") not in seen:
+            raise _left_out(f"thought {shown}")
         for call in message.tool_calls:
             values = [value for value in call.arguments.values() if isinstance(value, str)]
             if call.name not in answer or not all(_is_shown(value, seen) for value in values):
-                missing = f"call of `{call.name}`"
-        if missing:
-            raise MaskError(
-                f"the chat template leaves out the {missing} of turn {index + 1} (it renders {answer[:30]!r}); choose "
-                "another data.chat_template"
-            )
+                raise _left_out(f"call of `{call.name}` {shown}")
 
-    def _shape(self, edges: Sequence[tuple[Any, ...]], turns: Sequence[int]) -> list[_Shape] | None:
+    def _shape(self, edges: Sequence[tuple[Any, ...]], turns: Sequence[int]) -> list[Shape] | None:
         """How rows of one shape render, or None if their contents are not opaque to the template."""
-        slots = [f"{SLOT_START}{index}{PROBE}{SLOT_END}" for index in range(len(edges))]
-        messages = [
-            Message(role, " \n" * leads + slot + "\n " * trails)
-            for (role, leads, trails), slot in zip(edges, slots, strict=True)
-        ]
+        slots = slots_for(edges)
+        messages = [Message(role, slot.text) for (role, _, _), slot in zip(edges, slots, strict=True)]
+        dropped = None
         try:
-            rendered = self._supervised_exactly(messages, (), turns)
+            full = self.render(messages)
+            # A short text could be found elsewhere in the conversation: a slot cannot.
+            dropped = next((index for index, slot in enumerate(slots) if is_dropped(slot, full)), None)
+            pieces = self._exactly(messages, (), turns)
         except MaskError:
+            if dropped is not None:
+                raise _left_out(f"{messages[dropped].role} text of message {dropped + 1}") from None
             return None
-        shapes = []
-        for number, text in enumerate(rendered):
-            through = len(messages) if len(rendered) == 1 else turns[number] + 1
-            shape = _Shape.read(text, slots, edges, through, text.text != self.render(messages[:through]))
-            if shape is None:
-                return None
-            shapes.append(shape)
-        return shapes
+        shapes = [
+            Shape.read(piece.rendered, slots, edges, piece.num_messages, piece.last_turn, piece.added_end)
+            for piece in pieces
+        ]
+        return None if None in shapes else [shape for shape in shapes if shape is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A text of the first `num_messages` messages; `last_turn` is the last one that is supervised in it."""
+
+    rendered: RenderedText
+    num_messages: int
+    last_turn: int
+    added_end: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,75 +359,8 @@ class _Turn:
     closed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """A rendered text with contents taken out: fixed strings, and (message, stripped) where contents go.
-
-    A span's bound is (piece, offset into it); pieces at whose start or end a bound lies are contents or fixed strings.
-    """
-
-    pieces: tuple[str | tuple[int, bool], ...]
-    bounds: tuple[tuple[int, int], ...]
-    num_messages: int
-    added_end: bool
-
-    @classmethod
-    def read(
-        cls, rendered: RenderedText, slots: Sequence[str], edges: Sequence[Any], num_messages: int, added_end: bool
-    ) -> _Shape | None:
-        """The shape of a text that was rendered with `slots` as contents; None if a slot did not come through."""
-        pieces: list[str | tuple[int, bool]] = []
-        starts: list[int] = []
-        position = 0
-        by_slot = {slot: index for index, slot in enumerate(slots)}
-        for match in re.finditer(f"{SLOT_START}\\d+{re.escape(PROBE)}{SLOT_END}", rendered.text):
-            index = by_slot[match.group()]
-            _, leads, trails = edges[index]
-            before, after = rendered.text[position : match.start()], rendered.text[match.end() :]
-            start, end = match.span()
-            stripped = False
-            if leads or trails:
-                kept = (leads and before.endswith(" \n"), trails and after.startswith("\n "))
-                if kept != (leads, trails) and any(kept):
-                    return None
-                stripped = kept != (leads, trails)
-                if not stripped:
-                    start, end = start - 2 * leads, end + 2 * trails
-            pieces += [rendered.text[position:start], (index, stripped)]
-            starts += [position, start]
-            position = end
-        pieces.append(rendered.text[position:])
-        starts.append(position)
-        fixed = "".join(piece for piece in pieces if isinstance(piece, str))
-        if (
-            SLOT_START in fixed
-            or SLOT_END in fixed
-            or {p[0] for p in pieces if not isinstance(p, str)} != set(range(num_messages))
-        ):
-            return None
-        bounds = []
-        for bound in (bound for span in rendered.spans for bound in span):
-            # The last piece that starts at or before the bound; at the start of contents it is those.
-            piece = max(place for place, start in enumerate(starts) if start <= bound)
-            offset = bound - starts[piece]
-            if not isinstance(pieces[piece], str) and offset:
-                return None
-            bounds.append((piece, offset))
-        return cls(tuple(pieces), tuple(bounds), num_messages, added_end)
-
-    def fill(self, messages: Sequence[Message]) -> RenderedText:
-        """The text of a conversation of this shape."""
-        texts = [
-            piece
-            if isinstance(piece, str)
-            else (messages[piece[0]].content.strip() if piece[1] else messages[piece[0]].content)
-            for piece in self.pieces
-        ]
-        starts = [0]
-        for text in texts:
-            starts.append(starts[-1] + len(text))
-        places = [starts[piece] + offset for piece, offset in self.bounds]
-        return RenderedText("".join(texts), tuple(zip(places[::2], places[1::2], strict=True)))
+def _left_out(what: str) -> MaskError:
+    return MaskError(f"the chat template leaves out the {what}; choose another data.chat_template")
 
 
 def _supervised_turns(messages: Sequence[Message], train_on: str) -> list[int]:
@@ -427,15 +369,6 @@ def _supervised_turns(messages: Sequence[Message], train_on: str) -> list[int]:
     return [
         index for index in answers if (messages[index].train if messages[index].train is not None else index in default)
     ]
-
-
-def _edges(content: str) -> tuple[bool, bool]:
-    """Whether white space stands before and after the text."""
-    return content[:1].isspace(), content[-1:].isspace()
-
-
-def _closed(text: str, end: str) -> str:
-    return text.rstrip() + end
 
 
 def _length_in_common(left: str, right: str) -> int:
@@ -455,52 +388,13 @@ def _is_shown(content: str, seen: str) -> bool:
 
 
 def _jinja_literal(value: Any) -> str:
-    return "none" if value is None else json.dumps(value)
-
-
-@dataclass(frozen=True)
-class _LookedFor:
-    """Strings that a template looks for in values: `equal` to the whole, or `inside` it."""
-
-    equal: frozenset[str]
-    strings: frozenset[str]
-
-    @cached_property
-    def inside(self) -> re.Pattern[str]:
-        return re.compile("|".join(map(re.escape, sorted(self.strings))) or "(?!)")
-
-
-def _strings_looked_for(name: str, text: str) -> _LookedFor:
-    """The string constants of a template that its tests, filters and methods are given. Raises ConfigError."""
-    import jinja2
-    from jinja2 import nodes
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
-    try:
-        tree = _compile_jinja_template(text).environment.parse(text)
-    except jinja2.exceptions.TemplateSyntaxError as error:
-        raise ConfigError(
-            f"the chat template ({name}) is not valid Jinja: {error.message} (line {error.lineno})"
-        ) from None
-    equal: set[str] = set()
-    inside: set[str] = set()
-
-    def constants(node: nodes.Node) -> Iterator[str]:
-        yield from (node.value,) if isinstance(node, nodes.Const) and isinstance(node.value, str) else ()
-        for child in node.iter_child_nodes():
-            yield from constants(child)
-
-    for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)):
-        if isinstance(node, nodes.Compare):
-            sides = [node.expr, *(operand.expr for operand in node.ops)]
-            plain = all(isinstance(side, (nodes.Const, nodes.Name, nodes.Getattr, nodes.Getitem)) for side in sides)
-            sliced = any(isinstance(side, nodes.Getitem) and isinstance(side.arg, nodes.Slice) for side in sides)
-            contains = any(operand.op in ("in", "notin") for operand in node.ops)
-            target = equal if plain and not sliced and not contains else inside
-            for side in sides:
-                if not (contains and isinstance(side, (nodes.List, nodes.Tuple))):
-                    target.update(constants(side))
-        elif not isinstance(node, nodes.Call) or isinstance(node.node, nodes.Getattr):  # a filter, a test, a method
-            for argument in node.args or ():
-                inside.update(constants(argument))
-    return _LookedFor(frozenset(equal), frozenset(string for string in inside if string.strip()))
+    """A value of YAML as Jinja writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_jinja_literal(key)}: {_jinja_literal(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_jinja_literal, value)) + "]"
+    if value is None:
+        return "none"
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"data.chat_template_kwargs holds {value}: a template cannot be saved with it")
+    return json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
 """Divide one file into train, validation and test files: by label, without a row on two sides.
 
-Rows that are the same but for case, white space and Unicode composition, and rows with the same prompt, form a group that
-is never divided. Each label's groups are dealt out largest first, in an order drawn from the seed, each to the file that
+Rows that are the same but for case, white space and Unicode composition, and rows with the same turns before any answer
+that is trained on (the same question, two conversations that begin alike), form a group that is never divided. Each label's groups are dealt out largest first, in an order drawn from the seed, each to the file that
 is furthest below its share: for groups of one row that is the method of largest remainders. What rounding leaves of one
 label (up to one row) is carried to the next, so that rare labels do not all end in the largest file.
 """
@@ -13,27 +13,31 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tunesmith.data.checks import Row, fingerprint, labels_of
+from tunesmith.data.checks import labels_of
+from tunesmith.data.fingerprints import Row, fingerprint
 from tunesmith.data.readers import GZIP, UTF8_MARK, open_source
 from tunesmith.errors import DataError, RunError
-from tunesmith.files import atomic_folder
+from tunesmith.files import atomic_folder, finite
 
 if TYPE_CHECKING:
     from tunesmith.config import SourceConfig
     from tunesmith.data.formats import DataFile
 
 
-def split_rows(rows: Sequence[Row], shares: Mapping[str, float], seed: int) -> dict[str, list[int]]:
+def split_rows(
+    rows: Sequence[Row], shares: Mapping[str, float], seed: int, train_on: str = "assistant"
+) -> dict[str, list[int]]:
     """Positions of the rows that each file of `shares` ({name: share}, together 1) gets, in their order.
 
-    Deterministic in (rows, shares, seed). A file may get no row where there are too few groups.
+    Deterministic in (rows, shares, seed, train_on). A file may get no row where there are too few groups.
     """
     labels = labels_of(rows)
     strata: dict[str | None, list[list[int]]] = defaultdict(list)
-    for group in groups_of(rows):
+    for group in groups_of(rows, train_on):
         most_common = Counter(labels[position] for position in group).most_common(1)[0][0]
         strata[most_common].append(group)
     dealt: dict[str, list[int]] = {name: [] for name in shares}
@@ -51,8 +55,11 @@ def split_rows(rows: Sequence[Row], shares: Mapping[str, float], seed: int) -> d
     return {name: sorted(positions) for name, positions in dealt.items()}
 
 
-def groups_of(rows: Sequence[Row]) -> list[list[int]]:
-    """Positions of the rows that must stay together, group by group, in the order of their first rows."""
+def groups_of(rows: Sequence[Row], train_on: str = "assistant") -> list[list[int]]:
+    """Positions of the rows that must stay together, group by group, in the order of their first rows.
+
+    `train_on` is `data.train_on`: rows may share an answer that none of them is trained on.
+    """
     parent = list(range(len(rows)))
 
     def root(position: int) -> int:
@@ -63,11 +70,11 @@ def groups_of(rows: Sequence[Row]) -> list[list[int]]:
 
     first: dict[bytes, int] = {}
     for position, row in enumerate(rows):
-        print_ = fingerprint(row)
-        for key in (b"row" + print_.near, b"prompt" + print_.prompt if print_.prompt is not None else None):
-            if key is not None:
-                one, other = root(first.setdefault(key, position)), root(position)
-                parent[max(one, other)] = min(one, other)
+        print_ = fingerprint(row, train_on)
+        shared = [exchange.prompt or exchange.whole for exchange in print_.exchanges]
+        for key in (b"row" + print_.near, *(b"exchange" + digest for digest in shared)):
+            one, other = root(first.setdefault(key, position)), root(position)
+            parent[max(one, other)] = min(one, other)
     groups: dict[int, list[int]] = defaultdict(list)
     for position in range(len(rows)):
         groups[root(position)].append(position)
@@ -75,19 +82,26 @@ def groups_of(rows: Sequence[Row]) -> list[list[int]]:
 
 
 def write_split(
-    out: Path, source: SourceConfig, data: DataFile, parts: Mapping[str, Sequence[int]], max_rows: int | None = None
+    out: Path,
+    source: SourceConfig,
+    data: DataFile,
+    parts: Mapping[str, Sequence[int]],
+    max_rows: int | None = None,
+    train_on: str = "assistant",
 ) -> dict[str, Path]:
     """Write OUT/NAME.jsonl for every part; returns their paths. All files appear at once, or none.
 
-    Rows of JSON Lines are copied byte for byte; of other files, their values are written as JSON Lines. Raises RunError
-    where `out` exists, DataError where a part is empty.
+    Rows of JSON Lines are copied byte for byte; of other files, their values are written as JSON Lines: dates and times in
+    ISO 8601, decimals as text, NaN and infinities as null. Raises RunError where `out` exists, DataError where a part is
+    empty, and for columns of bytes.
     """
     refuse_existing(out)
     for name, positions in parts.items():
         if not positions:
+            groups = len(groups_of(data.examples, train_on))
             raise DataError(
-                f"{data.path}: {name} would get no row ({len(data.examples)} rows in {len(groups_of(data.examples))} "
-                "groups that stay together); give it a larger share, or leave it out (share 0)"
+                f"{data.path}: {name} would get no row ({len(data.examples)} rows in {groups} groups that stay together); "
+                "give it a larger share, or leave it out (share 0)"
             )
     lines = _lines_of(data, _json_lines(source, max_rows))
     with atomic_folder(out) as folder:
@@ -129,5 +143,22 @@ def _json_lines(source: SourceConfig, max_rows: int | None) -> dict[str, list[by
             continue
         for number, row in contents.rows:
             if isinstance(row, dict):
-                found[f"{contents.path}:{number}"].append(json.dumps(row, ensure_ascii=False, default=str).encode())
+                place = f"{contents.path}:{number}"
+                found[place].append(_json_line(row, place))
     return found
+
+
+def _json_line(row: dict[str, Any], place: str) -> bytes:
+    try:
+        return json.dumps(finite(row), ensure_ascii=False, default=_json_value).encode()
+    except TypeError as error:
+        raise DataError(f"{place}: {error}; write the file without such columns first") from None
+
+
+def _json_value(value: Any) -> str:
+    """What stands for a value of a table that JSON does not have."""
+    if isinstance(value, (date, time)):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, bytes):
+        raise TypeError(f"the row holds bytes ({value[:16]!r}), which JSON Lines cannot hold")
+    return str(value)

@@ -88,8 +88,19 @@ def hub_rows(source: SourceConfig, max_rows: int | None) -> Iterator[tuple[int, 
         raise FileProblem("streaming_without_end", found, "set data.max_rows, or data.streaming: false", "streaming")
     import datasets
     import httpx
+    import huggingface_hub
     import pyarrow as pa
 
+    unreachable = FileProblem(
+        "hub_unreachable", "no such file here, and the hub cannot be reached", "check the path or the network"
+    )
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        try:  # `datasets` would try for 15 s and print each failure
+            huggingface_hub.HfApi().dataset_info(source.path, timeout=10)
+        except httpx.TransportError:
+            raise unreachable from None
+        except huggingface_hub.errors.HfHubHTTPError:
+            pass  # `datasets` says what it is
     try:
         split = source.split or _default_split(datasets.get_dataset_split_names(source.path, source.subset))
         data = datasets.load_dataset(source.path, source.subset, split=split, streaming=source.streaming)
@@ -102,8 +113,7 @@ def hub_rows(source: SourceConfig, max_rows: int | None) -> Iterator[tuple[int, 
         fix = "check the name; private data sets need `hf auth login`"
         raise FileProblem("no_such_file", "no such file here, and no such data set at the hub", fix) from None
     except (ConnectionError, httpx.HTTPError):
-        found = "no such file here, and the hub cannot be reached"
-        raise FileProblem("hub_unreachable", found, "check the path or the network") from None
+        raise unreachable from None
     except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, RuntimeError) as error:
         raise FileProblem("hub_data_set", f"`datasets` cannot load it: {_one_line(error)}") from None
 

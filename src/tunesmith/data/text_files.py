@@ -30,6 +30,18 @@ SPACE = re.compile(r"[ \t\n\r]*")
 BAD_BYTE = re.compile("[\udc80-\udcff]")  # what `surrogateescape` makes of a byte that is not UTF-8
 LONG_CELL = 2**31 - 1
 
+ROW_BEGINS = re.compile(rb'\{\s*"[^"\n]*"\s*:')
+"""How a JSON row begins, whole or cut off, and no prose does."""
+
+EXCEL_HINT = re.compile(rb'"?sep=."?\r?')
+"""A first line that tells Excel the delimiter."""
+
+WINDOW = 2**12
+"""Characters of a JSON document that are parsed at first; four times as many, again and again, where a row is longer."""
+
+CUT = 20
+"""An error this close to the end of what is parsed may come from the cut: `\\ud83d\\ude00` and `-Infinity` are shorter."""
+
 
 def text_container(data: bytes, suffix: str) -> str:
     """JSON Lines, JSON, CSV, TSV or plain text, by how the content begins; by the name where that leaves it open.
@@ -41,6 +53,9 @@ def text_container(data: bytes, suffix: str) -> str:
     container = _json_container(start, first, rest.lstrip(), suffix) if start[:1] in (b"{", b"[") else ""
     if container:
         return container
+    if EXCEL_HINT.fullmatch(first):
+        found = f"line 1 is `{first.decode(errors='replace').strip()}`, which is meant for Excel"
+        raise FileProblem("unsupported_file", found, "remove that line; the delimiter is recognised without it")
     delimiter = _delimiter(first, suffix)
     if suffix in CELL_SUFFIXES or len(COLUMNS & set(_cells(first, delimiter))) > 1:
         return DELIMITERS[delimiter]
@@ -66,13 +81,23 @@ def _json_container(start: bytes, first: bytes, rest: bytes, suffix: str) -> str
         return "" if suffix not in JSON_SUFFIXES else "JSON" if suffix == ".json" else "JSON Lines"
     value = _loads(first)
     if isinstance(value, dict):
-        return "JSON" if not rest and any(isinstance(value.get(key), list) for key in WRAPPERS) else "JSON Lines"
+        return "JSON" if not rest and _is_wrapper(value) else "JSON Lines"
+    is_row = suffix in JSON_SUFFIXES or ROW_BEGINS.match(start) is not None
     if inside not in (b'"', b"}") or rest[:1] == b"{":
-        second = _loads(rest.partition(b"\n")[0])
-        return "JSON Lines" if suffix in JSON_SUFFIXES or isinstance(second, dict) else ""
+        return "JSON Lines" if is_row or isinstance(_loads(rest.partition(b"\n")[0]), dict) else ""
     if suffix == ".json" or first.strip() == b"{" or _loads(start) is not None:
         return "JSON"
-    return "JSON Lines" if suffix in JSON_SUFFIXES else ""
+    return "JSON Lines" if is_row else ""
+
+
+def _is_wrapper(value: dict[str, Any]) -> bool:
+    """Whether an object holds the list of rows, and is no row itself."""
+    lists = [value[key] for key in WRAPPERS if isinstance(value.get(key), list)]
+    return not COLUMNS & value.keys() and any(not rows or _has_objects(rows) for rows in lists)
+
+
+def _has_objects(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(element, dict) for element in value)
 
 
 def text_rows(data: bytes, container: str, sample_by: str) -> Rows:
@@ -150,16 +175,20 @@ def _not_utf8(byte: int, offset: int) -> RowProblem:
     return RowProblem("invalid_utf8", f"not valid UTF-8: byte 0x{byte:02x} at offset {offset} of the line")
 
 
-def _not_json(error: Exception, line: str = "") -> RowProblem:
+def _not_json(error: Exception, line: str) -> RowProblem:
     if isinstance(error, RecursionError):
         return RowProblem("nested_too_deeply", "nested too deeply to be a row of training data")
-    if not isinstance(error, json.JSONDecodeError):
-        return RowProblem("invalid_json", f"not valid JSON: {error}")
-    message = error.msg[0].lower() + error.msg[1:].removesuffix(" at")
-    cut = line and (error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated string"))
-    fix = "the row looks cut off" if cut else ""
-    place = f"column {error.colno}" if line else f"line {error.lineno}, column {error.colno}"
-    return RowProblem("invalid_json", f"not valid JSON: {message} at {place}", fix)
+    if not isinstance(error, json.JSONDecodeError):  # Python refuses to convert so many digits
+        return RowProblem(
+            "invalid_json", "a whole number of more than 4300 digits", "write it as a string, or remove it"
+        )
+    cut = error.pos >= len(line.rstrip()) or error.msg.startswith("Unterminated string")
+    found = f"not valid JSON: {_message(error)} at column {error.colno}"
+    return RowProblem("invalid_json", found, "the row looks cut off" if cut else "")
+
+
+def _message(error: json.JSONDecodeError) -> str:
+    return error.msg[0].lower() + error.msg[1:].removesuffix(" at")
 
 
 class _Json:
@@ -169,7 +198,9 @@ class _Json:
         self.text = text
         self.has_bad_bytes = BAD_BYTE.search(text) is not None
         self.line = 1
+        self.line_start = 0
         self.counted = 0
+        self.offset = 0  # of `counted` in its line, in bytes; kept only where there are bytes that are not UTF-8
 
     def rows(self) -> Rows:
         """The elements of the list, the list in an object's `data` or `rows`, or objects one after the other."""
@@ -179,7 +210,7 @@ class _Json:
             if position < len(self.text):
                 self.stop(position, "text after the end of the list")
         elif (inside := self.wrapped_list(position)) is not None:
-            yield from self.elements(inside)
+            self.rest_of_object((yield from self.elements(inside)))
         else:
             while position < len(self.text):
                 line = self.line_of(position)
@@ -211,21 +242,48 @@ class _Json:
 
     def value(self, position: int) -> tuple[dict[str, Any] | RowProblem, int | None]:
         """The row at a position, or what is wrong with it, and where it ends if that is known."""
+        row: Any
         try:
-            row, end = STRICT.raw_decode(self.text, position)
-        except RowProblem as problem:
-            return problem, PLAIN.raw_decode(self.text, position)[1]
+            try:
+                row, end = self.decode(STRICT, position)
+            except RowProblem as problem:
+                row, end = problem, self.decode(PLAIN, position)[1]
+        except json.JSONDecodeError as error:
+            column = error.colno + (position - self.line_start if error.lineno == 1 else 0)
+            place = f"line {self.line + error.lineno - 1}, column {column}"
+            return RowProblem("invalid_json", f"not valid JSON: {_message(error)} at {place}"), None
         except (ValueError, RecursionError) as error:
-            return _not_json(error), None
+            return _not_json(error, ""), None
+        if isinstance(row, RowProblem):
+            return row, end
         if self.has_bad_bytes and (bad := BAD_BYTE.search(self.text, position, end)):
-            return _bad_byte(self.text, bad.start()), end
+            return self.bad_byte(position, bad.start()), end
         if not isinstance(row, dict):
             return RowProblem("not_an_object", f"expected a JSON object, found {kind(row)}"), end
         return row, end
 
+    def decode(self, decoder: json.JSONDecoder, position: int) -> tuple[Any, int]:
+        """The value at a position and where it ends. An error's place is counted from the position.
+
+        Only as much of the text is parsed as the value needs: an error costs as much as what was parsed, because
+        JSONDecodeError counts its lines, and a document may have one in each row.
+        """
+        length = WINDOW
+        while True:
+            part = self.text[position : position + length]
+            is_rest = position + length >= len(self.text)
+            try:
+                value, end = decoder.raw_decode(part)
+                if is_rest or end <= len(part) - CUT:
+                    return value, position + end
+            except json.JSONDecodeError as error:
+                if is_rest or (error.pos <= len(part) - CUT and not error.msg.startswith("Unterminated string")):
+                    raise
+            length *= 4
+
     def next_element(self, position: int) -> int:
         """Where the list goes on behind a broken element: at the next `{` that begins its line as this one does."""
-        indent = self.text[self.text.rfind("\n", 0, position) + 1 : position]
+        indent = self.text[self.line_start : position]
         found = re.compile("\n" + (re.escape(indent) if not indent.strip() else r"[ \t]*") + r"\{").search(
             self.text, position
         )
@@ -236,22 +294,60 @@ class _Json:
     def wrapped_list(self, position: int) -> int | None:
         """The position behind the bracket of the list of rows in an object, or None if the object is a row itself."""
         position = self.skip(position + 1)
+        other = 0  # another list of objects before that of the rows
         while self.text[position : position + 1] == '"':
+            start = position
             try:
-                key, end = PLAIN.raw_decode(self.text, position)
-                position = self.skip(end)
-                if self.text[position : position + 1] != ":":
+                key, position = self.key(position)
+                if key in COLUMNS:
                     return None
-                position = self.skip(position + 1)
-                if key in WRAPPERS and self.text[position : position + 1] == "[":
+                inside = self.skip(position + 1)
+                if (
+                    key in WRAPPERS
+                    and self.text[position : position + 1] == "["
+                    and self.text[inside : inside + 1] in ("{", "]")
+                ):
+                    if other:
+                        self.stop(other, "a list of objects beside the list of rows")
                     return position + 1
-                position = self.skip(PLAIN.raw_decode(self.text, position)[1])
+                value, end = self.decode(PLAIN, position)
             except (ValueError, RecursionError):
                 return None
+            other = other or (start if _has_objects(value) else 0)
+            position = self.skip(end)
             if self.text[position : position + 1] != ",":
                 return None
             position = self.skip(position + 1)
         return None
+
+    def key(self, position: int) -> tuple[str, int]:
+        """An object's key, and the position of its value. Raises ValueError where no key and colon stand."""
+        key, end = self.decode(PLAIN, position)
+        colon = self.skip(end)
+        if not isinstance(key, str) or self.text[colon : colon + 1] != ":":
+            raise ValueError
+        return key, self.skip(colon + 1)
+
+    def rest_of_object(self, position: int) -> None:
+        """Refuse what may follow the list of rows in its object if it could hold rows, and a file that is cut off."""
+        position = self.skip(position)
+        while self.text[position : position + 1] == ",":
+            start = self.skip(position + 1)
+            try:
+                key, position = self.key(start)
+                value, end = self.decode(PLAIN, position)
+            except (ValueError, RecursionError):
+                self.stop(start, "no valid JSON behind the list of rows")
+            if _has_objects(value):
+                self.stop(start, f"`{key}`, a list of objects beside the list of rows")
+            if key in COLUMNS:
+                self.stop(start, f"`{key}`, a row's key beside the list of rows")
+            position = self.skip(end)
+        if self.text[position : position + 1] != "}":
+            self.stop(position, "no `}` and no comma behind the list of rows")
+        position = self.skip(position + 1)
+        if position < len(self.text):
+            self.stop(position, "text after the end of the object")
 
     def stop(self, position: int, found: str) -> NoReturn:
         """Raise: what stands behind `position` cannot be told apart into rows."""
@@ -263,13 +359,29 @@ class _Json:
 
     def line_of(self, position: int) -> int:
         self.line += self.text.count("\n", self.counted, position)
+        newline = self.text.rfind("\n", self.counted, position)
+        if newline >= 0:
+            self.line_start, self.offset = newline + 1, 0
+        if self.has_bad_bytes:
+            self.offset += _num_bytes(self.text[max(self.counted, self.line_start) : position])
         self.counted = position
         return self.line
+
+    def bad_byte(self, start: int, position: int) -> RowProblem:
+        """A byte that is not UTF-8 in the row that starts at `start`, which is the last place `line_of` was asked for."""
+        newline = self.text.rfind("\n", start, position)
+        before = self.offset if newline < 0 else 0
+        offset = before + _num_bytes(self.text[max(start, newline + 1) : position])
+        return _not_utf8(ord(self.text[position]) - 0xDC00, offset)
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode(errors="surrogateescape"))
 
 
 def _bad_byte(text: str, position: int) -> RowProblem:
     start = text.rfind("\n", 0, position) + 1
-    offset = len(text[start:position].encode(errors="surrogateescape"))
+    offset = _num_bytes(text[start:position])
     return _not_utf8(ord(text[position]) - 0xDC00, offset)
 
 
@@ -319,28 +431,32 @@ def _table(text: str, container: str) -> Rows:
 def _bad_cell(lines: list[str], line: int, cells: list[str]) -> RowProblem | None:
     if not any(BAD_BYTE.search(cell) for cell in cells):
         return None
-    bad = next(text for text in lines[line - 1 :] if BAD_BYTE.search(text))
-    match = BAD_BYTE.search(bad)
-    assert match is not None
-    return _bad_byte(bad, match.start())
+    while not (match := BAD_BYTE.search(lines[line - 1])):
+        line += 1
+    return _bad_byte(lines[line - 1], match.start())
 
 
 def _records(lines: list[str], first: int, delimiter: str) -> Iterator[tuple[int, list[str] | RowProblem]]:
     """Records with the line on which each starts. After a broken one, reading goes on with the next line."""
+    while first < len(lines):
+        reader = csv.reader((lines[index] for index in range(first, len(lines))), delimiter=delimiter, strict=True)
+        start = first
+        try:
+            while (cells := _next_record(reader)) is not None:
+                if cells:
+                    yield start + 1, cells
+                start = first + reader.line_num
+            return
+        except csv.Error as error:
+            yield start + 1, _not_csv(str(error), lines, start, first + reader.line_num, delimiter)
+            first = start + 1
+
+
+def _next_record(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next record, its cells as long as they are; None at the end. The limit is the process's, so it is put back."""
     limit = csv.field_size_limit(LONG_CELL)
     try:
-        while first < len(lines):
-            reader = csv.reader((lines[index] for index in range(first, len(lines))), delimiter=delimiter, strict=True)
-            start = first
-            try:
-                for cells in reader:
-                    if cells:
-                        yield start + 1, cells
-                    start = first + reader.line_num
-                return
-            except csv.Error as error:
-                yield start + 1, _not_csv(str(error), lines, start, first + reader.line_num, delimiter)
-                first = start + 1
+        return next(reader, None)
     finally:
         csv.field_size_limit(limit)
 

@@ -9,6 +9,7 @@ found. A shard is a digest followed by its payload; one that does not agree with
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ from tunesmith.data.chat import ChatFormat
 from tunesmith.data.lengths import recommended_max_seq_length
 from tunesmith.errors import MachineError, RunError
 from tunesmith.files import cache_folder, write_atomic
-from tunesmith.types import Example, Finding, Progress, TokenizedExample, no_progress
+from tunesmith.types import Example, Finding, Message, Progress, TokenizedExample, no_progress
 from tunesmith.version import __version__
 
 SHARD_ROWS = 2000
@@ -171,7 +172,7 @@ def tokenize(
                 "warning",
                 examples[0].file,
                 None,
-                f"the chat template ({chat.name}) rewrites earlier turns when later ones follow",
+                f"no single text shows every answer of these conversations as the model has to write it ({_why(chat, shards)})",
                 f"{rows} conversations became {rows + unrolled} examples, each cut after the answer that it teaches",
             )
         )
@@ -180,6 +181,12 @@ def tokenize(
         limit = recommended_max_seq_length(store.lengths.tolist(), model_limit) if len(store) else 2048
     fitted, more = _fit(store, examples, limit, data.overlong)
     return Tokenized(fitted, findings + more, limit)
+
+
+def _why(chat: ChatFormat, shards: Sequence[_Shard]) -> str:
+    if any(shard.added_ends for shard in shards):
+        return f"the chat template, {chat.name}, writes no end token"
+    return f"the chat template, {chat.name}, rewrites earlier turns, or a token runs over the border of an answer"
 
 
 def _fit(store: TokenStore, examples: Sequence[Example], limit: int, overlong: str) -> tuple[TokenStore, list[Finding]]:
@@ -322,14 +329,15 @@ class _Cache:
 
     def __init__(self, chat: ChatFormat, train_on: str):
         tokenizer = chat.tokenizer
-        day = time.strftime("%Y-%m-%d") if "strftime_now" in chat.rendering.text else ""  # the template prints the date
+        date = chat.render([Message("user", "a")], True) if chat.now else ""  # as the template prints it
+        libraries = [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
         parts = (
-            f"{__version__} {TOKENS_VERSION}",
+            f"{__version__} {TOKENS_VERSION} {libraries}",
             tokenizer.backend_tokenizer.to_str(),
             json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str),
             chat.template,
             train_on,
-            day,
+            date,
         )
         self._settings = hashlib.sha256("\0".join(parts).encode()).hexdigest()
         self.folder = cache_folder() / "tokens"

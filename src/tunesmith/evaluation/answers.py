@@ -40,6 +40,8 @@ def check_questions(examples: Sequence[Example | PreferenceExample]) -> None:
             )
         elif example.messages is None:
             problems.append(f"{example.where}: plain text has no question to answer; evaluation needs conversations")
+        elif example.messages[-1].tool_calls:
+            problems.append(f"{example.where}: the last turn calls tools; only a text can be compared with an answer")
         elif example.messages[-1].role != "assistant":
             problems.append(f"{example.where}: the conversation does not end with the assistant: no expected answer")
     if problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
+
+TEMPLATE_NAME = "chat_template.jinja"
+"""Beside an adapter: the template that it was trained with. transformers has the same name for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +49,10 @@ def load(
     """Load `target`: a run folder, a PEFT adapter folder, a model folder, a .gguf file or a hub id.
 
     `model` overrides the base of an adapter. A QLoRA run's base is quantized as in training unless `quantized` is False.
-    With `base`, a run's base is loaded as the run had it at its start, with the same settings and chat template. `check`
-    sees the chat format before the weights are fetched and read, and may raise. Raises ModelError, RunError or MachineError; a run whose base has other weights than it was trained on is refused.
+    With `base`, a run's base is loaded as the run had it at its start, with the same settings and chat template; an
+    adapter folder's own `chat_template.jinja` applies. `check` sees the chat format before the weights are fetched and
+    read, and may raise. Raises ModelError, RunError or MachineError; a run whose base has other weights than it was
+    trained on is refused.
     """
     path, target, model = Path(target), str(target), str(model) if model else None
     run = RunFolder.open(path) if RunFolder.is_run(path) else None
@@ -80,7 +86,11 @@ def load(
     computes = compute_dtype(settings.dtype, hardware)
     source = find_model(settings)
     tokenizer = load_tokenizer(source, settings)
-    chat = ChatFormat(tokenizer, config.data.chat_template, config.data.chat_template_kwargs)
+    own_template = path / TEMPLATE_NAME
+    if is_adapter and own_template.is_file():
+        chat = ChatFormat(tokenizer, str(own_template))
+    else:
+        chat = chat_format(tokenizer, config, run)
     check(chat)
     source = fetch_weights(source, settings)
     if run and (adapter or base):
@@ -94,6 +104,22 @@ def load(
     progress("loading the model", 1, 1)
     forward = ModelForward(loaded, hardware.device, computes)
     return LoadedModel(forward, tokenizer, chat, source, hardware, computes, adapter is not None, run)
+
+
+def chat_format(tokenizer: Any, config: RunConfig, run: RunFolder | None = None) -> ChatFormat:
+    """The chat format of a configuration; of a run the one it is trained with, its own copy, on the day that it began.
+
+    Raises RunError if that copy was changed.
+    """
+    if run is None or not run.template_path.is_file():
+        return ChatFormat(tokenizer, config.data.chat_template, config.data.chat_template_kwargs)
+    facts = run.metadata["chat_template"]
+    now = datetime.fromisoformat(facts["now"]) if facts.get("now") else None
+    kept = run.template_path.read_text(encoding="utf-8")
+    chat = ChatFormat(tokenizer, facts["name"], config.data.chat_template_kwargs, now, kept)
+    if chat.hash != facts["hash"]:
+        raise RunError(f"{run.template_path}: this is not the chat template that the run was trained with; restore it")
+    return chat
 
 
 def load_plain(path: Path, dtype: ComputeDType, hardware: Hardware) -> Any:

@@ -11,12 +11,12 @@ from typing import Any
 
 from tunesmith.config import DataConfig, RunConfig, SourceConfig
 from tunesmith.data.chat import ChatFormat
-from tunesmith.data.checks import check_rows
+from tunesmith.data.checks import check_rows, repeated_across
 from tunesmith.data.formats import DataFile, read_examples
 from tunesmith.data.splits import split_rows
 from tunesmith.data.tokens import Tokenized, TokenStore, changed_since_kept, tokenize
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.evaluation.answers import check_questions
+from tunesmith.evaluation.answers import check_questions, encode_questions
 from tunesmith.files import sha256_text
 from tunesmith.types import Example, Finding, PreferenceExample, Progress, no_progress
 
@@ -57,6 +57,8 @@ def read_rows(config: RunConfig) -> RunRows:
     findings = [finding for file in [*files, *held] for finding in file.findings]
     for file in files:
         findings += check_rows(file, settings, held[0] if held else None, tokenized=True)
+    if len(files) > 1:
+        findings += repeated_across(files, settings.train_on)
     for file in held:
         findings += check_rows(file, settings, tokenized=True)
     for file in files:
@@ -68,7 +70,7 @@ def read_rows(config: RunConfig) -> RunRows:
     eval_rows = [row for file in held for row in _examples(file)]
     if settings.eval_fraction:
         shares = {"train": 1 - settings.eval_fraction, "eval": settings.eval_fraction}
-        parts = split_rows(rows, shares, config.training.seed)
+        parts = split_rows(rows, shares, config.training.seed, settings.train_on)
         if not parts["train"] or not parts["eval"]:
             side = "evaluation" if parts["train"] else "training"
             raise ConfigError(f"data.eval_fraction {settings.eval_fraction} leaves no row of {len(rows)} for {side}")
@@ -134,7 +136,11 @@ def tokenize_rows(
         "supervised_tokens": supervised,
         "tokens_sha256": sha256_text([train.examples.digest(), held.examples.digest()]),
     }
-    return RunData(train.examples, held.examples, rows.eval, facts, notes, train.max_seq_length)
+    kept = sorted({int(row) for row in held.examples.rows})
+    eval_rows = [rows.eval[row] for row in kept]
+    if config.evaluation.generate:
+        encode_questions(chat, eval_rows)
+    return RunData(train.examples, held.examples, eval_rows, facts, notes, train.max_seq_length)
 
 
 def summary(findings: Sequence[Finding]) -> list[str]:
@@ -177,11 +183,16 @@ def _read(
 
 def _refuse_wrong_kind(file: DataFile, purpose: str) -> None:
     first = file.examples[0]
-    if isinstance(first, PreferenceExample) or first.desirable is not None:
-        raise DataError(
-            f"{file.path}: the rows are of form {file.form}; {purpose} needs answers, not preferences; pass a file of "
-            "answers, or name the column that holds them (data.format: prompt, data.columns: {completion: chosen})"
+    if isinstance(first, PreferenceExample):
+        fix = (
+            "pass a file of answers, or name the column that holds them (data.format: prompt, data.columns: {completion: "
+            "chosen})"
         )
+    elif first.desirable is not None:
+        fix = "pass a file of answers: only the rows whose label is true, without that label"
+    else:
+        return
+    raise DataError(f"{file.path}: the rows are of form {file.form}; {purpose} needs answers, not preferences; {fix}")
 
 
 def _examples(file: DataFile) -> list[Example]:

@@ -27,7 +27,7 @@ from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, MachineError, RunError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
 from tunesmith.evaluation.metrics import score
-from tunesmith.files import atomic_folder, disk_errors, sha256_file, sha256_text, write_json
+from tunesmith.files import atomic_folder, disk_errors, sha256_file, sha256_text, write_atomic, write_json
 from tunesmith.hardware import (
     ComputeDType,
     Hardware,
@@ -59,6 +59,7 @@ from tunesmith.types import (
     no_progress,
 )
 from tunesmith.version import __version__
+from tunesmith.workflows.load import TEMPLATE_NAME, chat_format
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 
 STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
@@ -156,6 +157,7 @@ class TrainingSession:
                 for file in (folder / "adapter").iterdir():
                     file.rename(folder / file.name)
                 (folder / "adapter").rmdir()
+                write_atomic(folder / TEMPLATE_NAME, self.chat.template)
             return
         dtype = torch_dtype(self.forward.dtype)
         converted: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay tied
@@ -234,7 +236,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     rows = read_rows(config)
     source = find_model(config.model)
     tokenizer = load_tokenizer(source, config.model)
-    chat = ChatFormat(tokenizer, config.data.chat_template, config.data.chat_template_kwargs)
+    chat = chat_format(tokenizer, config, existing)
     data = tokenize_rows(config, chat, rows, progress, source.context_length)
     source = fetch_weights(source, config.model)
     config.model.dtype, config.model.revision = dtype, source.revision  # what `auto` and a branch meant when it began
@@ -254,7 +256,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     optimizer = make_optimizer(model, config.optimizer, config.lr)
     _check_disk(path, model, config)
     run = existing or RunFolder.create(
-        path, config, _metadata(config, source, base_hash, chat, data, hardware, forward)
+        path, config, _metadata(config, source, base_hash, chat, data, hardware, forward), chat.raw_template
     )
     return TrainingSession(
         config=config,
@@ -381,8 +383,8 @@ def _refuse_changed(run: RunFolder, base_hash: str, facts: dict[str, Any]) -> No
             raise RunError(f"{run.path}: {name} has changed since this run started; start a new run")
     if metadata["data"].get("tokens_sha256") != facts["tokens_sha256"]:
         raise RunError(
-            f"{run.path}: the same rows give other tokens than when this run started: the chat template or the "
-            "tokenizer has changed, or the template prints the date; start a new run"
+            f"{run.path}: the same rows give other tokens than when this run started: the tokenizer has changed, or how "
+            "this version of tunesmith makes tokens; start a new run"
         )
 
 
@@ -410,7 +412,12 @@ def _metadata(
             "model_type": source.config.get("model_type"),
         },
         "tokenizer": {"hash": _tokenizer_hash(source)},
-        "chat_template": {"name": chat.name, "hash": chat.hash, "variables": chat.variables},
+        "chat_template": {
+            "name": chat.name,
+            "hash": chat.hash,
+            "variables": chat.variables,
+            "now": chat.now.isoformat() if chat.now else None,
+        },
         "data": data.facts,
         "packages": _versions(),
         "hardware": hardware.describe(),
