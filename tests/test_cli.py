@@ -374,5 +374,5 @@ def test_a_pipe_gets_json_and_the_terminal_the_rest(tiny_model: Path, data: Path
     lines = result.stderr.splitlines()
     assert lines[:2] == ["reading the data ...", "loading the model ..."]
     assert lines[2].startswith("lora on ")
-    assert lines[3] == f"{data}: JSON Lines, form messages, 12 rows"
+    assert lines[3] == f"{data}: JSON Lines, form messages, 16 rows"
     assert all(line.startswith(("training: ", "warning: ")) for line in lines[4:])  # no other library talks

@@ -100,6 +100,7 @@ class ChatFormat:
         # The pattern that cuts texts at added tokens as the tokenizer does, or None; and the tokens of parts seen before.
         self._added = re.compile(f"({_any_of(map(str, added.values())).pattern})") if _cuts_cleanly(state) else None
         self._parts: dict[str, np.ndarray] = {}
+        self._odd_parts: set[str] = set()  # those that make control tokens of plain text
         self._kept = 0
         self._ids_of = lru_cache(maxsize=4096)(self._encode)
 
@@ -336,17 +337,19 @@ class ChatFormat:
         cut = [[self._cut(rendered.text) for rendered in row.texts] for row in rows]
         if self._kept > KEPT_CHARACTERS:
             self._parts.clear()
+            self._odd_parts.clear()
             self._kept = 0
         new = list(dict.fromkeys(p for texts in cut for parts in texts for p in parts if p not in self._parts))
         for part, encoding in zip(new, self._plain.encode_batch(new, add_special_tokens=False), strict=True):
             self._parts[part] = np.array(encoding.ids, dtype=np.int32)
             self._kept += len(part)
+            if self._makes_controls(self._parts[part], part):
+                self._odd_parts.add(part)
         found: list[list[TokenizedExample] | None] = []
         for row, texts in zip(rows, cut, strict=True):
             examples: list[TokenizedExample] = []
-            made = False
+            made = any(part in self._odd_parts for parts in texts for part in parts)
             for rendered, parts in zip(row.texts, texts, strict=True):
-                made |= self._makes_controls(np.concatenate([self._parts[part] for part in parts]), rendered.text)
                 joined = self._join(row.example, rendered, parts) if self._added else None
                 if joined is None:
                     encoding = self._plain.encode(rendered.text, add_special_tokens=False)
