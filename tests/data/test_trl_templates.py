@@ -97,7 +97,7 @@ def is_answer(name: str, found: str, text: str, last: bool) -> bool:
     if name.startswith("phi3") and last:
         found = found.removesuffix("\n</s>")  # written after the last turn only
     start = by_prefix(STARTS, name, "")
-    return found in (start + text + end, start + text.strip() + end)
+    return found in {start + trimmed + end for trimmed in (text, text.strip(), text.rstrip(), text.lstrip("\n"))}
 
 
 def check(name: str, examples: list[Example]) -> None:
@@ -166,6 +166,27 @@ def test_exactly_the_answers_are_supervised(name: str, shared_data: Path) -> Non
             }
             continue
         check(name, examples)
+
+
+ODD = (
+    ("Hi", "Hello."),
+    (" edges \n", "\n edges too "),
+    ("a\n\nb", "c\n\nd"),
+    ("What is {{ x }}?", "{% raw %}{{ x }}{% endraw %} & <b>'\"\\</b>"),
+    ("assistant\nuser", "user\nassistant"),
+    ("왜 그래? 👩‍👩‍👧", "그냥요. e\u0301 é"),
+    ("Hello.", "Hi"),
+)
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_odd_conversations(name: str) -> None:
+    turns = [Message(role, text) for pair in ODD for role, text in zip(("user", "assistant"), pair, strict=True)]
+    examples = [Example(tuple(turns[:size]), None, "f.jsonl", size) for size in range(2, len(turns) + 1, 2)]
+    if name not in NO_SYSTEM:
+        system = Message("system", "Be brief.")
+        examples += [Example((system, *turns[:size]), None, "f.jsonl", 100 + size) for size in (2, 6)]
+    check(name, examples)
 
 
 @pytest.mark.parametrize("name", sorted(VISION | FORCED_THOUGHT))
