@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from tiny import BOS, IM_END, IM_START, chat_rows, make_tiny_model, make_tokenizer, write_jsonl
-from tunesmith.config import RunConfig
+from tunesmith.config import RunConfig, load_config
 from tunesmith.data.formats import read_examples
 from tunesmith.data.lengths import estimate_row
 from tunesmith.errors import ConfigError, DataError, ModelError, RunError
@@ -474,3 +474,14 @@ def test_split_refuses_bad_rows_and_taken_folders(write: Write, tmp_path: Path) 
     assert (result["rows"], result["skipped_rows"]) == (1, {str(path): [2]})
     with pytest.raises(RunError, match="already exists"):
         split_data(configured(path, skip_bad_rows=True), tmp_path / "split", {"train": 1.0})
+
+
+def test_rows_that_are_all_dropped_are_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "long " * 30, "completion": "yes"}] * 2)
+    values = {"data.path": str(path), "model.name": str(tiny_model), "data.max_seq_length": 64, "data.overlong": "drop"}
+    result = check_data(load_config(values=values))
+    assert not result["ok"]
+    errors = [problem["message"] for problem in result["problems"] if problem["severity"] == "error"]
+    assert errors == [
+        "no row is left: all are longer than data.max_seq_length 64; raise it, or set data.overlong: split"
+    ]

@@ -78,6 +78,11 @@ def check_data(config: RunConfig, progress: Progress = no_progress) -> dict[str,
             tokens = tokenize(chat, sequences(file.examples), settings, progress=progress, model_limit=limit)
             checked += tokens.findings
             left[-1] = len(tokens.examples)
+            if file.examples and not left[-1] and not any(finding.severity == "error" for finding in tokens.findings):
+                found = f"no row is left: all are longer than data.max_seq_length {tokens.max_seq_length}"
+                checked.append(
+                    Finding("no_rows", "error", file.path, None, found, "raise it, or set data.overlong: split")
+                )
         findings += checked
         refused.append({(finding.file, finding.line) for finding in checked if finding.severity == "error"})
     progress("reading the data", 1, 1)
