@@ -655,6 +655,19 @@ def test_filling_a_shape_gives_what_rendering_every_prefix_gives(with_template: 
             assert short == [piece.rendered for piece in format.rendering._exactly(messages, (), indices)]
 
 
+def test_not_all_shapes_are_kept(chatml: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.data import rendering
+
+    format = ChatFormat(chatml.tokenizer)
+    rows = [chat(*(Q, A) * size, line=size) for size in range(1, 9)] * 2
+    expected = [example.input_ids.tolist() for example in format.encode(rows)]
+    assert len(format.rendering._shapes) == 8
+    monkeypatch.setattr(rendering, "KEPT_SHAPES", 3)
+    format = ChatFormat(chatml.tokenizer)
+    assert [example.input_ids.tolist() for example in format.encode(rows)] == expected
+    assert len(format.rendering._shapes) <= 3
+
+
 def test_a_template_that_changes_contents_goes_the_long_way(with_template: Any) -> None:
     format = with_template(
         CHATML.replace("message.content", "(message.content | upper if message.role == 'user' else message.content)")

@@ -40,6 +40,9 @@ BROKEN_TEMPLATE = (TypeError, ValueError, LookupError, AttributeError, Arithmeti
 NOT_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversations")
 """Names that a template is given anyway."""
 
+KEPT_SHAPES = 1000
+"""Shapes in memory at most: where every row is a shape of its own, none comes again."""
+
 PROMPT_TAIL = 64
 """So many characters of a prompt's end may belong to the answer's text: an opened thought."""
 
@@ -198,6 +201,8 @@ class ChatTemplate:
             edges = tuple((message.role, *edges_of(message.content)) for message in messages)
             key = (edges, tuple(turns))
             if key not in self._shapes:
+                if len(self._shapes) >= KEPT_SHAPES:
+                    self._shapes.clear()
                 self._shapes[key] = self._shape(edges, turns)
             shapes = self._shapes[key]
             if shapes is not None:
