@@ -61,8 +61,8 @@ class ModelConfig(Section):
     """Compute type, and storage type of frozen weights. `auto`: bf16 where the hardware has it, else fp16 (GPU) or fp32 (CPU). Trainable weights are always fp32."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
-    engine: Literal["auto", "reference"] = "auto"
-    """`reference` runs the model's own modules; `auto` picks the fastest engine that supports the model."""
+    engine: Literal["auto", "reference", "fused"] = "auto"
+    """`reference` runs the model's own modules, `fused` our decoder layers; `auto` is `fused` on a GPU for the families that it knows."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of the reference engine."""
     trust_remote_code: bool = False

@@ -231,12 +231,33 @@ class Generation:
     line: int
 
 
+LayerTensor = Literal["qkv", "attention", "attention_output", "middle", "gate_up", "mlp_output"]
+"""What a fused layer can keep of its forward: the projections that attention reads, attention's result, the hidden state
+between attention and MLP, gate and up. `*_output` exist where a family norms a branch's output (Gemma)."""
+
+LAYER_TENSORS: tuple[LayerTensor, ...] = ("qkv", "attention", "attention_output", "middle", "gate_up", "mlp_output")
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPolicy:
+    """What one fused layer keeps for its backward; what is not kept is computed again there, from the layer's input.
+
+    With `offload_input` the input waits in host memory. `mlp_rows` is how many tokens pass through the MLP at a time where
+    `gate_up` is not kept (None: all of them). A policy changes memory and time, never the gradient.
+    """
+
+    keep: frozenset[LayerTensor] = frozenset(LAYER_TENSORS)
+    offload_input: bool = False
+    mlp_rows: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """What `prepare` does to the model before the optimizer is made.
 
-    `recompute_layers` decoder layers (the first ones) run under activation checkpointing. `reason` says why, for the
-    log. `predicted_peak_gb` is arithmetic, not a measurement; None where nothing was predicted.
+    `recompute_layers` decoder layers (the first ones) compute activations again: all of them under the reference engine's
+    checkpointing, those that `policies` say, one for each layer, in the fused engine. `reason` says why, for the log.
+    `predicted_peak_gb` is arithmetic, not a measurement; None where nothing was predicted.
     """
 
     mode: Literal["auto", "min", "fast"]
@@ -245,6 +266,8 @@ class MemoryPlan:
     budget_gb: float | None
     predicted_peak_gb: float | None
     reason: str
+    engine: Literal["reference", "fused"] = "reference"
+    policies: tuple[LayerPolicy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from tunesmith.cli.bench import bench
 from tunesmith.cli.data import app as data_app
 from tunesmith.errors import TunesmithError
 from tunesmith.version import __version__
@@ -310,6 +311,9 @@ def doctor(as_json: Json = False) -> None:
         console.table(table)
     if not result["ok"]:
         raise typer.Exit(3)
+
+
+app.command()(bench)
 
 
 def main() -> None:

@@ -1,5 +1,8 @@
 """Keep or recompute activations: arithmetic on the model's shape against the memory there is.
 
+The fused engine keeps by tensor (`fused_tensors`), so that its plan can fill the card: what costs the least time for its
+memory goes first.
+
 The reference engine keeps, for every token and decoder layer, what PyTorch's autograd saves of transformers' own
 modules: about 2 bytes x (16 hidden + 6 kv + 5 intermediate) with 16-bit compute, and twice that in fp32 (norms save fp32
 copies, SwiGLU its gate, up, activation and product). Recomputing keeps the layer's input, 2 bytes x hidden, and one
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tunesmith.types import GB, MemoryPlan
+from tunesmith.types import GB, LAYER_TENSORS, LayerPolicy, LayerTensor, MemoryPlan
 
 HEADROOM = 0.9
 """Share of the budget that a plan may fill: fragmentation and workspaces take the rest."""
@@ -43,12 +46,20 @@ def plan_memory(
     static_gb: float,
     budget_gb: float | None,
     num_layers: int,
+    engine: Literal["reference", "fused"] = "reference",
+    rank: int = 0,
+    expanded: bool = False,
 ) -> MemoryPlan:
     """Choose how many decoder layers recompute their activations.
 
     `tokens` is the largest micro-batch and `supervised` its supervised tokens, `static_gb` weights, gradients and optimizer state, `budget_gb` what may be used
-    (None: no bound known). `auto` recomputes the fewest layers whose predicted peak fits 90% of the budget.
+    (None: no bound known). `auto` recomputes the fewest layers whose predicted peak fits 90% of the budget. For the fused
+    engine `rank` is the adapter's, and `expanded` says that base weights are dequantized or cast for each product.
     """
+    if engine == "fused":
+        return _plan_fused(
+            config, mode, tokens, supervised, bytes_per_value, static_gb, budget_gb, num_layers, rank, expanded
+        )
     kept, recomputed = activation_gb(config, tokens, bytes_per_value)
     logits = min(supervised, LOSS_ROWS) * config.vocab_size * 4 * 3 / GB  # fp32 logits, their gradient, the softmax
 
@@ -69,3 +80,104 @@ def plan_memory(
             f"predicted peak {peak(layers):.1f} GB of {budget_gb:.1f} GB: recompute {layers} of {num_layers} layers"
         )
     return MemoryPlan(mode, layers, num_layers, budget_gb, peak(layers), reason)
+
+
+DROP_ORDER: tuple[tuple[LayerTensor, ...], ...] = (
+    ("gate_up", "mlp_output"),
+    ("middle", "attention_output"),
+    ("qkv",),
+    ("attention",),
+)
+"""What is recomputed first. One product brings back each byte of the first three for as many operations (its inner width);
+gate_up has the fewest elementwise passes besides. Attention costs more for a byte from about 1,000 tokens a sequence on."""
+
+MLP_ROWS = 2048
+"""Tokens that pass through the MLP at a time under `min`: enough for full speed of its products."""
+
+GLU_BLOCK = 128
+"""Columns of the GLU backward's programs (kernels/glu.py): each leaves a part of dS in fp32."""
+
+
+def fused_tensors(config: Any, rank: int, bytes_per_value: int) -> dict[str, int]:
+    """Bytes a token of what a fused layer can keep, and of its input (`hidden`), by name."""
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    slot = max(16, 1 << (rank - 1).bit_length()) if rank else 0
+    wide = {
+        "hidden": hidden,
+        "qkv": (heads + 2 * groups) * head_dim + 3 * slot,
+        "attention": heads * head_dim,
+        "middle": hidden,
+        "gate_up": 2 * getattr(config, "intermediate_size", 4 * hidden) + 2 * slot,
+        "slots": 2 * slot,
+    }
+    if str(getattr(config, "model_type", "")).startswith(("gemma2", "gemma3")):
+        wide |= {"attention_output": hidden, "mlp_output": hidden}
+    found = {name: values * bytes_per_value for name, values in wide.items()}
+    found["attention"] += 4 * heads  # the softmax's logsumexp
+    return found
+
+
+def _plan_fused(
+    config: Any,
+    mode: Literal["auto", "min", "fast"],
+    tokens: int,
+    supervised: int,
+    bytes_per_value: int,
+    static_gb: float,
+    budget_gb: float | None,
+    num_layers: int,
+    rank: int,
+    expanded: bool,
+) -> MemoryPlan:
+    sizes = fused_tensors(config, rank, bytes_per_value)
+    always = tokens * (sizes["hidden"] + sizes["slots"])
+    intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    operand = 3 * intermediate * config.hidden_size * bytes_per_value if expanded else 0
+    head = supervised * 2 * sizes["hidden"] + min(supervised, LOSS_ROWS) * config.vocab_size * 2 * bytes_per_value
+
+    def transient(rows: int) -> float:
+        """One layer's backward, everything recomputed: its MLP over `rows` at a time, or its attention."""
+        ds_parts = 4 * (-(-intermediate // GLU_BLOCK)) * (sizes["slots"] // bytes_per_value)
+        piece = rows * (sizes["gate_up"] * 3 // 2 + 2 * sizes["hidden"] + ds_parts)
+        mlp = tokens * (4 * sizes["hidden"] + sizes["qkv"] + sizes["attention"]) + piece + operand
+        attention = tokens * (4 * sizes["hidden"] + 3 * sizes["qkv"] + 2 * sizes["attention"])
+        return max(mlp, attention, head)
+
+    def peak(dropped: dict[LayerTensor, int], rows: int, offload: bool) -> float:
+        kept = sum((num_layers - dropped.get(name, 0)) * tokens * sizes.get(name, 0) for name in LAYER_TENSORS)
+        waiting = 2 * always if offload else num_layers * always
+        return static_gb + (kept + waiting + transient(rows)) / GB
+
+    everything: dict[LayerTensor, int] = dict.fromkeys(LAYER_TENSORS, num_layers)
+    dropped: dict[LayerTensor, int] = {}
+    rows, offload = tokens, False
+    if mode == "min":
+        dropped, rows, offload = everything, MLP_ROWS, True
+    elif mode == "auto" and budget_gb is not None:
+        room = HEADROOM * budget_gb
+        for names in DROP_ORDER:
+            while peak(dropped, rows, offload) > room and dropped.get(names[0], 0) < num_layers:
+                dropped |= dict.fromkeys(names, dropped.get(names[0], 0) + 1)
+        if peak(dropped, rows, offload) > room:
+            rows = MLP_ROWS
+        offload = peak(dropped, rows, offload) > room
+    policies = tuple(
+        LayerPolicy(
+            keep=frozenset(name for name in LAYER_TENSORS if layer >= dropped.get(name, 0)),
+            offload_input=offload,
+            mlp_rows=rows if rows < tokens else None,
+        )
+        for layer in range(num_layers)
+    )
+    predicted = peak(dropped, rows, offload)
+    gone = ", ".join(f"{names[0]} of {dropped[names[0]]}" for names in DROP_ORDER if dropped.get(names[0]))
+    what = f"recompute {gone} of {num_layers} layers" if gone else "keep all activations"
+    budget = f" of {budget_gb:.1f} GB" if budget_gb is not None else ""
+    reason = f"memory.mode {mode}: predicted peak {predicted:.1f}{budget}: {what}"
+    if offload:
+        reason += ", layer inputs in host memory"
+    return MemoryPlan(
+        mode, dropped.get("gate_up", 0), num_layers, budget_gb, predicted, reason, engine="fused", policies=policies
+    )

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from tunesmith.data.batches import make_batch
 from tunesmith.errors import ModelError
 from tunesmith.models.forward import ModelForward
+from tunesmith.models.fuse import engine_of, fuse
 from tunesmith.types import MemoryPlan, TokenizedExample
 
+if TYPE_CHECKING:
+    import torch
 
-def prepare(model: Any, plan: MemoryPlan) -> None:
+
+def prepare(
+    model: Any, plan: MemoryPlan, dtype: torch.dtype | None = None, report: Callable[[str], object] = str
+) -> None:
     """Make `model` (transformers, with or without PEFT) ready to train as `plan` says, in place.
 
-    The first `recompute_layers` decoder layers run under activation checkpointing. Training runs under autocast, which
+    With the fused engine its layers are swapped for fused ones that compute in `dtype`, each with its policy, and `report`
+    is told how. With the reference engine the first `recompute_layers` decoder layers run under activation checkpointing. Training runs under autocast, which
     casts what LoRA's matrices need by itself: PEFT's own cast of every input to fp32 is only copied back, and is off.
     """
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
+    if plan.engine == "fused":
+        model.gradient_checkpointing_disable()
+        fuse(model, plan.policies, dtype, report)
+        return
     if not plan.recompute_layers:
         model.gradient_checkpointing_disable()
         return
@@ -66,4 +78,33 @@ def check_forward(forward: ModelForward, packing: bool) -> None:
     if packing and not isolated:
         raise ModelError(
             f"{type(forward.base).__name__} lets packed documents see each other; set data.packing: false for this model"
+        )
+
+
+def check_fused(forward: ModelForward) -> None:
+    """One forward of a few tokens with fused layers and one with the model's own. Raises ModelError where they differ.
+
+    It finds a layer whose code has changed under the same name.
+    """
+    import numpy as np
+    import torch
+
+    engine = engine_of(forward.model)
+    if engine is None:
+        return
+    vocabulary = forward.base.get_input_embeddings().num_embeddings
+    ids = (7919 * np.arange(1, 25) % vocabulary).astype(np.int32)
+    batch = make_batch([TokenizedExample(ids, np.ones(24, dtype=bool))], True, 0, forward.device)
+    was_training = forward.model.training
+    forward.model.eval()
+    with torch.no_grad(), forward.autocast():
+        ours = forward.hidden(batch).float()
+        with engine.bypassed():
+            theirs = forward.hidden(batch).float()
+    forward.model.train(was_training)
+    difference = ((ours - theirs).norm() / theirs.norm()).item()
+    if not difference < 0.03:
+        raise ModelError(
+            f"the fused layers of {type(forward.base).__name__} do not compute what the model's own do (they differ by "
+            f"{difference:.1%}); set model.engine: reference, and report it"
         )

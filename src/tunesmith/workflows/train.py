@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -40,6 +40,7 @@ from tunesmith.hardware import (
 from tunesmith.memory.policy import plan_memory
 from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32, weights_gb
 from tunesmith.models.forward import ModelForward
+from tunesmith.models.fuse import why_not_fused
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
 from tunesmith.runs import RunFolder, default_run_path
 from tunesmith.training.checkpoint import TrainState, save_weights
@@ -47,7 +48,7 @@ from tunesmith.training.guards import stop_on_signal
 from tunesmith.training.loop import evaluate_loss, num_steps, train_loop
 from tunesmith.training.objectives import OBJECTIVES, Objective
 from tunesmith.training.optimizers import make_optimizer
-from tunesmith.training.prepare import check_forward, prepare
+from tunesmith.training.prepare import check_forward, check_fused, prepare
 from tunesmith.types import (
     GB,
     Event,
@@ -88,6 +89,7 @@ class TrainingSession:
     optimizer: torch.optim.Optimizer
     plan: MemoryPlan
     resumed: bool
+    engine_notes: Sequence[str] = ()
 
     def train(self, sink: EventSink = no_event, progress: Progress = no_progress) -> TrainResult:
         """Train to the end, save the result, write metrics.json. Events go to events.jsonl and to `sink`."""
@@ -105,6 +107,8 @@ class TrainingSession:
                 log({"event": "decision", "message": "{path}: {container}, form {form}, {rows} rows".format(**file)})
             for note in self.data.notes:
                 log({"event": "warning", "message": note})
+            for note in self.engine_notes:
+                log({"event": "decision", "message": note})
             state = train_loop(
                 config=self.config,
                 run=self.run,
@@ -182,7 +186,7 @@ class TrainingSession:
             "steps": num_steps(self.config, order.steps_per_epoch),
             "examples": len(self.data.train),
             "method": self.config.method,
-            "engine": "reference",
+            "engine": self.plan.engine,
             "device": self.hardware.name,
             "dtype": self.forward.dtype,
             "trainable_parameters": trainable,
@@ -252,7 +256,10 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     forward = ModelForward(model, hardware.device, dtype)
     check_forward(forward, config.data.packing)
     plan = _plan(config, forward, hardware, data.train)
-    prepare(model, plan)
+    engine_notes: list[str] = []
+    prepare(model, plan, torch_dtype(dtype), engine_notes.append)
+    if plan.engine == "fused":
+        check_fused(forward)
     optimizer = make_optimizer(model, config.optimizer, config.lr)
     _check_disk(path, model, config)
     run = existing or RunFolder.create(
@@ -271,6 +278,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
         optimizer=optimizer,
         plan=plan,
         resumed=existing is not None,
+        engine_notes=engine_notes,
     )
 
 
@@ -342,7 +350,20 @@ def _plan(
         static_gb=weights_gb(forward.model) + trainable * (4 + STATE_BYTES[config.optimizer.name]) / GB,
         budget_gb=config.memory.limit_gb or free_memory_gb(hardware) + (weights_gb(forward.model)),
         num_layers=shape.num_hidden_layers,
+        engine=_engine(config, forward, hardware),
+        rank=config.adapter.r if config.method != "full" else 0,
+        expanded=config.method == "qlora",
     )
+
+
+def _engine(config: RunConfig, forward: ModelForward, hardware: Hardware) -> Literal["reference", "fused"]:
+    """What `model.engine` means here. Raises ConfigError where `fused` was asked for and no layer fits."""
+    if config.model.engine == "reference" or (config.model.engine == "auto" and hardware.type != "cuda"):
+        return "reference"
+    reasons = why_not_fused(forward.model)
+    if all(reasons) and config.model.engine == "fused":
+        raise ConfigError(f"model.engine is fused, but no layer of this model can be: {reasons[0]}; use auto")
+    return "reference" if all(reasons) else "fused"
 
 
 def _limit_memory(config: RunConfig, hardware: Hardware) -> None:

@@ -1,0 +1,1 @@
+"""Kernels: one file each, with its reference in plain PyTorch beside it. Imports torch and Triton only."""

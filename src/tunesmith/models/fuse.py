@@ -1,0 +1,475 @@
+"""`fuse(model)`: swap a model's decoder layers for fused ones, in place and reversibly.
+
+Only the instance that is given changes: its layers are replaced by `FusedLayer`s that hold the same submodules under the
+same names, so state-dict keys, PEFT, `save_pretrained` and `generate` go on as before, and its decoder gets one forward
+hook. No class, no module and no other model is touched. `unfuse` puts everything back.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from tunesmith.kernels.attention import SequenceLayout, describe_backend
+from tunesmith.kernels.launch import use_triton
+from tunesmith.kernels.pack import PackTable
+from tunesmith.models.families import LayerSpec, layer_spec
+from tunesmith.models.fused_layer import (
+    ACTIVATIONS,
+    AttentionHalf,
+    Inputs,
+    LayerFunction,
+    LayerRun,
+    MlpHalf,
+)
+from tunesmith.models.linear_group import GroupState, base_layer, why_not
+from tunesmith.types import LayerPolicy
+
+RECOMPUTE_ALL = LayerPolicy(keep=frozenset())
+"""What transformers' gradient checkpointing does: keep the layer's input alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusePlan:
+    """What `fuse` did: `fused` and `partly` layers by number, and `reference` ones with the reason. Printed as text."""
+
+    family: str
+    num_layers: int
+    fused: tuple[int, ...]
+    partly: dict[int, str] = field(default_factory=dict)
+    reference: dict[int, str] = field(default_factory=dict)
+    dtype: str = ""
+    weights: str = ""
+    adapters: str = ""
+    attention: str = ""
+    kernels: str = ""
+    policies: tuple[str, ...] = ()
+
+    @property
+    def engine(self) -> str:
+        """`fused` if any layer is, else `reference`."""
+        return "fused" if self.fused or self.partly else "reference"
+
+    def __str__(self) -> str:
+        lines = [f"fused engine: {len(self.fused) + len(self.partly)} of {self.num_layers} layers ({self.family})"]
+        if self.fused or self.partly:
+            for name in ("weights", "adapters", "attention", "kernels"):
+                lines.append(f"  {name:<10} {getattr(self, name)}")
+            lines += [f"  {'policy':<10} {text}" for text in self.policies]
+        for what, layers in (("partly", self.partly), ("reference", self.reference)):
+            for reason, numbers in _by_reason(layers).items():
+                lines.append(f"  {what:<10} layers {_ranges(numbers)}: {reason}")
+        return "\n".join(lines)
+
+
+def fuse(
+    model: nn.Module,
+    policy: LayerPolicy | Sequence[LayerPolicy] | None = None,
+    dtype: torch.dtype | None = None,
+    report: Callable[[str], object] = print,
+) -> FusePlan:
+    """Make `model` (a transformers causal LM, with or without PEFT adapters) run fused decoder layers; returns the plan.
+
+    Works on the instance, whatever trains it. `policy` says what layers keep for the backward: one for all, or one for
+    each (default: everything). `dtype` is the type of the matrix products (default: that of the base weights; fp32 weights
+    under autocast want autocast's). The plan is also given to `report` as text. A layer that does not fit runs as before, and
+    the plan says why. Base weights must be bf16, fp16, fp32 or bitsandbytes 4-bit. Raises ValueError for a model without
+    decoder layers, one that is fused already, or a wrong number of policies.
+    """
+    decoder = _decoder(model)
+    layers = decoder.layers
+    if any(isinstance(layer, FusedLayer) for layer in layers):
+        raise ValueError("this model is fused already; call unfuse(model) first")
+    policies = [policy or LayerPolicy()] * len(layers) if policy is None or isinstance(policy, LayerPolicy) else policy
+    if len(policies) != len(layers):
+        raise ValueError(f"{len(policies)} policies for {len(layers)} layers: give one for each, or one for all")
+    engine = Engine(decoder)
+    partly: dict[int, str] = {}
+    reference: dict[int, str] = {}
+    for number, layer in enumerate(list(layers)):
+        spec = _fitting_spec(layer)
+        if isinstance(spec, str):
+            reference[number] = spec
+            continue
+        if len(spec.halves) == 1:
+            partly[number] = spec.note
+        compute = dtype or _weight_type(layer, spec)
+        layers[number] = FusedLayer(layer, spec, engine, policies[number], number, compute)
+    engine.install(all_fused=not reference and not partly)
+    plan = _plan(engine, layers, partly, reference)
+    report(str(plan))
+    return plan
+
+
+def unfuse(model: nn.Module) -> None:
+    """Put the model's own layers back. Nothing happens to a model that is not fused."""
+    decoder = _decoder(model)
+    for number, layer in enumerate(list(decoder.layers)):
+        if isinstance(layer, FusedLayer):
+            for group in layer.groups:
+                group.unstack_weights()
+            decoder.layers[number] = layer.original
+            layer.original.train(layer.training)
+            layer.engine.remove()
+
+
+def set_policies(model: nn.Module, policies: Sequence[LayerPolicy]) -> None:
+    """Give each fused layer of `model` its policy, by layer number."""
+    for layer in _decoder(model).layers:
+        if isinstance(layer, FusedLayer):
+            layer.policy = policies[layer.number]
+
+
+def why_not_fused(model: nn.Module) -> list[str | None]:
+    """For each decoder layer why it cannot be fused, None where it can."""
+    specs = [_fitting_spec(layer) for layer in _decoder(model).layers]
+    return [spec if isinstance(spec, str) else None for spec in specs]
+
+
+def engine_of(model: nn.Module) -> Engine | None:
+    """The engine of a fused model; None for a model that is not fused."""
+    return next((layer.engine for layer in _decoder(model).layers if isinstance(layer, FusedLayer)), None)
+
+
+def _decoder(model: Any) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
+        raise ValueError(f"{type(base).__name__} has no list of decoder layers; fuse takes a transformers causal LM")
+    return decoder
+
+
+def _fitting_spec(layer: nn.Module) -> LayerSpec | str:
+    """The layer's spec if all of its fused halves fit, else the reason why not."""
+    spec = layer_spec(layer)
+    if isinstance(spec, str):
+        return spec
+    names = [
+        *((*spec.qkv, spec.o) if "attention" in spec.halves else ()),
+        *((*spec.gate_up, spec.down) if "mlp" in spec.halves else ()),
+    ]
+    for name in names:
+        if reason := why_not(layer.get_submodule(name)):
+            return reason
+    if "attention" in spec.halves:
+        attention = layer.get_submodule(spec.o.rpartition(".")[0])
+        if attention.attention_dropout:
+            return "it has dropout on attention weights"
+        if not attention.is_causal:
+            return "its attention is not causal"
+    if getattr(getattr(layer, "config", None), "resid_pdrop", 0.0):
+        return "it has dropout on the residual stream"
+    if "mlp" in spec.halves:
+        config = layer.get_submodule(spec.down.rpartition(".")[0]).config
+        name = getattr(config, "hidden_activation", None) or config.hidden_act
+        if name not in ACTIVATIONS:
+            return f"its activation is {name}"
+    return spec
+
+
+class Engine:
+    """What the fused layers of one model share: the sequences of the running forward, and the packing of adapters."""
+
+    def __init__(self, decoder: Any):
+        self.decoder = decoder
+        self.layout: SequenceLayout | None = None
+        self.given_layout: SequenceLayout | None = None
+        self.last_run: LayerRun | None = None
+        self.all_fused = False
+        self._bypassed = False
+        self._handles: list[Any] = []
+        self._table: PackTable | None = None
+        self._packed_states: tuple[int, ...] = ()
+
+    def install(self, all_fused: bool) -> None:
+        """Hook into the decoder's forward."""
+        self.all_fused = all_fused
+        self._handles.append(self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the hook out again."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Run the model's own layers for a while."""
+        self._bypassed = True
+        try:
+            yield
+        finally:
+            self._bypassed = False
+
+    def _before_forward(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Find out how the tokens are divided into sequences; with a cache, leave the forward to the model's own layers."""
+        given, self.given_layout, self.layout, self.last_run = self.given_layout, None, None, None
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = decoder.config.use_cache and not decoder.training
+        if kwargs.get("past_key_values") is not None or use_cache or self._bypassed:
+            return args, kwargs
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        shaped = ids if ids is not None else kwargs.get("inputs_embeds")
+        if shaped is None:
+            return args, kwargs
+        self.layout = given or _foreign_layout(shaped.shape[0], shaped.shape[1], kwargs)
+        kwargs = {**kwargs, "use_cache": False}
+        if self.layout is not None:
+            if self.all_fused:
+                # A four-dimensional mask is passed on as it is: none is built, and fused layers look at none.
+                kwargs["attention_mask"] = _NoMask.like(shaped, decoder.config)
+            self._pack()
+        return args, kwargs
+
+    def _pack(self) -> None:
+        """Cast the adapters of all layers into their operands, in one launch."""
+        states: list[GroupState] = [
+            state
+            for layer in self.decoder.layers
+            if isinstance(layer, FusedLayer)
+            for state in layer.states()
+            if state.rank
+        ]
+        if any(type(entry.source) is not nn.Parameter for state in states for entry in state.entries[:1]):
+            self._table, self._packed_states = None, ()  # sharded: each layer packs its own when they are gathered
+            return
+        key = tuple(map(id, states))
+        if self._table is None or key != self._packed_states or not self._table.valid():
+            for state in states:
+                state.clear()
+            entries = [entry for state in states for entry in state.entries]
+            self._table, self._packed_states = (PackTable(entries) if entries else None), key
+        if self._table is not None:
+            self._table.run()
+
+    @property
+    def packs_all(self) -> bool:
+        """Whether the adapters of all layers were packed at the start of this forward."""
+        return self._table is not None
+
+
+class _NoMask:
+    """The mask that says: build none."""
+
+    @staticmethod
+    def like(tensor: torch.Tensor, config: Any) -> Any:
+        """An empty 4-D tensor; for models with several kinds of layers a dictionary of it."""
+        mask = torch.empty(1, 1, 0, 0, dtype=torch.bool, device=tensor.device)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if not kinds:
+            return mask
+        return dict.fromkeys(kinds, mask)
+
+
+def _foreign_layout(rows: int, length: int, kwargs: dict[str, Any]) -> SequenceLayout | None:
+    """The sequences of a forward that somebody else calls; None if they cannot be told, or need another mask.
+
+    transformers' flash-attention arguments say it all. A mask of right-padded rows is no mask at all under causal
+    attention. Positions that restart in a single row without a mask are packed documents. Looking at a mask or at
+    positions waits for the device.
+    """
+    bounds, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
+    if bounds is not None and longest is not None:
+        lengths = (bounds[1:] - bounds[:-1]).tolist()
+        return SequenceLayout.packed(bounds.to(torch.int32), lengths, length)
+    mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        right_padded = bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all())
+        return SequenceLayout.dense(rows, length) if right_padded else None
+    if mask is not None:
+        return None
+    if rows == 1 and positions is not None:
+        starts = (positions.reshape(-1) == 0).nonzero().reshape(-1).to(torch.int32)
+        if starts.numel() > 1:
+            bounds = torch.cat((starts, starts.new_tensor([length])))
+            return SequenceLayout.packed(bounds, (bounds[1:] - bounds[:-1]).tolist(), length)
+    return SequenceLayout.dense(rows, length)
+
+
+class FusedLayer(nn.Module):
+    """A decoder layer that runs `LayerFunction`. Its submodules are the original's, under the original's names.
+
+    What it has no code for (generation with a cache, masks that are not causal, other attributes) goes to the original.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        spec: LayerSpec,
+        engine: Engine,
+        policy: LayerPolicy,
+        number: int,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self._modules.update(original._modules)
+        self.__dict__["original"] = original  # not a submodule: its parameters are this module's already
+        self.engine, self.policy, self.number, self.spec = engine, policy, number, spec
+        self.training = original.training
+        self.attention = AttentionHalf(original, spec, dtype) if "attention" in spec.halves else None
+        self.mlp_half = MlpHalf(original, spec, dtype) if "mlp" in spec.halves else None
+        for group in self.groups:
+            group.stack_weights()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["original"], name)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether transformers' `gradient_checkpointing_enable` was called: the policy that keeps the input alone."""
+        return self.policy.keep == RECOMPUTE_ALL.keep
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self.policy = RECOMPUTE_ALL if value else LayerPolicy()
+
+    @property
+    def halves(self) -> list[AttentionHalf | MlpHalf]:
+        """The fused halves."""
+        return [half for half in (self.attention, self.mlp_half) if half is not None]
+
+    @property
+    def groups(self) -> list[Any]:
+        """The linear groups of its halves."""
+        return [group for half in self.halves for group in half.groups]
+
+    def states(self) -> list[GroupState]:
+        """The groups with the adapters that are active now."""
+        return [group.state(self.training) for group in self.groups]
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(B, S, D) as the original; `position_embeddings` are its rotations."""
+        layout = self.engine.layout
+        if layout is None:
+            return self._original(hidden_states, *args, **kwargs)
+        if self.attention is None:
+            return self._with_own_attention(hidden_states, layout, *args, **kwargs)
+        position_embeddings = kwargs.get("position_embeddings")
+        if position_embeddings is None:
+            position_embeddings = args[0]
+        cos, sin = position_embeddings
+        out = self._run(hidden_states, layout, cos.flatten(0, 1), sin.flatten(0, 1))
+        return out if self.mlp_half is not None else self._with_own_mlp(out)
+
+    def _original(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        original = self.__dict__["original"]
+        original.training = self.training
+        return original(*args, **kwargs)
+
+    def _run(self, hidden: torch.Tensor, layout: SequenceLayout, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        states = self.states()
+        if not self.engine.packs_all:
+            for state in states:
+                state.pack()
+        # Drawn on the CPU, where nothing waits for the GPU and a checkpoint holds the generator's state.
+        seed = int(torch.randint(2**31, ())) if any(state.dropout for state in states) else 0
+        inputs = Inputs(layout, cos, sin, self.training, seed)
+        run = LayerRun(self.attention, self.mlp_half, inputs, self.policy, self.engine.last_run)
+        self.engine.last_run = run
+        out: torch.Tensor = LayerFunction.apply(hidden, run, *run.parameters)
+        return out
+
+    def _with_own_mlp(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The MLP half with the model's own modules (experts)."""
+        out: torch.Tensor = hidden + self.get_submodule("mlp")(self.get_submodule(self.spec.mlp_norm)(hidden))
+        return out
+
+    def _with_own_attention(
+        self, hidden: torch.Tensor, layout: SequenceLayout, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """The attention half with the model's own modules, then the fused MLP."""
+        normed = self.get_submodule(self.spec.attention_norm)(hidden)
+        attended, _ = self.get_submodule("self_attn")(hidden_states=normed, **kwargs)
+        none = hidden.new_empty(0, 0)
+        return self._run(hidden + attended, layout, none, none)
+
+
+def _weight_type(layer: nn.Module, spec: LayerSpec) -> torch.dtype:
+    """The type that a layer's base weights are stored in; of 4-bit ones, that they are computed in."""
+    base: Any = base_layer(layer.get_submodule(spec.o if "attention" in spec.halves else spec.down))
+    state = getattr(base.weight, "quant_state", None)
+    dtype: torch.dtype = base.weight.dtype if state is None else base.compute_dtype or state.dtype
+    return dtype
+
+
+def _plan(engine: Engine, layers: nn.ModuleList, partly: dict[int, str], reference: dict[int, str]) -> FusePlan:
+    fused = [layer for layer in layers if isinstance(layer, FusedLayer)]
+    if not fused:
+        names = sorted({type(layer).__name__ for layer in layers})
+        return FusePlan(", ".join(names), len(layers), (), {}, reference)
+    first = fused[0]
+    group = first.groups[0]
+    device = group.bases[0].weight.device
+    sample = torch.empty(0, dtype=group.dtype, device=device)
+    states = [state for layer in fused for state in layer.states()]
+    kinds = Counter(
+        "4-bit, dequantized into the operand" if hasattr(base.weight, "quant_state") else
+        "in the operand" if state.stacked else f"{str(base.weight.dtype).removeprefix('torch.')}, cast into the operand"
+        for state in states
+        for base in state.group.bases
+    )  # fmt: skip
+    ranks = sorted({lora.rank for state in states for lora in state.loras if lora})
+    adapted = sum(lora is not None for state in states for lora in state.loras)
+    folded = "" if all(state.folded for state in states if state.rank) else ", some added by cuBLAS"
+    attention = "the model's own"
+    if first.attention is not None:
+        half = first.attention
+        attention = "; ".join(
+            f"{kind}: {describe_backend(device, group.dtype, half.d, kind, half.spec)}" for kind in ("dense", "packed")
+        )
+    return FusePlan(
+        first.spec.family,
+        len(layers),
+        tuple(layer.number for layer in fused if layer.number not in partly),
+        partly,
+        reference,
+        dtype=str(group.dtype).removeprefix("torch."),
+        weights=", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+        adapters=f"{adapted} LoRA projections, rank {', '.join(map(str, ranks))}{folded}" if adapted else "none",
+        attention=attention,
+        kernels="Triton" if use_triton(sample) else f"PyTorch reference on {device.type}",
+        policies=tuple(
+            f"layers {_ranges(numbers)}: {text}"
+            for text, numbers in _by_reason({layer.number: describe_policy(layer.policy) for layer in fused}).items()
+        ),
+    )
+
+
+def describe_policy(policy: LayerPolicy) -> str:
+    """A policy in words."""
+    gone = [name for name in ("qkv", "attention", "middle", "gate_up") if name not in policy.keep]
+    text = f"recompute {', '.join(gone)}" if gone else "keep all"
+    if policy.offload_input:
+        text += ", input in host memory"
+    return text + (f", MLP {policy.mlp_rows} tokens at a time" if policy.mlp_rows and "gate_up" in gone else "")
+
+
+def _by_reason(reasons: dict[int, str]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for number, reason in reasons.items():
+        found.setdefault(reason, []).append(number)
+    return found
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as 0-2, 5."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
