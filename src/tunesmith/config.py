@@ -232,6 +232,8 @@ class TrainingConfig(Section):
     """Steps between evaluations. Default: once an epoch, if there is evaluation data."""
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between checkpoints. Default: once an epoch."""
+    cuda_graphs: bool = True
+    """Replay a micro-batch as a CUDA graph where launching its kernels takes longer than running them (fused engine, GPU)."""
     save_total_limit: Annotated[int, Field(ge=1)] | None = 2
     """How many checkpoints to keep (the best one is kept besides)."""
     early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from tunesmith.kernels.attention import SequenceLayout
+
 Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
@@ -161,11 +163,15 @@ class Batch:
     cu_seqlens: (
         torch.Tensor
     )  # (D + 1,) int32, cumulative document lengths, on the CPU; for padded rows without the padding
-    supervised: torch.Tensor  # (N,) int64, positions in labels.view(-1) that are not IGNORE_INDEX, in order
+    supervised: (
+        torch.Tensor
+    )  # (N,) int64, positions in labels.view(-1) that are not IGNORE_INDEX, in order (widened: then 0)
     attention_mask: torch.Tensor | None  # (B, T) int64, 1 for a token and 0 for padding; None when packed
     num_examples: int
     num_tokens: int  # without padding
     num_supervised: int
+    supervised_labels: torch.Tensor  # (N,) int64, the labels of those positions
+    layout: SequenceLayout  # how the tokens are divided into sequences, for kernels that look at no mask
     rows: tuple[str, ...] = ()  # `file:line` of the examples, in order
 
 

@@ -146,7 +146,6 @@ def test_supports_what_bitsandbytes_quantizes(device: torch.device) -> None:
         {"dtype": torch.float64},
         {"shape": (4, 4, 16)},
         {"shape": (8, 64)},  # more blocks than absmax holds
-        {"packing_format_for_cpu": True},
         {"absmax": torch.zeros(4, dtype=torch.bfloat16)},
         {"code": torch.zeros(8)},
         {"offset": None},
@@ -166,6 +165,12 @@ def test_denies_what_it_does_not_know(change: dict[str, Any]) -> None:
     assert not supports(state)
     with pytest.raises(ValueError, match=r"unknown kind .* use bitsandbytes.functional.dequantize_4bit"):
         dequantize_4bit(packed, state, torch.empty(4, 64))
+
+
+def test_denies_a_weight_repacked_for_avx512() -> None:
+    packed, state = quantize((32, 64), torch.float32, torch.device("cpu"))
+    functional._convert_weight_packed_for_cpu(packed, state)
+    assert not supports(state)
 
 
 def test_denies_a_state_of_another_make() -> None:

@@ -97,11 +97,12 @@ def test_one_launch_for_each_pair_of_types(device: torch.device) -> None:
         *entries(SIZES[:3], torch.float32, torch.float16, device),
         *entries(SIZES[:3], torch.float16, torch.float32, device),
         *entries(SIZES[3:], torch.float32, torch.float16, device),
-        *entries([((0, 4), (4, 4))], torch.float32, torch.float16, device),
+        *entries(SIZES[3:], torch.float32, torch.float32, device),
+        *entries([((0, 4), (4, 4)), ((4, 0), (4, 4))], torch.float32, torch.float16, device),
         *entries(SIZES[:2], torch.float64, torch.float64, device),
     ]
     table = PackTable(made)
-    assert [type(group).__name__ for group in table._groups] == ["_Launch", "_Launch", "_Loop"]
+    assert [type(group).__name__ for group in table._groups] == ["_Launch", "_Launch", "_Launch", "_Loop"]
     table.run()
     for entry in made[:-2]:
         assert_packed(entry)

@@ -33,6 +33,7 @@ class Case:
     bias: bool = False
     norm: bool = False
     norm_offset: float = 0.0
+    eps: float = 1e-6
 
     @property
     def N(self) -> int:
@@ -48,7 +49,8 @@ CASES = {
     "phi3": Case(T=33, H=2, G=2, d=96, num_slots=1, slot=48),
     "phi4-mini": Case(T=34, H=3, G=1, d=128, rot=96, num_slots=1, positions=17),
     "partial rotary, norm and bias": Case(T=40, H=2, G=1, d=80, rot=20, bias=True, norm=True, slot=32, positions=10),
-    "tiny heads": Case(T=63, H=2, G=1, d=16, norm=True),
+    # Without eps, the padding rows of the last block have an infinite rstd, which must not reach a sum.
+    "tiny heads, no eps": Case(T=63, H=2, G=1, d=16, norm=True, eps=0.0),
     "no adapter": Case(T=66, H=2, G=1, d=64, low_rank=False, positions=22),
     "norm without adapter": Case(T=66, H=2, G=1, d=64, low_rank=False, norm=True, bias=True),
     "wide slots": Case(T=5, H=5, G=1, d=64, slot=64, positions=1),
@@ -92,7 +94,7 @@ def make(case: Case, dtype: torch.dtype, device: torch.device) -> Tensors:
     if case.bias:
         options["bias_N"] = normal(case.N)
     if case.norm:
-        options |= {"q_norm_d": normal(case.d), "k_norm_d": normal(case.d), "eps": 1e-6}
+        options |= {"q_norm_d": normal(case.d), "k_norm_d": normal(case.d), "eps": case.eps}
     return Tensors(
         buf=normal(case.T, columns + 8)[:, :columns],
         b=normal(case.N, case.slot + 8, scale=0.2)[:, : case.slot] if case.low_rank else None,
@@ -220,7 +222,7 @@ def test_a_layer_without_rotation_has_cos_one_and_sin_zero(dtype: torch.dtype, d
 
 
 def test_norm_gradients_have_the_same_bits_every_time(device: torch.device) -> None:
-    case = CASES["tiny heads"]
+    case = CASES["tiny heads, no eps"]
     t = make(case, torch.float32, device)
     out = torch.empty(case.T, case.N, device=device)
     runs = [

@@ -16,6 +16,7 @@ def inputs(
     torch.manual_seed(T + N + S)
     base = torch.randn(T, N + 8, device=device).to(dtype)[:, :N]
     buffer = torch.randn(T, N + S + 16, device=device).to(dtype)
+    buffer[:, N + S :] = float("nan")  # not to be read
     b = (torch.randn(N, S + 8, device=device) / S).to(dtype)[:, :S]
     return base, buffer[:, :N], buffer[:, N : N + S], b
 

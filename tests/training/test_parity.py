@@ -191,19 +191,31 @@ def test_accumulation_does_not_change_the_gradient(
         assert error < 1e-6, f"micro-batches of {size}: gradient differs by {error:.1e}"
 
 
+@pytest.mark.parametrize("head", ["a matrix", "a module"])
 def test_loss_of_many_rows_is_chunked_exactly(
-    session: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch
+    session: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch, head: str
 ) -> None:
+    from tunesmith.kernels import linear_cross_entropy
     from tunesmith.training import objectives
 
     run = session("data.train_on=all")
+    if head == "a module":
+        run.forward.head.__class__ = type("CalledLinear", (torch.nn.Linear,), {})
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     arguments = (run.forward, run.objective, [run.data.train[:8]], True, 0, scaler)
     whole_loss = accumulate_gradients(*arguments)
     whole = gradients(run.forward.model)
     run.forward.model.zero_grad()
     monkeypatch.setattr(objectives, "LOSS_ROWS", 7)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_MULTIPLE", 8)
+    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 1)
+    chunks = []
+    chunk_loss = linear_cross_entropy._cross_entropy
+    monkeypatch.setattr(
+        linear_cross_entropy, "_cross_entropy", lambda x, *a, **k: (chunks.append(len(x)), chunk_loss(x, *a, **k))
+    )
     loss = accumulate_gradients(*arguments)
+    assert set(chunks[:-1]) == ({8} if head == "a matrix" else set())
     assert float(loss) == pytest.approx(float(whole_loss), rel=1e-6)
     for name, gradient in gradients(run.forward.model).items():
         torch.testing.assert_close(gradient, whole[name], rtol=1e-4, atol=1e-7)

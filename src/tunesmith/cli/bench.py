@@ -111,7 +111,7 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["error"]:
             lines.append(f"{row['label']}: {row['error']}")
             continue
-        if row["runner"] == "tunesmith" and row["engine"] == "reference":
+        if row["runner"] == "tunesmith" and row["engine_used"] == "reference":
             lines.append(f"{row['label']}: ran the reference engine ({row['plan']})")
         if check := row.get("check_result"):
             lines.append(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from tunesmith.kernels.attention import SequenceLayout
+
 Part = TypeVar("Part")
 """The examples of one micro-batch, or their indices."""
 
@@ -110,8 +112,26 @@ def largest_micro_batch(lengths: Sequence[int], training: TrainingConfig, packin
     return sum(longest) if packing else len(longest) * longest[-1]
 
 
-def make_batch(examples: Sequence[TokenizedExample], packing: bool, pad_id: int, device: torch.device | str) -> Batch:
-    """One micro-batch on `device`: packed end to end, or padded on the right."""
+LENGTH_STEP = 128
+"""Tokens: a widened batch has rows of a multiple of it."""
+
+DOCUMENT_STEP = 16
+"""A widened packed row has a multiple of it in documents."""
+
+
+def make_batch(
+    examples: Sequence[TokenizedExample],
+    packing: bool,
+    pad_id: int,
+    device: torch.device | str,
+    widen: bool = False,
+) -> Batch:
+    """One micro-batch on `device`: packed end to end, or padded on the right.
+
+    With `widen` its sizes are rounded up, so that they come again: rows to a multiple of LENGTH_STEP tokens, documents of
+    a packed row to a multiple of DOCUMENT_STEP (by one of padding and empty ones), supervised positions to an eighth of
+    all (by ones without a label). Nothing that counts sees what is added.
+    """
     import numpy as np
     import torch
 
@@ -122,11 +142,14 @@ def make_batch(examples: Sequence[TokenizedExample], packing: bool, pad_id: int,
     is_target[bounds[:-1]] = False  # nothing predicts a document's first token, least of all the document before it
     targets = np.flatnonzero(is_target)
     positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
+    height, width = (1, len(ids)) if packing else (len(examples), int(lengths.max()))
+    if widen:
+        width = _up(width, LENGTH_STEP)
+    mask: np.ndarray | None = None
     if packing:
-        height, width = 1, len(ids)
-        slots, position_ids, mask = np.arange(len(ids)), positions, None
+        slots = np.arange(len(ids))
+        position_ids = np.concatenate((positions, np.arange(width - len(ids))))
     else:
-        height, width = len(examples), int(lengths.max())
         slots = np.repeat(np.arange(height) * width, lengths) + positions
         position_ids = np.tile(np.arange(width), height)
         mask = np.zeros(height * width, dtype=np.int64)
@@ -137,6 +160,8 @@ def make_batch(examples: Sequence[TokenizedExample], packing: bool, pad_id: int,
     supervised = slots[targets] - 1
     labels = np.full(height * width, IGNORE_INDEX, dtype=np.int64)
     labels[supervised] = ids[targets]
+    room = min(_up(len(supervised), max(64, height * width // 8)), height * width) if widen else len(supervised)
+    spare = room - len(supervised)
 
     def on_device(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
@@ -146,18 +171,53 @@ def make_batch(examples: Sequence[TokenizedExample], packing: bool, pad_id: int,
         labels=on_device(labels).view(height, width),
         position_ids=on_device(position_ids).view(height, width),
         cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
-        supervised=on_device(supervised),
+        supervised=on_device(np.pad(supervised, (0, spare))),
         attention_mask=None if mask is None else on_device(mask).view(height, width),
         num_examples=len(examples),
         num_tokens=len(ids),
         num_supervised=len(supervised),
+        supervised_labels=on_device(np.pad(ids[targets].astype(np.int64), (0, spare), constant_values=IGNORE_INDEX)),
+        layout=_packed_layout(lengths.tolist(), width, device, widen) if packing else _dense_layout(height, width),
         rows=tuple(example.where for example in examples),
     )
 
 
+def _up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _dense_layout(rows: int, length: int) -> SequenceLayout:
+    from tunesmith.kernels.attention import SequenceLayout
+
+    return SequenceLayout.dense(rows, length)
+
+
+def _packed_layout(lengths: list[int], width: int, device: torch.device | str, widen: bool) -> SequenceLayout:
+    """The documents of a packed row of `width` tokens; those behind the last document are one of padding."""
+    import numpy as np
+    import torch
+
+    from tunesmith.kernels.attention import SequenceLayout
+
+    if sum(lengths) < width:
+        lengths = [*lengths, width - sum(lengths)]
+    bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    if not widen or len(set(lengths)) == 1:
+        return SequenceLayout.packed(torch.from_numpy(bounds).to(device, non_blocking=True), lengths, width)
+    bounds = np.pad(bounds, (0, _up(len(lengths), DOCUMENT_STEP) - len(lengths)), constant_values=width)
+    longest = min(_up(max(lengths), LENGTH_STEP), width)
+    return SequenceLayout(
+        1, width, tuple(lengths), longest, False, torch.from_numpy(bounds).to(device, non_blocking=True)
+    )
+
+
 def micro_batches(
-    parts: Iterable[Sequence[TokenizedExample]], packing: bool, pad_id: int, device: torch.device | str
+    parts: Iterable[Sequence[TokenizedExample]],
+    packing: bool,
+    pad_id: int,
+    device: torch.device | str,
+    widen: bool = False,
 ) -> Iterator[Batch]:
     """The batch of each part of a step, or of an evaluation, one after the other: one is on the device at a time."""
     for examples in parts:
-        yield make_batch(examples, packing, pad_id, device)
+        yield make_batch(examples, packing, pad_id, device, widen)

@@ -18,7 +18,8 @@ Work: 4 H d n^2 / 2 FLOPs a sequence of n tokens forward and 2.5 times that back
 - cudnn: cuDNN through PyTorch. Rows of equal length, compute capability 9 and 10, d <= 128, fp16 and bf16.
 - flash4: the package flash-attn-4. Packed rows, windows and soft caps, compute capability 9 and 10, d <= 128.
 - flash2: FlashAttention-2 in PyTorch. Packed rows and windows, compute capability 8.0 and newer, d <= 256.
-- efficient: xFormers' kernels in PyTorch. Packed rows and windows, any card, fp32 too; it repeats k and v per query head.
+- efficient: xFormers' kernels in PyTorch. Packed rows and windows, compute capability 7.0 and newer, d <= 256, fp32 too;
+  it copies k and v for every query head.
 - flex: FlexAttention, compiled on first use. Soft caps, compute capability 8.0 and newer; it keeps an autograd graph of
   its own between forward and backward, and its backward runs once.
 - math: the reference, in plain PyTorch. Everything, everywhere, at a few (H, L, L) arrays for the longest sequence.
@@ -60,6 +61,7 @@ __all__ = [
     "card_of",
     "choose_backend",
     "describe_backend",
+    "refusal",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -260,6 +262,19 @@ def describe_backend(
         return f"{name} (no NVIDIA GPU)"
     reasons = "; ".join(f"{other}: {reason}" for other, reason in passed.items())
     return f"{name} (not {reasons})" if reasons else name
+
+
+def refusal(
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    head_dim: int,
+    layout: SequenceLayout | Kind,
+    spec: AttentionSpec,
+    card: Card | None = None,
+) -> str | None:
+    """Why `backend` cannot do this, or None if it can."""
+    return REFUSALS[backend](_case(device, dtype, head_dim, layout, spec, card))
 
 
 def _backend_for(q: torch.Tensor, layout: SequenceLayout, spec: AttentionSpec, backend: str | None) -> str:

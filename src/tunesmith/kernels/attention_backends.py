@@ -61,6 +61,9 @@ class SequenceLayout:
     max_length: the longest.
     equal_length: whether all are equally long: then T = len(lengths) * max_length, and kernels for dense rows apply.
     cu_seqlens: packed, (len(lengths) + 1,) int32 on the device: where each sequence begins, and T.
+
+    For launches of a fixed shape a packed layout of unequal lengths may be made directly, with a `max_length` above the
+    longest and with empty sequences (entries that repeat T) at the end of `cu_seqlens`; `lengths` has none of them.
     """
 
     batch: int
@@ -159,23 +162,23 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, spec:
 
 
 def attention_backward_ref(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, layout: SequenceLayout, spec: AttentionSpec
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, spec: AttentionSpec
 ) -> Gradients:
-    """Gradients of `attention_ref` by the formulas of `attention`'s docstring, in its precision; P is recomputed."""
+    """Gradients of `attention_ref` by the formulas of `attention`'s docstring, in its precision; P is recomputed.
+
+    rowsum(do * o) is taken as rowsum(P * dP), which equals it, without the rounding of o.
+    """
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     start, wide, num_kv_heads = 0, _accumulator(q.dtype), k.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         for length in layout.lengths:
             tokens = slice(start, start := start + length)
-            q_LHd, k_LGd, v_LGd = (t[tokens].to(wide) for t in (q, k, v))
-            do_igrd, o_igrd, q_igrd = (
-                t.unflatten(1, (num_kv_heads, -1)) for t in (do[tokens].to(wide), o[tokens].to(wide), q_LHd)
-            )
+            q_LHd, k_LGd, v_LGd, do_LHd = (t[tokens].to(wide) for t in (q, k, v, do))
+            q_igrd, do_igrd = (t.unflatten(1, (num_kv_heads, -1)) for t in (q_LHd, do_LHd))
             p, capped = _scores(q_LHd, k_LGd, spec)
             dv[tokens] = torch.einsum("grij,igrd->jgd", p, do_igrd)
             dp = torch.einsum("igrd,jgd->grij", do_igrd, v_LGd)
-            delta = (do_igrd * o_igrd).sum(-1).permute(1, 2, 0)
-            ds = p * (dp - delta[..., None])
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
             if spec.softcap is not None:
                 ds = ds * (1 - (capped / spec.softcap) ** 2)
             dq[tokens] = spec.scale * torch.einsum("grij,jgd->igrd", ds, k_LGd).flatten(1, 2)
@@ -190,7 +193,7 @@ def _math_forward(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, spec:
 def _math_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, saved: Saved, layout: SequenceLayout, spec: AttentionSpec
 ) -> Gradients:
-    return attention_backward_ref(do, q, k, v, o, layout, spec)
+    return attention_backward_ref(do, q, k, v, layout, spec)
 
 
 def _cudnn_forward(
@@ -333,11 +336,16 @@ def _efficient_backward(
 
 
 @cache
-def _compiled_flex() -> Any:
+def _compiled_flex() -> Callable[..., Tensor]:
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
     # fullgraph: past the recompilation limit it raises; falling back to eager would make the whole score matrix.
-    return torch.compile(flex_attention, fullgraph=True)
+    compiled = torch.compile(flex_attention, fullgraph=True)
+    # Graphs are counted over all models of a process, and PyTorch's limit is 8: one model can need as many (rows of one
+    # block or more, one row or more, lengths that never change or do).
+    limit: Any = torch._dynamo.config.patch(recompile_limit=64)
+    return limit(compiled)
 
 
 @cache

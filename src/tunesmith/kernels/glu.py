@@ -120,12 +120,11 @@ if triton is not None:
     def _activate(g, GELU: tl.constexpr):
         """act(g) and its derivative, in fp32."""
         if GELU:
-            inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
-            tanh = 2.0 * tl.sigmoid(2.0 * inner) - 1.0
-            act = 0.5 * g * (1.0 + tanh)
-            slope = 0.5 * (1.0 + tanh) + 0.5 * g * (1.0 - tanh * tanh) * 0.7978845608028654 * (
-                1.0 + 3.0 * 0.044715 * g * g
-            )
+            # (1 + tanh x) / 2 = sigmoid(2x): no tanh, and no difference of near numbers.
+            inner = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+            half = tl.sigmoid(inner)
+            act = g * half
+            slope = half + act * tl.sigmoid(-inner) * 1.5957691216057308 * (1.0 + 3.0 * 0.044715 * g * g)
         else:
             sigmoid = tl.sigmoid(g)
             act = g * sigmoid
@@ -277,8 +276,10 @@ if triton is not None:
         r = tl.arange(0, R_POW2)[None, :]
         ok = (rows < tokens) & (r < R)
         total = tl.zeros([BLOCK_M, R_POW2], tl.float32)
-        for block in range(num_parts):
-            total += tl.load(parts + (block.to(tl.int64) * tokens + rows) * R + r, mask=ok, other=0.0)
+        at = parts + rows * R + r
+        for _ in range(num_parts):
+            total += tl.load(at, mask=ok, other=0.0)
+            at += tokens * R
         tl.store(out + rows * out_stride + r, total.to(out.dtype.element_ty), mask=ok)
 
 

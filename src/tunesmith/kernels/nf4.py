@@ -52,15 +52,14 @@ class QuantState(Protocol):
 def supports(state: Any) -> bool:
     """Whether `dequantize_4bit` reads this quantization state as bitsandbytes does; if not, let bitsandbytes do it.
 
-    False for a weight that is no matrix, one repacked for AVX-512 CPUs, and any field of a type that bitsandbytes'
-    `quantize_4bit` does not produce.
+    False for a weight that is no matrix, one repacked for AVX-512 CPUs (its absmax is bf16), and any field of a type or
+    size that bitsandbytes' `quantize_4bit` does not produce.
     """
     absmax, code, shape = (getattr(state, name, None) for name in ("absmax", "code", "shape"))
     if not (
         getattr(state, "quant_type", None) in ("nf4", "fp4")
         and getattr(state, "blocksize", None) in BLOCKSIZES
         and getattr(state, "dtype", None) in (torch.float32, torch.float16, torch.bfloat16)
-        and not getattr(state, "packing_format_for_cpu", False)
         and isinstance(absmax, torch.Tensor)
         and shape is not None
         and len(shape) == 2

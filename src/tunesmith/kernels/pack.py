@@ -91,7 +91,7 @@ def pack_ref(entry: PackEntry) -> None:
     rows, cols = entry.source.shape
     source = entry.source.detach()
     wide = source if source.dtype == torch.float64 else source.float()
-    entry.destination.detach()[:rows, :cols].copy_(wide * entry.scale)
+    entry.destination[:rows, :cols].copy_(wide * entry.scale)
 
 
 class _Loop:

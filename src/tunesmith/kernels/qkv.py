@@ -340,16 +340,17 @@ def _check_slot(b_NS: torch.Tensor | None, slot: int) -> None:
         raise ValueError("this card has no tensor cores for the low-rank term: add it with addmm and pass b_NS=None")
 
 
-def _blocks(H: int, G: int, d: int, rot: int, slot: int) -> dict[str, int]:
-    """Tile sizes and warps for heads of d features.
+def _blocks(buf: torch.Tensor, H: int, G: int, d: int, rot: int, slot: int, narrow_rows: int) -> dict[str, int]:
+    """Tile sizes and warps for heads of d features; `narrow_rows` is the number of tokens where 16-bit heads are narrow.
 
-    Chosen by what the compiler makes of them for sm_90: 16 rows of a wide head take 88 registers, 32 rows 144; narrow
-    heads need 64 rows for wgmma (134 registers, against 143 for 32 rows and half the bytes in flight).
+    Chosen by what Triton 3.7 makes of them for sm_90 in bf16. Heads of 128: the forward takes 86 registers for 16 rows,
+    136 for 32. Heads of 64: the forward needs 64 rows for wgmma (134 registers; 143 for 32 rows and half the bytes in
+    flight), while the backward takes 64 registers for 32 rows and 128 for 64. fp32 spills with more than 16 rows.
     """
     heads = H + 2 * G
     return {
         "HEADS": next(n for n in (4, 3, 2, 1) if heads % n == 0),
-        "BLOCK_M": 64 if d <= 64 else 16,
+        "BLOCK_M": narrow_rows if d <= 64 and buf.dtype != torch.float32 else 16,
         "BLOCK_H": max(16, triton.next_power_of_2(rot // 2)),
         "BLOCK_R": max(16, triton.next_power_of_2(d - rot)),
         "BLOCK_S": max(16, triton.next_power_of_2(slot)),
@@ -402,7 +403,7 @@ def qkv_epilogue(
         return out.copy_(result)
     _check_slot(b_NS, slot)
     T, (P, rot) = buf_TNR.shape[0], cos_PR.shape
-    blocks = _blocks(H, G, d, rot, slot)
+    blocks = _blocks(buf_TNR, H, G, d, rot, slot, narrow_rows=64)
     _qkv_kernel[(triton.cdiv(T, blocks["BLOCK_M"]) * (H + 2 * G) // blocks["HEADS"],)](
         buf_TNR,
         buf_TNR if b_NS is None else b_NS,
@@ -478,7 +479,7 @@ def qkv_epilogue_backward(
         return (dq_norm, dk_norm) if norm_grads else (None, None)
     _check_slot(b_NS, slot)
     T, (P, rot), norm = out_TNR.shape[0], cos_PR.shape, raw_TNR is not None
-    blocks = _blocks(H, G, d, rot, slot)
+    blocks = _blocks(out_TNR, H, G, d, rot, slot, narrow_rows=32)
     num_blocks = triton.cdiv(T, blocks["BLOCK_M"])
     norm_grads = norm_grads and norm
     parts = torch.empty((num_blocks, H + G, d), dtype=torch.float32, device=dq.device) if norm_grads else out_TNR

@@ -16,7 +16,6 @@ from tunesmith.models.fuse import engine_of
 if TYPE_CHECKING:
     import torch
 
-    from tunesmith.kernels.attention import SequenceLayout
     from tunesmith.types import Batch
 
 
@@ -51,7 +50,7 @@ class ModelForward:
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Hidden states after the final norm, (B, T, hidden). Documents of a packed batch do not see each other."""
         if (engine := engine_of(self.model)) is not None:
-            engine.given_layout = _layout(batch)
+            engine.given_layout = batch.layout
         # A packed row has no mask and no cache: that is when transformers isolates documents by their positions.
         output = self.decoder(
             input_ids=batch.input_ids,
@@ -72,15 +71,3 @@ class ModelForward:
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
-
-
-def _layout(batch: Batch) -> SequenceLayout:
-    """How the tokens of a batch are divided into sequences, from what is known on the CPU: nothing waits for the GPU."""
-    from tunesmith.kernels.attention import SequenceLayout
-
-    rows, length = batch.input_ids.shape
-    if batch.attention_mask is not None:
-        return SequenceLayout.dense(rows, length)  # padded on the right: no token before the padding sees it
-    lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).tolist()
-    bounds = batch.cu_seqlens.to(batch.input_ids.device, non_blocking=True)
-    return SequenceLayout.packed(bounds, lengths, length)

@@ -251,6 +251,16 @@ class Engine:
             self._table.run()
 
     @property
+    def capturable(self) -> bool:
+        """Whether a forward and backward can be a CUDA graph: all layers fused, nothing drawn, nothing in host memory."""
+        layers = [layer for layer in self.decoder.layers if isinstance(layer, FusedLayer)]
+        if not self.all_fused or any(layer.policy.offload_input for layer in layers):
+            return False
+        return not any(state.dropout for layer in layers for state in layer.states()) and all(
+            half.attends_in_kernels for layer in layers for half in layer.halves
+        )
+
+    @property
     def packs_all(self) -> bool:
         """Whether the adapters of all layers were packed at the start of this forward."""
         return self._table is not None

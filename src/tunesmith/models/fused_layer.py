@@ -21,7 +21,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from tunesmith.kernels.attention import AttentionSpec, SequenceLayout, attention_backward, attention_forward
+from tunesmith.kernels.attention import (
+    AttentionSpec,
+    Kind,
+    SequenceLayout,
+    attention_backward,
+    attention_forward,
+    choose_backend,
+)
 from tunesmith.kernels.glu import Activation, glu, glu_backward
 from tunesmith.kernels.qkv import qkv_epilogue, qkv_epilogue_backward
 from tunesmith.kernels.residual import add_low_rank
@@ -143,6 +150,14 @@ class AttentionHalf:
         return self.qkv, self.o
 
     @property
+    def attends_in_kernels(self) -> bool:
+        """Whether attention is a library's kernel, with packed rows too, and not PyTorch code that builds a mask."""
+        device = self.qkv.bases[0].weight.device
+        kinds: tuple[Kind, ...] = ("dense", "packed")
+        backends = {choose_backend(device, self.qkv.dtype, self.d, kind, self.spec) for kind in kinds}
+        return backends.isdisjoint({"flex", "math"})
+
+    @property
     def norms(self) -> list[Norm]:
         """Its norms."""
         return [norm for norm in (self.norm, self.post_norm, self.q_norm, self.k_norm) if norm is not None]
@@ -167,6 +182,11 @@ class MlpHalf:
     def groups(self) -> tuple[LinearGroup, LinearGroup]:
         """Its linear groups."""
         return self.gate_up, self.down
+
+    @property
+    def attends_in_kernels(self) -> bool:
+        """It does not attend."""
+        return True
 
     @property
     def norms(self) -> list[Norm]:

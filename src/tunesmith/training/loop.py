@@ -21,9 +21,10 @@ from tunesmith.hardware import memory_in_use_gb
 from tunesmith.models.forward import ModelForward
 from tunesmith.runs import RunFolder
 from tunesmith.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
+from tunesmith.training.graphs import GraphedMicroBatches, micro_batch_graphs
 from tunesmith.training.guards import MovementCheck, StopRequest, refuse_not_finite
 from tunesmith.training.objectives import Objective
-from tunesmith.training.optimizers import learning_rate
+from tunesmith.training.optimizers import Optimizer, learning_rate
 from tunesmith.types import Evaluate, EventSink, StepMetrics, TokenizedExample
 
 CHECK_MOVEMENT_AT = 10
@@ -36,7 +37,7 @@ def train_loop(
     run: RunFolder,
     forward: ModelForward,
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     examples: Sequence[TokenizedExample],
     pad_id: int,
     log: EventSink,
@@ -50,7 +51,6 @@ def train_loop(
     VerificationError when the loss is not finite or a trainable tensor has not moved.
     """
     model, training = forward.model, config.training
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     order = StepOrder([len(example) for example in examples], training, config.data.packing)
     total_steps = num_steps(config, order.steps_per_epoch)
     rank, world_size = rank_and_world_size()
@@ -60,13 +60,14 @@ def train_loop(
 
     state = TrainState()
     if resume and (checkpoints := run.checkpoints()):
-        state = load_checkpoint(checkpoints[-1][1], model, optimizer, scaler)
+        state = load_checkpoint(checkpoints[-1][1], model, optimizer.inner, scaler)
         if state.best_value is not None:  # a kill may have come between the checkpoint and this mark
             run.mark_best(state.best_step, _tracked(config)[0], state.best_value)
     movement = MovementCheck(model, state.unmoved)
     began = time.perf_counter() - state.wall_seconds
     model.train()
     window = Window(forward.device)
+    graphs = micro_batch_graphs(config, forward, objective, optimizer, scaler, log)
 
     while state.step < total_steps and not state.stopped_early:
         step = [[examples[index] for index in part] for part in order.step(state.step)]
@@ -75,13 +76,14 @@ def train_loop(
             group["lr"] = lr
 
         loss = accumulate_gradients(
-            forward, objective, deal(step, rank, world_size), config.data.packing, pad_id, scaler
+            forward, objective, deal(step, rank, world_size), config.data.packing, pad_id, scaler, graphs
         )
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimizer.max_grad_norm)
-        scaler.step(optimizer)
+        optimizer.collect()
+        scaler.unscale_(optimizer.inner)
+        grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.optimizer.max_grad_norm)
+        scaler.step(optimizer.inner)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         state.step += 1
         window.add(loss, step)
@@ -110,7 +112,7 @@ def train_loop(
         state.wall_seconds = time.perf_counter() - began
         if save_due or stopping is not None or state.stopped_early:
             state.unmoved = movement.unmoved()
-            save_checkpoint(run.checkpoint_path(state.step), model, optimizer, state, scaler)
+            save_checkpoint(run.checkpoint_path(state.step), model, optimizer.inner, state, scaler)
             if state.best_step == state.step and state.best_value is not None:
                 run.mark_best(state.step, _tracked(config)[0], state.best_value)
             run.prune_checkpoints(training.save_total_limit, state.best_step)
@@ -150,15 +152,22 @@ def accumulate_gradients(
     packing: bool,
     pad_id: int,
     scaler: torch.amp.GradScaler,
+    graphs: GraphedMicroBatches | None = None,
 ) -> torch.Tensor:
     """Add this rank's part of the gradient of one step's loss to the parameters, micro-batch by micro-batch.
 
     `parts` are the examples of each micro-batch. Returns this rank's part of the loss, a detached fp32 scalar on the
     device; both parts, summed over the ranks, are those of the whole step. Changes nothing but gradients (and, with
-    dropout, the random generator): after `zero_grad` it can be called again with smaller parts.
+    dropout, the random generator): after `zero_grad` it can be called again with smaller parts. `graphs` replays the
+    micro-batches whose shape it knows.
     """
     counts = global_counts(objective.counts(example for part in parts for example in part))
     loss = torch.zeros((), device=forward.device)
+    if graphs is not None:
+        graphs.set_counts(counts)
+        for batch in micro_batches(parts, packing, pad_id, forward.device, widen=True):
+            loss += graphs.run(batch)
+        return loss
     for batch in micro_batches(parts, packing, pad_id, forward.device):
         with forward.autocast():
             terms = objective.terms(forward, batch)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from tunesmith.kernels.linear_cross_entropy import linear_cross_entropy
 from tunesmith.memory.policy import LOSS_ROWS
 from tunesmith.models.forward import ModelForward
 from tunesmith.types import IGNORE_INDEX, Batch, Term, TokenizedExample
@@ -39,16 +40,28 @@ class SupervisedFineTuning:
         """One term, `nll`. The head runs on the N supervised rows only, in chunks whose logits are recomputed."""
         hidden_BTD = forward.hidden(batch)
         rows_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.supervised)
-        labels_N = batch.labels.reshape(-1).index_select(0, batch.supervised)
-        return [Term("nll", cross_entropy_sum(forward, rows_ND, labels_N), batch.num_supervised)]
+        return [Term("nll", cross_entropy_sum(forward, rows_ND, batch.supervised_labels), batch.num_supervised)]
 
 
 def cross_entropy_sum(forward: ModelForward, rows_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     """Σ cross-entropy of head(rows) against labels, a scalar in fp32.
 
-    More than LOSS_ROWS rows are done in chunks under activation checkpointing: at most LOSS_ROWS x vocabulary logits
-    exist at a time, for one more product with the head in the backward.
+    A head that is a plain `nn.Linear` is a matrix, and `linear_cross_entropy` computes its gradient in the forward: it can
+    be differentiated once. Any other head (quantized, with an adapter) is a module to be called: more than LOSS_ROWS rows
+    are done in chunks under activation checkpointing, so that at most LOSS_ROWS x vocabulary logits exist at a time, for
+    one more product with the head in the backward.
     """
+    head = forward.head
+    if type(head) is torch.nn.Linear:  # subclasses do something else in their forward
+        return linear_cross_entropy(
+            rows_ND,
+            head.weight,
+            labels_N,
+            bias_V=head.bias,
+            scale=forward.scale,
+            softcap=forward.softcap,
+            ignore_index=IGNORE_INDEX,
+        )
 
     def chunk_sum(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(forward.logits(rows), labels, ignore_index=IGNORE_INDEX, reduction="sum")

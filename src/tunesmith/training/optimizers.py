@@ -5,18 +5,59 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from tunesmith.config import OptimizerConfig
 from tunesmith.errors import MachineError
+from tunesmith.training.flat import FlatParameter, flatten
 
 
-def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -> torch.optim.Optimizer:
+class Optimizer:
+    """A PyTorch optimizer over the trainable parameters, which may be laid end to end first (training/flat.py).
+
+    `inner` is the optimizer; GradScaler wants it. `parameters` are those whose gradients it reads.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer, flats: Sequence[FlatParameter] = ()):
+        self.inner = inner
+        self.flats = list(flats)
+        self.keeps_gradients = False
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The inner optimizer's."""
+        return self.inner.param_groups
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """What the inner optimizer trains."""
+        return [parameter for group in self.inner.param_groups for parameter in group["params"]]
+
+    def collect(self) -> None:
+        """Move the gradients to where the optimizer reads them, adding to what is there."""
+        for flat in self.flats:
+            flat.collect()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients. Where a graph writes to them they stay in place, as zeros."""
+        self.inner.zero_grad(set_to_none=not self.keeps_gradients)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimizer's."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load the inner optimizer's state."""
+        self.inner.load_state_dict(state)
+
+
+def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -> Optimizer:
     """AdamW over the trainable parameters: no weight decay on norms and biases (anything with fewer than two axes).
 
-    Raises MachineError when bitsandbytes is needed and missing.
+    The tensors of an adapter become views of one parameter for each group. Raises MachineError when bitsandbytes is needed and missing.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -24,9 +65,15 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    flats = []
+    if hasattr(model, "peft_config"):
+        for group in groups:
+            if flat := flatten(group["params"]):
+                flats.append(flat)
+                group["params"] = [flat.value]
     options: dict[str, Any] = {"lr": lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **options)
+        return Optimizer(torch.optim.AdamW(groups, fused=True, **options), flats)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MachineError(
             f"optimizer.name {config.name} needs bitsandbytes; install it with: pip install 'tunesmith[quantization]'"
@@ -39,7 +86,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
     }
-    return classes[config.name](groups, **options)
+    return Optimizer(classes[config.name](groups, **options), flats)
 
 
 def learning_rate(config: OptimizerConfig, peak: float, step: int, total_steps: int) -> float:

@@ -26,7 +26,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-from tunesmith.errors import ConfigError, DataError
+from tunesmith.config import DType
+from tunesmith.errors import ConfigError, DataError, MachineError
 from tunesmith.types import Progress, no_progress
 
 Runner = Literal["tunesmith", "reference", "transformers", "liger", "unsloth"]
@@ -137,7 +138,7 @@ class Row:
 
     `documents` are the lengths of the documents of a step. Packed, they lie end to end in one row; otherwise they are a
     batch, one document a row. `memory` and `limit_gb` are `memory.mode` and `memory.limit_gb` (the cap holds for peers
-    too). `checkpointing` is a peer's: its own default, `none`, or `auto` (Unsloth un-checkpoints the layers that fit).
+    too), `engine` is `model.engine` of the runner `tunesmith`. `checkpointing` is a peer's: its own default, `none`, or `auto` (Unsloth un-checkpoints the layers that fit).
     `models` is a folder for the checkpoint that a peer may need to load from.
     """
 
@@ -148,6 +149,7 @@ class Row:
     packed: bool = False
     memory: MemoryMode = "auto"
     limit_gb: float | None = None
+    engine: Literal["auto", "fused"] = "auto"
     checkpointing: Checkpointing = "default"
     group: str = ""
     rank: int = 16
@@ -177,12 +179,10 @@ class Row:
     @property
     def label(self) -> str:
         """What the table calls it."""
-        kind = (
-            f" {self.memory}"
-            if self.is_ours
-            else {"default": "", "none": ", keeps all", "auto": ", auto"}[self.checkpointing]
-        )
-        return f"{RUNNERS[self.runner]}{kind}" + ("" if self.limit_gb is None else f", {self.limit_gb:g} GB")
+        modes = {"tunesmith": f" {self.memory}", "reference": ""}
+        peer = {"default": "", "none": ", keeps all", "auto": ", auto"}[self.checkpointing]
+        cap = "" if self.limit_gb is None else f", {self.limit_gb:g} GB"
+        return RUNNERS[self.runner] + modes.get(self.runner, peer) + cap
 
     @property
     def tokens(self) -> int:
@@ -266,6 +266,8 @@ def plan_rows(
     documents: str | None = None,
     memory: Sequence[str] = (),
     only: Sequence[str] = (),
+    device: str = "auto",
+    dtype: str = "auto",
     **settings: Any,
 ) -> list[Row]:
     """The rows to run: those of a suite, or of one workload with every runner that is installed.
@@ -274,8 +276,12 @@ def plan_rows(
     drawn (`lognormal`). `memory` holds modes and caps in GB, e.g. ["auto", "16"]; `select` holds patterns of row names.
     The defaults depend on whether there is a GPU. `settings` are other fields of `Row`. Raises ConfigError, DataError.
     """
+    _one_of("--dtype", dtype, get_args(DType))
+    on_cpu = False
+    if device != "auto" or dtype != "auto" or (suite is None and None in (model, method, batch, seq)):
+        on_cpu = find_device(device, dtype) != "cuda"
     if suite is None:
-        rows = _workload_rows(model, method, batch, seq, lengths, documents, memory, only)
+        rows = _workload_rows(on_cpu, model, method, batch, seq, lengths, documents, memory, only)
     else:
         given: dict[str, object] = {
             "--model": model,
@@ -293,10 +299,11 @@ def plan_rows(
         rows = SUITES[_one_of("--suite", suite, SUITES)]
     for pattern in select:
         if not any(_is_selected(row, pattern) for row in rows):
-            raise ConfigError(f"--row {pattern!r} matches none of {', '.join(row.name for row in rows)}")
+            groups = dict.fromkeys(row.group for row in rows if row.group) or [row.name for row in rows]
+            raise ConfigError(f"--row {pattern!r} matches none of {', '.join(groups)}")
     if select:
         rows = [row for row in rows if any(_is_selected(row, pattern) for pattern in select)]
-    return [replace(row, **settings) for row in rows]
+    return [replace(row, device=device, dtype=dtype, **settings) for row in rows]
 
 
 def _is_selected(row: Row, pattern: str) -> bool:
@@ -305,6 +312,7 @@ def _is_selected(row: Row, pattern: str) -> bool:
 
 
 def _workload_rows(
+    on_cpu: bool,
     model: str | None,
     method: str | None,
     batch: int | None,
@@ -314,10 +322,9 @@ def _workload_rows(
     memory: Sequence[str],
     only: Sequence[str],
 ) -> list[Row]:
-    has_gpu = None in (model, method, batch, seq) and _has_gpu()
-    model = _one_of("--model", model or ("qwen2.5-3b" if has_gpu else "tiny"), SHAPES)
-    method = _one_of("--method", method or ("qlora" if has_gpu else "lora"), get_args(Method))
-    batch, seq = batch or (4 if has_gpu else 2), seq or (1024 if has_gpu else 64)
+    model = _one_of("--model", model or ("tiny" if on_cpu else "qwen2.5-3b"), SHAPES)
+    method = _one_of("--method", method or ("lora" if on_cpu else "qlora"), get_args(Method))
+    batch, seq = batch or (2 if on_cpu else 4), seq or (64 if on_cpu else 1024)
     longest = SHAPES[model]["max_position_embeddings"]
     if seq > longest:
         raise ConfigError(f"--seq is {seq}, but {model} takes at most {longest} tokens")
@@ -360,10 +367,20 @@ def _one_of(option: str, value: Any, allowed: Iterable[Any], more: str = "") -> 
     return value
 
 
-def _has_gpu() -> bool:
-    """Whether PyTorch would find a GPU. In a process of its own, which is gone with the memory that looking takes."""
-    script = "import torch; raise SystemExit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == 0
+def find_device(device: str, dtype: str) -> str:
+    """The type of the device that rows will run on (`cpu`, `cuda`, `mps`). Raises ConfigError where it is not there.
+
+    Looked at in another process, which is gone with the GPU memory that looking takes.
+    """
+    script = (
+        "import sys; from tunesmith.hardware import compute_dtype, probe\n"
+        "hardware = probe(sys.argv[1]); compute_dtype(sys.argv[2], hardware); print(hardware.type)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, device, dtype], capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return done.stdout.strip()
+    error = _last_error(done.stderr)
+    raise ConfigError(error.removeprefix("ConfigError: "))
 
 
 def is_installed(runner: str) -> bool:
@@ -426,7 +443,7 @@ def bench(
     Returns {"rows": [...], "problems": [...]}: a row that failed has its `error`; `problems` are our own rows whose
     result cannot be trusted (a loss that does not fall, gradients that are not the reference engine's). Rows of peers
     that are not installed are rows with an error. `models` keeps the checkpoints that peers load from; without it they
-    are in a temporary folder.
+    are in a temporary folder. Raises MachineError if every row failed.
     """
     results = []
     with tempfile.TemporaryDirectory(prefix="tunesmith-bench-") as temporary:
@@ -435,13 +452,16 @@ def bench(
             results.append(_run(replace(row, models=str(models or temporary))))
             on_row(results[-1])
         progress("measuring", len(rows), len(rows))
+    if all(result["error"] for result in results):
+        raise MachineError(f"no row could be measured: {results[0]['name']}: {results[0]['error']}")
     return {"rows": results, "problems": [problem for result in results for problem in _problems(result)]}
 
 
 def _run(row: Row) -> dict[str, Any]:
     """One row in its own process, as JSON: the row's fields, then what was measured or the error."""
     described = {"name": row.name, "label": row.label, "workload": row.workload, "tokens": row.tokens}
-    fields = {name: value for name, value in asdict(row).items() if name != "models"}
+    fields = json.loads(row.to_json())
+    del fields["models"]
     measured: dict[str, Any] = {"error": None}
     if not is_installed(row.runner):
         measured["error"] = f"{PEER_PACKAGES[row.runner]} is not installed"
@@ -464,12 +484,18 @@ def _process(row: Row, *arguments: str) -> dict[str, Any]:
     for line in reversed(done.stdout.splitlines()):
         if line.startswith(RESULT_MARK):
             return {"error": None, **json.loads(line.removeprefix(RESULT_MARK))}
-    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     if done.returncode < 0:
         error = f"killed by {signal.Signals(-done.returncode).name} (SIGKILL: the machine was out of memory)"
     else:
-        error = re.sub(r"^[\w.]+\.(?=\w+: )", "", said[-1]) if said else f"exit code {done.returncode}"
-    return {"error": error[:300], "stderr": said[-12:]}
+        error = _last_error(done.stderr) or f"exit code {done.returncode}"
+    return {"error": error[:300], "stderr": done.stderr.splitlines()[-12:]}
+
+
+def _last_error(stderr: str) -> str:
+    """The last line of a traceback without the exception's module; other libraries may have spoken after it."""
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return re.sub(r"^[\w.]+\.(?=\w+)", "", (errors or lines or [""])[-1])
 
 
 def _problems(result: Mapping[str, Any]) -> list[str]:

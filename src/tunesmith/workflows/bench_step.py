@@ -35,13 +35,11 @@ from tunesmith.models.adapters import add_adapter, count_parameters, target_modu
 from tunesmith.models.forward import ModelForward
 from tunesmith.training.loop import accumulate_gradients
 from tunesmith.training.objectives import OBJECTIVES, Objective
-from tunesmith.training.optimizers import make_optimizer
+from tunesmith.training.graphs import GraphedMicroBatches, micro_batch_graphs
+from tunesmith.training.optimizers import Optimizer, make_optimizer
 from tunesmith.training.prepare import prepare
 from tunesmith.types import GB, IGNORE_INDEX, MemoryPlan, TokenizedExample
 from tunesmith.workflows.train import _limit_memory, _plan
-
-ENGINES = {"tunesmith": "auto", "reference": "reference"}
-"""`model.engine` of our two runners. `auto` is the fused engine wherever it supports model and device."""
 
 LEARNING_RATE = 1e-3
 """High, so that a handful of steps on one batch show whether the loss falls."""
@@ -63,31 +61,35 @@ class Trainee:
     config: RunConfig
     forward: ModelForward
     objective: Objective
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
+    graphs: GraphedMicroBatches | None
     scaler: torch.amp.GradScaler
     plan: MemoryPlan
     examples: list[TokenizedExample]
+    engine_notes: list[str]
     check: dict[str, Any] | None
     check_s: float
 
     def step(self) -> torch.Tensor:
         """What training/loop.py does in an optimizer step."""
         packing = self.config.data.packing
-        loss = accumulate_gradients(self.forward, self.objective, [self.examples], packing, 0, self.scaler)
-        update(self.forward.model, self.optimizer, self.scaler, self.config)
+        loss = accumulate_gradients(
+            self.forward, self.objective, [self.examples], packing, 0, self.scaler, self.graphs
+        )
+        self.optimizer.collect()
+        update(self.optimizer.parameters, self.optimizer.inner, self.scaler, self.config)
+        self.optimizer.zero_grad()
         return loss
 
 
 def update(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, config: RunConfig
+    trainable: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, config: RunConfig
 ) -> None:
     """The end of an optimizer step, as in training/loop.py; the peers' too."""
     scaler.unscale_(optimizer)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.nn.utils.clip_grad_norm_(trainable, config.optimizer.max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def configuration(row: Row, engine: str) -> RunConfig:
@@ -186,8 +188,9 @@ def run_ours(row: Row, hardware: Hardware, dtype: ComputeDType) -> dict[str, Any
     result["first_step_s"] += trainee.check_s  # the check was the first to run the kernels
     return result | {
         "load_s": load_s,
-        "engine": getattr(trainee.plan, "engine", "reference"),
+        "engine_used": trainee.plan.engine,
         "plan": trainee.plan.reason,
+        "engine_notes": trainee.engine_notes,
         "recompute_layers": trainee.plan.recompute_layers,
         "predicted_peak_gb": trainee.plan.predicted_peak_gb,
         "trainable_parameters": count_parameters(trainee.forward.model)[0],
@@ -197,7 +200,7 @@ def run_ours(row: Row, hardware: Hardware, dtype: ComputeDType) -> dict[str, Any
 
 def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
     """The row as `tunesmith train` would have it in front of its first step, checked if the row says so."""
-    config = configuration(row, ENGINES[row.runner])
+    config = configuration(row, "reference" if row.runner == "reference" else row.engine)
     _limit_memory(config, hardware)
     torch.manual_seed(SEED)
     base = random_model(row, dtype, hardware.device, row.method == "qlora")
@@ -211,9 +214,13 @@ def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
         slow.memory.mode = "min"  # activations recomputed, so that it fits beside whatever the row needs
         prepare(model, _plan(slow, forward, hardware, examples))
         reference = adapter_gradients(row, forward)
+    if hardware.type == "cuda":
+        torch.cuda.empty_cache()  # the plan counts what is free
 
     plan = _plan(config, forward, hardware, examples)
-    prepare(model, plan)  # the one place where the fused engine is switched on: if the plan says so
+    engine_notes: list[str] = []
+    # The one place where the fused engine is switched on: if the plan says so.
+    prepare(model, plan, torch_dtype(dtype), engine_notes.append)
 
     check, check_s = None, 0.0
     if reference is not None:
@@ -223,7 +230,8 @@ def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
     optimizer = make_optimizer(model, config.optimizer, config.lr)
     scaler = torch.amp.GradScaler(hardware.type, enabled=dtype == "fp16")
     objective = OBJECTIVES[config.objective.name]()
-    return Trainee(config, forward, objective, optimizer, scaler, plan, examples, check, check_s)
+    graphs = micro_batch_graphs(config, forward, objective, optimizer, scaler, lambda event: None)
+    return Trainee(config, forward, objective, optimizer, graphs, scaler, plan, examples, engine_notes, check, check_s)
 
 
 def adapter_gradients(row: Row, forward: ModelForward) -> dict[str, torch.Tensor]:
@@ -298,7 +306,8 @@ def run_peer(row: Row, hardware: Hardware, dtype: ComputeDType) -> dict[str, Any
     model = _unsloth_model(row, dtype) if row.runner == "unsloth" else _peft_model(row, hardware, dtype)
     load_s = time.perf_counter() - began
     model.train()
-    optimizer = make_optimizer(model, config.optimizer, config.lr)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = _peer_optimizer(trainable, config)
     device = hardware.device
     scaler = torch.amp.GradScaler(hardware.type, enabled=dtype == "fp16")
     inputs = peer_inputs(row, device)
@@ -307,11 +316,22 @@ def run_peer(row: Row, hardware: Hardware, dtype: ComputeDType) -> dict[str, Any
         with torch.autocast(hardware.type, torch_dtype(dtype), enabled=dtype != "fp32"):
             loss: torch.Tensor = model(**inputs).loss
         scaler.scale(loss).backward()
-        update(model, optimizer, scaler, config)
+        update(trainable, optimizer, scaler, config)
+        optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     result = measure(step, row, hardware)
-    return result | {"load_s": load_s, "engine": None, "trainable_parameters": count_parameters(model)[0]}
+    return result | {"load_s": load_s, "trainable_parameters": count_parameters(model)[0]}
+
+
+def _peer_optimizer(trainable: list[torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+    """8-bit AdamW over the adapter's tensors, as transformers' Trainer makes it."""
+    import bitsandbytes
+
+    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
+        trainable, lr=config.lr, weight_decay=config.optimizer.weight_decay
+    )
+    return optimizer
 
 
 def peer_inputs(row: Row, device: str) -> dict[str, torch.Tensor]:

@@ -47,7 +47,7 @@ from tunesmith.training.checkpoint import TrainState, save_weights
 from tunesmith.training.guards import stop_on_signal
 from tunesmith.training.loop import evaluate_loss, num_steps, train_loop
 from tunesmith.training.objectives import OBJECTIVES, Objective
-from tunesmith.training.optimizers import make_optimizer
+from tunesmith.training.optimizers import Optimizer, make_optimizer
 from tunesmith.training.prepare import check_forward, check_fused, prepare
 from tunesmith.types import (
     GB,
@@ -86,7 +86,7 @@ class TrainingSession:
     hardware: Hardware
     forward: ModelForward
     objective: Objective
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     plan: MemoryPlan
     resumed: bool
     engine_notes: Sequence[str] = ()

@@ -1,0 +1,185 @@
+"""A micro-batch's forward and backward as one CUDA graph, where launching its kernels takes longer than running them.
+
+A small model or a short micro-batch keeps the GPU waiting for Python: thousands of launches of some microseconds each. A
+graph replays them without. It needs shapes that come again, so micro-batches are widened to a few of them (data/batches.py).
+A shape is captured after it was seen WARM_UPS times, if Python was the slower one; until then, and for other shapes, it runs
+launch by launch. Graphs write gradients to where the optimizer reads them, which therefore stay in place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from tunesmith.config import RunConfig
+from tunesmith.models.forward import ModelForward
+from tunesmith.models.fuse import engine_of
+from tunesmith.training.objectives import Objective
+from tunesmith.training.optimizers import Optimizer
+from tunesmith.types import Batch, EventSink
+
+WARM_UPS = 3
+"""Times that a shape runs launch by launch first: kernels are compiled, and it is seen whether the graph would pay."""
+
+MAX_GRAPHS = 24
+"""Graphs that are kept; the one that was used longest ago goes first. They share one memory pool."""
+
+
+def micro_batch_graphs(
+    config: RunConfig,
+    forward: ModelForward,
+    objective: Objective,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    log: EventSink,
+) -> GraphedMicroBatches | None:
+    """Graphs for this run; None where they cannot be: they need a GPU, fused layers that draw no random numbers, and an
+    optimizer whose gradients stay in place.
+    """
+    engine = engine_of(forward.model)
+    capturable = engine is not None and engine.capturable and len(optimizer.flats) == len(optimizer.parameters)
+    if not config.training.cuda_graphs or not forward.device.startswith("cuda") or not capturable:
+        return None
+    optimizer.keeps_gradients = True
+    return GraphedMicroBatches(forward, objective, optimizer, scaler, log)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What two micro-batches must share to share a graph. `longest` is the longest document of a packed row."""
+
+    rows: int
+    length: int
+    documents: int
+    longest: int
+    supervised: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> Shape:
+        """The shape of a batch."""
+        rows, length = batch.input_ids.shape
+        bounds = batch.layout.cu_seqlens
+        documents = 0 if bounds is None or batch.layout.equal_length else len(bounds) - 1
+        return cls(rows, length, documents, batch.layout.max_length, len(batch.supervised))
+
+
+@dataclass(slots=True)
+class Known:
+    """A shape that was seen: how often, whether a graph pays, and the graph with its inputs and its loss."""
+
+    seen: int = 0
+    pays: bool = True
+    batch: Batch | None = None
+    graph: Any = None
+    loss: torch.Tensor | None = None
+
+
+class GraphedMicroBatches:
+    """Runs micro-batches: launch by launch at first, as graphs where that pays."""
+
+    def __init__(
+        self,
+        forward: ModelForward,
+        objective: Objective,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler,
+        log: EventSink,
+    ):
+        self.forward, self.objective, self.optimizer, self.scaler = forward, objective, optimizer, scaler
+        self.log = log
+        self.known: OrderedDict[Shape, Known] = OrderedDict()
+        self._pool: Any = None
+        self._stream = torch.cuda.Stream(forward.device)
+        self._inverse: dict[str, torch.Tensor] = {}
+
+    def set_counts(self, counts: dict[str, int]) -> None:
+        """The counts of the step that begins: what its terms are divided by."""
+        for name, count in counts.items():
+            if name not in self._inverse:
+                self._inverse[name] = torch.zeros((), device=self.forward.device)
+            self._inverse[name].fill_(1 / count)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Forward and backward of a widened batch; returns its part of the loss. Good until the next run."""
+        known = self.known.setdefault(Shape.of(batch), Known())
+        self.known.move_to_end(Shape.of(batch))
+        known.seen += 1
+        if known.graph is not None:
+            assert known.batch is not None
+            assert known.loss is not None
+            copy_batch(batch, known.batch)
+            known.graph.replay()
+            return known.loss
+        if known.seen <= WARM_UPS:
+            return self._timed(batch, known)
+        return self._capture(batch, known) if known.pays else self._forward_backward(batch)
+
+    def _forward_backward(self, batch: Batch) -> torch.Tensor:
+        with self.forward.autocast():
+            terms = self.objective.terms(self.forward, batch)
+            part = torch.stack([term.weight * term.sum * self._inverse[term.name] for term in terms]).sum()
+        self.scaler.scale(part).backward()
+        self.optimizer.collect()
+        return part.detach()
+
+    def _timed(self, batch: Batch, known: Known) -> torch.Tensor:
+        """Run it, and see whether Python was slower than the GPU. Waits for the GPU: a few times in a shape's life."""
+        torch.cuda.synchronize(self.forward.device)
+        began = time.perf_counter()
+        loss = self._forward_backward(batch)
+        launched = time.perf_counter() - began
+        torch.cuda.synchronize(self.forward.device)
+        known.pays = launched > 0.9 * (time.perf_counter() - began)
+        return loss
+
+    def _capture(self, batch: Batch, known: Known) -> torch.Tensor:
+        captured = [shape for shape, entry in self.known.items() if entry.graph is not None]
+        for shape in captured[: len(captured) - MAX_GRAPHS + 1]:
+            del self.known[shape]
+        known.batch = copy_of(batch)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.forward.device)
+        torch.cuda.empty_cache()  # what the launches before held would lie beside the graph's own memory
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            known.loss = self._forward_backward(known.batch)
+        self._pool = self._pool or graph.pool()
+        known.graph = graph
+        rows, length = batch.input_ids.shape
+        self.log({"event": "decision", "message": f"CUDA graph for micro-batches of {rows} x {length} tokens"})
+        graph.replay()
+        return known.loss
+
+
+def copy_of(batch: Batch) -> Batch:
+    """The batch in tensors of its own."""
+    bounds = batch.layout.cu_seqlens
+    return replace(
+        batch,
+        input_ids=batch.input_ids.clone(),
+        labels=batch.labels.clone(),
+        position_ids=batch.position_ids.clone(),
+        supervised=batch.supervised.clone(),
+        supervised_labels=batch.supervised_labels.clone(),
+        attention_mask=None if batch.attention_mask is None else batch.attention_mask.clone(),
+        layout=replace(batch.layout, cu_seqlens=None if bounds is None else bounds.clone()),
+    )
+
+
+def copy_batch(source: Batch, target: Batch) -> None:
+    """Overwrite the tensors of `target`, a batch of the same shape."""
+    pairs = (
+        (source.input_ids, target.input_ids),
+        (source.labels, target.labels),
+        (source.position_ids, target.position_ids),
+        (source.supervised, target.supervised),
+        (source.supervised_labels, target.supervised_labels),
+        (source.attention_mask, target.attention_mask),
+        (source.layout.cu_seqlens, target.layout.cu_seqlens),
+    )
+    for value, place in pairs:
+        if value is not None and place is not None:
+            place.copy_(value, non_blocking=True)
