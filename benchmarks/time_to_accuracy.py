@@ -28,7 +28,7 @@ from tunesmith.hardware import memory_in_use_gb, probe, torch_dtype
 from tunesmith.models.adapters import add_adapter
 from tunesmith.models.load import load_model
 from tunesmith.runs import RunFolder
-from tunesmith.training.optimizers import learning_rate, make_optimizer
+from tunesmith.training.optimizers import learning_rate
 from tunesmith.types import IGNORE_INDEX, TokenizedExample
 from tunesmith.workflows.train import start
 
@@ -100,8 +100,11 @@ def train_peft(config: RunConfig, run: Path) -> dict[str, Any]:
     model.config.use_cache = False
     model = add_adapter(model, config.adapter, source.name)
     model.train()
-    optimizer = make_optimizer(model, config.optimizer, config.lr)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
+    )
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == "fp16")
     total = -(-len(examples) // BATCH) * EPOCHS
     total = min(total, config.training.max_steps or total)
@@ -112,7 +115,7 @@ def train_peft(config: RunConfig, run: Path) -> dict[str, Any]:
             if step == total:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config.optimizer, config.lr, step, total)
+                group["lr"] = learning_rate(settings, config.lr, step, total)
             inputs = padded(batch, device)
             with torch.autocast(device.split(":")[0], torch_dtype(dtype), enabled=dtype != "fp32"):
                 loss = model(**inputs).loss

@@ -16,6 +16,9 @@ from tunesmith.kernels.qkv import (
     qkv_epilogue_ref,
 )
 
+# Padding rows have an infinite rstd where eps is 0.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -41,18 +44,18 @@ class Case:
 
 
 CASES = {
-    "llama": Case(T=33, H=4, G=2, d=128),
+    "llama": Case(T=17, H=4, G=2, d=128),
     "one token": Case(T=1, H=2, G=1, d=64),
     "qwen2": Case(T=63, H=3, G=1, d=64, bias=True),
-    "qwen3": Case(T=35, H=4, G=1, d=128, norm=True),
+    "qwen3": Case(T=18, H=4, G=1, d=128, norm=True),
     "gemma3": Case(T=17, H=2, G=1, d=256, norm=True, norm_offset=1.0),
-    "phi3": Case(T=33, H=2, G=2, d=96, num_slots=1, slot=48),
-    "phi4-mini": Case(T=34, H=3, G=1, d=128, rot=96, num_slots=1, positions=17),
-    "partial rotary, norm and bias": Case(T=40, H=2, G=1, d=80, rot=20, bias=True, norm=True, slot=32, positions=10),
+    "phi3": Case(T=17, H=2, G=2, d=96, num_slots=1, slot=48),
+    "phi4-mini": Case(T=18, H=3, G=1, d=128, rot=96, num_slots=1, positions=9),
+    "partial rotary, norm and bias": Case(T=20, H=2, G=1, d=80, rot=20, bias=True, norm=True, slot=32, positions=10),
     # Without eps, the padding rows of the last block have an infinite rstd, which must not reach a sum.
-    "tiny heads, no eps": Case(T=63, H=2, G=1, d=16, norm=True, eps=0.0),
+    "tiny heads, no eps": Case(T=33, H=2, G=1, d=16, norm=True, eps=0.0),
     "no adapter": Case(T=66, H=2, G=1, d=64, low_rank=False, positions=22),
-    "norm without adapter": Case(T=66, H=2, G=1, d=64, low_rank=False, norm=True, bias=True),
+    "norm without adapter": Case(T=33, H=2, G=1, d=64, low_rank=False, norm=True, bias=True),
     "wide slots": Case(T=5, H=5, G=1, d=64, slot=64, positions=1),
 }
 GPU_CASES = {"llama 8b": Case(T=300, H=32, G=8, d=128), "qwen2 0.5b": Case(T=300, H=14, G=2, d=64, bias=True)}
@@ -137,7 +140,7 @@ def test_the_reference_is_transformers_phi3() -> None:
 
     case = replace(CASES["phi4-mini"], low_rank=False)
     t = make(case, torch.float64, torch.device("cpu"))
-    q, k, v = t.buf[:, : case.N].view(2, 17, -1, case.d).transpose(1, 2).split((case.H, case.G, case.G), 1)
+    q, k, v = t.buf[:, : case.N].view(2, 9, -1, case.d).transpose(1, 2).split((case.H, case.G, case.G), 1)
     q, k = apply_rotary_pos_emb(q, k, t.cos[None], t.sin[None])
     expected = torch.cat((q, k, v), 1).transpose(1, 2).reshape(case.T, case.N)
     out = qkv_epilogue(t.buf, None, t.cos, t.sin, case.H, case.G, case.d, **t.options)
@@ -199,9 +202,9 @@ def test_backward(name: str, dtype: torch.dtype, device: torch.device) -> None:
 
 def test_gradients_of_several_sequences_need_no_copy(dtype: torch.dtype, device: torch.device) -> None:
     """cuDNN's layout: (B, H, L, d), seen as (B, L, H, d)."""
-    case = replace(CASES["qwen3"], T=66, positions=33)
+    case = replace(CASES["qwen3"], T=34, positions=17)
     t = make(case, dtype, device)
-    grads = [g.reshape(2, 33, -1, case.d).transpose(1, 2).contiguous().transpose(1, 2) for g in t.grads]
+    grads = [g.reshape(2, 17, -1, case.d).transpose(1, 2).contiguous().transpose(1, 2) for g in t.grads]
     results = []
     for dq, dk, dv in (t.grads, grads):
         out = poisoned(case.T, case.N, dtype=dtype, device=device)

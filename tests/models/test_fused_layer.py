@@ -132,11 +132,14 @@ def test_the_plain_layer_is_the_models_own_layer_in_fp32(family: str) -> None:
     decoder = decoder_of(model)
     for layer in decoder.layers:
         h, cos, sin = (t.float() for t in inputs_of(decoder, layer, packed=False))
+        # Eager: transformers' sdpa leaves the soft-cap out.
+        model.config._attn_implementation = decoder.config._attn_implementation = "eager"
         causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
         window = getattr(layer.self_attn, "sliding_window", getattr(decoder.config, "sliding_window", None))
         if window is not None:
             causal &= torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1 - window)
-        own = layer(h[None], attention_mask=causal[None, None], position_embeddings=(cos[None], sin[None]))[0]
+        mask = torch.zeros(TOKENS, TOKENS).masked_fill(~causal, float("-inf"))[None, None]
+        own = layer(h[None], attention_mask=mask, position_embeddings=(cos[None], sin[None]))[0]
         from tunesmith.models.families import layer_spec
 
         spec = layer_spec(layer)

@@ -198,6 +198,7 @@ if triton is not None:
         GELU: tl.constexpr,
         BLOCK_M: tl.constexpr,
         BLOCK_N: tl.constexpr,
+        STAGES: tl.constexpr,
         PRECISION: tl.constexpr,
     ):
         """BLOCK_N columns of gate and up, `rows_per_program` rows in steps of BLOCK_M."""
@@ -219,7 +220,7 @@ if triton is not None:
 
         first = part * rows_per_program
         last = tl.minimum(first + rows_per_program, tokens)
-        for start in tl.range(first, last, BLOCK_M):
+        for start in tl.range(first, last, BLOCK_M, num_stages=STAGES):
             rows = start + tl.arange(0, BLOCK_M)
             row_ok = rows < last
             ok = row_ok[:, None] & col_ok[None, :]
@@ -253,11 +254,12 @@ if triton is not None:
                 ds_at = ds_parts + (block.to(tl.int64) * tokens + row) * R + k[None, :]
                 ds_gate = tl.dot(dg, b_gate, input_precision=PRECISION)
                 ds_up = tl.dot(du, b_up, input_precision=PRECISION)
+                part_type = ds_parts.dtype.element_ty
                 if NUM_SLOTS == 2:
-                    tl.store(ds_at, ds_gate, mask=row_ok[:, None])
-                    tl.store(ds_at + SLOT, ds_up, mask=row_ok[:, None])
+                    tl.store(ds_at, ds_gate.to(part_type), mask=row_ok[:, None])
+                    tl.store(ds_at + SLOT, ds_up.to(part_type), mask=row_ok[:, None])
                 else:
-                    tl.store(ds_at, ds_gate + ds_up, mask=row_ok[:, None])
+                    tl.store(ds_at, (ds_gate + ds_up).to(part_type), mask=row_ok[:, None])
 
         if SLOT > 0:
             db_at = db_parts + (part.to(tl.int64) * 2 * features + cols[:, None]) * SLOT + k[None, :]
@@ -278,7 +280,7 @@ if triton is not None:
         total = tl.zeros([BLOCK_M, R_POW2], tl.float32)
         at = parts + rows * R + r
         for _ in range(num_parts):
-            total += tl.load(at, mask=ok, other=0.0)
+            total += tl.load(at, mask=ok, other=0.0).to(tl.float32)
             at += tokens * R
         tl.store(out + rows * out_stride + r, total.to(out.dtype.element_ty), mask=ok)
 
@@ -345,7 +347,7 @@ def glu_backward(
     tokens, device = buffer.shape[0], buffer.device
     down_slot = 0 if a_down is None or ds_down is None else a_down.shape[0]
     _check_slot(a_down, down_slot)
-    block_m, block_n, warps = 32, 128, 4
+    block_m, block_n, stages = _blocks(buffer, max(slot, down_slot))
     num_blocks = triton.cdiv(features, block_n)
     # Four programs a multiprocessor, but no fewer than eight steps each: their sums are written once a program.
     parts = min(triton.cdiv(4 * num_multiprocessors(device), num_blocks), max(1, tokens // (8 * block_m)))
@@ -356,7 +358,8 @@ def glu_backward(
         return torch.empty(shape, dtype=torch.float32, device=device)
 
     r = num_slots * slot
-    ds_parts = buffer if b is None else empty(num_blocks, tokens, r)
+    # In the type of dS itself: the sum of many rounded parts is as good as one that is rounded once.
+    ds_parts = buffer if b is None else buffer.new_empty(num_blocks, tokens, r)
     db_parts = buffer if b is None else empty(parts, 2 * features, slot)
     da_parts = buffer if not down_slot else empty(parts, down_slot, features)
     _glu_backward_kernel[(num_blocks, parts)](
@@ -386,8 +389,9 @@ def glu_backward(
         GELU=activation == "gelu_tanh",
         BLOCK_M=block_m,
         BLOCK_N=block_n,
+        STAGES=stages,
         PRECISION=_precision(buffer),
-        num_warps=warps,
+        num_warps=4,
     )
     db = da_down = None
     if b is not None:
@@ -406,6 +410,17 @@ def glu_backward(
     if down_slot:
         da_down = da_parts[0] if parts == 1 else da_parts.sum(0)
     return db, da_down
+
+
+def _blocks(buffer: torch.Tensor, slot: int) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, stages) of the backward: what leaves the sums in registers.
+
+    Measured on an H100 at F = 14,336, slot 16, bf16: 64 x 64 in 3 stages 680 us for 8,192 tokens, 128 x 64 727, 64 x 128 1,248,
+    32 x 128 2,200 to 3,400 (they spill).
+    """
+    if buffer.dtype == torch.float32:
+        return 32, 32, 2
+    return (64, 64, 3) if slot <= 16 else (64, 32, 3) if slot == 32 else (32, 32, 2)
 
 
 def _check_slot(matrix: torch.Tensor | None, slot: int) -> None:

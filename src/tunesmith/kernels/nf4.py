@@ -21,6 +21,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tunesmith.kernels.launch import use_triton
 
@@ -31,6 +32,9 @@ except ImportError:  # CPU installations
     triton = None
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_SUPPORTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""States that `supports` has said yes to, with the identities of their tables then."""
+
 TILE = 4096
 """Weights that a program handles."""
 NUM_WARPS = 4
@@ -56,6 +60,18 @@ def supports(state: Any) -> bool:
     size that bitsandbytes' `quantize_4bit` does not produce.
     """
     absmax, code, shape = (getattr(state, name, None) for name in ("absmax", "code", "shape"))
+    if absmax is None:
+        return False
+    tables = (id(absmax), id(code), id(getattr(state, "state2", None)))
+    if _SUPPORTED.get(state) == tables:  # asked in every forward and backward, 11 us each time
+        return True
+    if not _has_known_layout(state, absmax, code, shape):
+        return False
+    _SUPPORTED[state] = tables
+    return True
+
+
+def _has_known_layout(state: Any, absmax: Any, code: Any, shape: Any) -> bool:
     if not (
         getattr(state, "quant_type", None) in ("nf4", "fp4")
         and getattr(state, "blocksize", None) in BLOCKSIZES

@@ -235,7 +235,7 @@ class Engine:
             state
             for layer in self.decoder.layers
             if isinstance(layer, FusedLayer)
-            for state in layer.states()
+            for state in layer.refresh()
             if state.rank
         ]
         if any(type(entry.source) is not nn.Parameter for state in states for entry in state.entries[:1]):
@@ -360,6 +360,11 @@ class FusedLayer(nn.Module):
         """The groups with the adapters that are active now."""
         return [group.state(self.training) for group in self.groups]
 
+    def refresh(self) -> list[GroupState]:
+        """`states`, and remember them for the forward that begins."""
+        self.__dict__["_current"] = current = self.states()
+        return current
+
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """(B, S, D) as the original; `position_embeddings` are its rotations."""
         layout = self.engine.layout
@@ -380,14 +385,14 @@ class FusedLayer(nn.Module):
         return original(*args, **kwargs)
 
     def _run(self, hidden: torch.Tensor, layout: SequenceLayout, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        states = self.states()
+        states = self.__dict__.pop("_current", None) or self.states()
         if not self.engine.packs_all:
             for state in states:
                 state.pack()
         # Drawn on the CPU, where nothing waits for the GPU and a checkpoint holds the generator's state.
         seed = int(torch.randint(2**31, ())) if any(state.dropout for state in states) else 0
         inputs = Inputs(layout, cos, sin, self.training, seed)
-        run = LayerRun(self.attention, self.mlp_half, inputs, self.policy, self.engine.last_run)
+        run = LayerRun(self.attention, self.mlp_half, states, inputs, self.policy, self.engine.last_run)
         self.engine.last_run = run
         out: torch.Tensor = LayerFunction.apply(hidden, run, *run.parameters)
         return out

@@ -13,7 +13,7 @@ d head dimension, N out features of a group, R its adapters' slots together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -197,10 +197,9 @@ class MlpHalf:
 class AttentionRun:
     """One forward and backward of an attention half."""
 
-    def __init__(self, half: AttentionHalf, inputs: Inputs, policy: LayerPolicy):
+    def __init__(self, half: AttentionHalf, states: Sequence[GroupState], inputs: Inputs, policy: LayerPolicy):
         self.half, self.inputs, self.policy = half, inputs, policy
-        self.qkv, self.o = half.qkv.state(inputs.training), half.o.state(inputs.training)
-        self.states = (self.qkv, self.o)
+        self.qkv, self.o = states
         self.qkv_noise, self.o_noise = Noise(inputs.seed, 0), Noise(inputs.seed, 8)
 
     def forward(self, h: torch.Tensor, kept: Kept) -> torch.Tensor:
@@ -351,10 +350,9 @@ class AttentionRun:
 class MlpRun:
     """One forward and backward of an MLP half, over some rows at a time if the policy says so."""
 
-    def __init__(self, half: MlpHalf, inputs: Inputs, policy: LayerPolicy):
+    def __init__(self, half: MlpHalf, states: Sequence[GroupState], inputs: Inputs, policy: LayerPolicy):
         self.half, self.inputs, self.policy = half, inputs, policy
-        self.gate_up, self.down = half.gate_up.state(inputs.training), half.down.state(inputs.training)
-        self.states = (self.gate_up, self.down)
+        self.gate_up, self.down = states
 
     def _pieces(self, tokens: int) -> list[slice]:
         rows = self.policy.mlp_rows
@@ -540,16 +538,16 @@ class LayerRun:
         self,
         attention: AttentionHalf | None,
         mlp: MlpHalf | None,
+        states: Sequence[GroupState],
         inputs: Inputs,
         policy: LayerPolicy,
         previous: LayerRun | None,
     ):
-        self.attention = AttentionRun(attention, inputs, policy) if attention else None
-        self.mlp = MlpRun(mlp, inputs, policy) if mlp else None
+        self.attention = AttentionRun(attention, states[:2], inputs, policy) if attention else None
+        self.mlp = MlpRun(mlp, states[-2:], inputs, policy) if mlp else None
         self.policy = policy
         self.previous = previous
         self.host: HostCopy | None = None
-        states = [state for run in (self.attention, self.mlp) if run for state in run.states]
         norms = [norm.weight for half in (attention, mlp) if half for norm in half.norms if norm.weight.requires_grad]
         found = [*norms, *(parameter for state in states for parameter in state.trainable())]
         self.parameters: list[nn.Parameter] = list({id(parameter): parameter for parameter in found}.values())

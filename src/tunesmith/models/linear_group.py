@@ -69,9 +69,10 @@ class Lora:
 
 def active_lora(module: nn.Module, training: bool) -> Lora | None:
     """What PEFT would add to the base layer now; None while adapters are disabled or merged. Raises ValueError for two."""
-    if not hasattr(module, "lora_A") or module.disable_adapters or module.merged:
+    wrapped: Any = module._modules.get("lora_A")  # plain lookups: this runs for each projection in every forward
+    if wrapped is None or module._disable_adapters or module.merged_adapters:
         return None
-    names = [name for name in module.active_adapters if name in module.lora_A]
+    names = [name for name in module.active_adapters if name in wrapped._modules]
     if len(names) > 1:
         raise ValueError(f"the adapters {', '.join(names)} are active together; the fused engine runs one at a time")
     if not names:

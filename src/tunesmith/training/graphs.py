@@ -25,6 +25,10 @@ from tunesmith.types import Batch, EventSink
 WARM_UPS = 3
 """Times that a shape runs launch by launch first: kernels are compiled, and it is seen whether the graph would pay."""
 
+PAYS_FROM = 0.4
+"""Share of a micro-batch's time that launching takes from which on it is captured: after every wait (a log line, an
+evaluation) the GPU stands still until launching has caught up."""
+
 MAX_GRAPHS = 24
 """Graphs that are kept; the one that was used longest ago goes first. They share one memory pool."""
 
@@ -133,7 +137,7 @@ class GraphedMicroBatches:
         loss = self._forward_backward(batch)
         launched = time.perf_counter() - began
         torch.cuda.synchronize(self.forward.device)
-        known.pays = launched > 0.9 * (time.perf_counter() - began)
+        known.pays = launched > PAYS_FROM * (time.perf_counter() - began)
         return loss
 
     def _capture(self, batch: Batch, known: Known) -> torch.Tensor:

@@ -33,12 +33,12 @@ from tunesmith.config import RunConfig, load_config
 from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, memory_in_use_gb, probe, torch_dtype
 from tunesmith.models.adapters import add_adapter, count_parameters, target_modules
 from tunesmith.models.forward import ModelForward
+from tunesmith.training.graphs import GraphedMicroBatches, micro_batch_graphs
 from tunesmith.training.loop import accumulate_gradients
 from tunesmith.training.objectives import OBJECTIVES, Objective
-from tunesmith.training.graphs import GraphedMicroBatches, micro_batch_graphs
 from tunesmith.training.optimizers import Optimizer, make_optimizer
 from tunesmith.training.prepare import prepare
-from tunesmith.types import GB, IGNORE_INDEX, MemoryPlan, TokenizedExample
+from tunesmith.types import GB, IGNORE_INDEX, Event, MemoryPlan, TokenizedExample
 from tunesmith.workflows.train import _limit_memory, _plan
 
 LEARNING_RATE = 1e-3
@@ -73,9 +73,7 @@ class Trainee:
     def step(self) -> torch.Tensor:
         """What training/loop.py does in an optimizer step."""
         packing = self.config.data.packing
-        loss = accumulate_gradients(
-            self.forward, self.objective, [self.examples], packing, 0, self.scaler, self.graphs
-        )
+        loss = accumulate_gradients(self.forward, self.objective, [self.examples], packing, 0, self.scaler, self.graphs)
         self.optimizer.collect()
         update(self.optimizer.parameters, self.optimizer.inner, self.scaler, self.config)
         self.optimizer.zero_grad()
@@ -83,7 +81,10 @@ class Trainee:
 
 
 def update(
-    trainable: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, config: RunConfig
+    trainable: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: RunConfig,
 ) -> None:
     """The end of an optimizer step, as in training/loop.py; the peers' too."""
     scaler.unscale_(optimizer)
@@ -230,7 +231,11 @@ def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
     optimizer = make_optimizer(model, config.optimizer, config.lr)
     scaler = torch.amp.GradScaler(hardware.type, enabled=dtype == "fp16")
     objective = OBJECTIVES[config.objective.name]()
-    graphs = micro_batch_graphs(config, forward, objective, optimizer, scaler, lambda event: None)
+
+    def note(event: Event) -> None:
+        engine_notes.append(event["message"])
+
+    graphs = micro_batch_graphs(config, forward, objective, optimizer, scaler, note)
     return Trainee(config, forward, objective, optimizer, graphs, scaler, plan, examples, engine_notes, check, check_s)
 
 
