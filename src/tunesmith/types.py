@@ -263,7 +263,8 @@ class MemoryPlan:
 
     `recompute_layers` decoder layers (the first ones) compute activations again: all of them under the reference engine's
     checkpointing, those that `policies` say, one for each layer, in the fused engine. `reason` says why, for the log.
-    `predicted_peak_gb` is arithmetic, not a measurement; None where nothing was predicted.
+    `predicted_peak_gb` is arithmetic, not a measurement; None where nothing was predicted. `loss_rows` are the supervised
+    rows whose logits exist at once (None: as many as are fast).
     """
 
     mode: Literal["auto", "min", "fast"]
@@ -274,6 +275,7 @@ class MemoryPlan:
     reason: str
     engine: Literal["reference", "fused"] = "reference"
     policies: tuple[LayerPolicy, ...] = ()
+    loss_rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

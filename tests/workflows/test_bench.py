@@ -69,9 +69,10 @@ def test_a_workload_has_our_modes_the_reference_and_the_installed_peers(monkeypa
         "unsloth-none",
         "unsloth-auto",
     ]
-    assert {(row.model, row.method, row.documents, row.packed, row.check) for row in rows} == {
-        ("smollm2-135m", "lora", (32, 32, 32), False, True)
+    assert {(row.model, row.method, row.documents, row.packed) for row in rows} == {
+        ("smollm2-135m", "lora", (32, 32, 32), False)
     }
+    assert [row.check for row in rows] == [True] * 3 + [False] * 5
     chosen = plan_rows(model="tiny", method="lora", batch=1, seq=32, only=["tunesmith"], memory=["min", "7.5"])
     assert [(row.name, row.memory, row.limit_gb) for row in chosen] == [
         ("tunesmith-min", "min", None),
@@ -270,19 +271,29 @@ def test_the_median_is_of_the_timed_steps(monkeypatch: pytest.MonkeyPatch) -> No
     assert result["peak_gb"] > 0.1
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_our_step_is_the_loops_step_and_checks_out(method: Any) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "qlora", "memory": "min"}, {"documents": (9, 24, 15), "packed": True}],
+    ids=["lora", "qlora-min", "packed"],
+)
+def test_the_fused_step_checks_out_and_falls_like_the_reference(changes: dict[str, Any]) -> None:
     """The check ends where it began: the losses are those of a row that was not checked."""
-    row = replace(TINY, method=method)
-    unchecked = build(row, probe("cpu"), "fp32")
+    row = replace(TINY, engine="fused", **changes)
     checked = build(replace(row, check=True), probe("cpu"), "fp32")
-    assert (unchecked.check, unchecked.check_s) == (None, 0.0)
+    assert checked.plan.engine == "fused"
+    assert checked.engine_notes[0].startswith("fused engine: 2 of 2 layers (Qwen2)")
     assert checked.check is not None
     assert checked.check["tensors"] == 28
-    assert checked.check["norm_difference"] < 1e-4
-    assert checked.check["cosine"] > 0.99999
-    losses = [unchecked.step().item() for _ in range(3)]
-    assert losses == [checked.step().item() for _ in range(3)]
+    assert checked.check["norm_difference"] < 1e-5
+    assert checked.check["difference"] < 1e-4
+    assert checked.check["cosine"] > 0.9999999
+    unchecked = build(row, probe("cpu"), "fp32")
+    assert (unchecked.check, unchecked.check_s) == (None, 0.0)
+    losses = [checked.step().item() for _ in range(3)]
+    assert losses == [unchecked.step().item() for _ in range(3)]
+    reference = build(replace(row, runner="reference", memory="auto"), probe("cpu"), "fp32")
+    assert (reference.plan.engine, reference.check) == ("reference", None)
+    assert losses == pytest.approx([reference.step().item() for _ in range(3)], rel=1e-5)
     assert losses[2] < losses[1] < losses[0] < math.log(320) + 0.3
 
 

@@ -91,11 +91,14 @@ DROP_ORDER: tuple[tuple[LayerTensor, ...], ...] = (
 """What is recomputed first. One product brings back each byte of the first three for as many operations (its inner width);
 gate_up has the fewest elementwise passes besides. Attention costs more for a byte from about 1,000 tokens a sequence on."""
 
-MLP_ROWS = 2048
-"""Tokens that pass through the MLP at a time under `min`: enough for full speed of its products."""
+MLP_ROWS, MLP_PIECES = 2048, 4
+"""Under `min` the MLP takes a quarter of the tokens at a time, but no fewer than 2,048: its products stay fast."""
 
-GLU_BLOCK = 128
-"""Columns of the GLU backward's programs (kernels/glu.py): each leaves a part of dS in fp32."""
+TIGHT_LOSS_ROWS = 512
+"""Rows of logits at once where memory is short: 131 MB for a vocabulary of 128,256 in 16 bits."""
+
+GLU_BLOCK = 64
+"""Columns of the GLU backward's programs (kernels/glu.py): each leaves its part of dS."""
 
 
 def fused_tensors(config: Any, rank: int, bytes_per_value: int) -> dict[str, int]:
@@ -135,11 +138,13 @@ def _plan_fused(
     always = tokens * (sizes["hidden"] + sizes["slots"])
     intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
     operand = 3 * intermediate * config.hidden_size * bytes_per_value if expanded else 0
-    head = supervised * 2 * sizes["hidden"] + min(supervised, LOSS_ROWS) * config.vocab_size * 2 * bytes_per_value
+    pieces = max(MLP_ROWS, -(-tokens // MLP_PIECES))
 
     def transient(rows: int) -> float:
         """One layer's backward, everything recomputed: its MLP over `rows` at a time, or its attention."""
-        ds_parts = 4 * (-(-intermediate // GLU_BLOCK)) * (sizes["slots"] // bytes_per_value)
+        loss_rows = min(supervised, LOSS_ROWS if rows == tokens else TIGHT_LOSS_ROWS)
+        head = (supervised * 2 + tokens * 2) * sizes["hidden"] + loss_rows * config.vocab_size * bytes_per_value
+        ds_parts = -(-intermediate // GLU_BLOCK) * sizes["slots"]
         piece = rows * (sizes["gate_up"] * 3 // 2 + 2 * sizes["hidden"] + ds_parts)
         mlp = tokens * (4 * sizes["hidden"] + sizes["qkv"] + sizes["attention"]) + piece + operand
         attention = tokens * (4 * sizes["hidden"] + 3 * sizes["qkv"] + 2 * sizes["attention"])
@@ -154,14 +159,14 @@ def _plan_fused(
     dropped: dict[LayerTensor, int] = {}
     rows, offload = tokens, False
     if mode == "min":
-        dropped, rows, offload = everything, MLP_ROWS, True
+        dropped, rows, offload = everything, pieces, True
     elif mode == "auto" and budget_gb is not None:
         room = HEADROOM * budget_gb
         for names in DROP_ORDER:
             while peak(dropped, rows, offload) > room and dropped.get(names[0], 0) < num_layers:
                 dropped |= dict.fromkeys(names, dropped.get(names[0], 0) + 1)
         if peak(dropped, rows, offload) > room:
-            rows = MLP_ROWS
+            rows = pieces
         offload = peak(dropped, rows, offload) > room
     policies = tuple(
         LayerPolicy(
@@ -179,5 +184,13 @@ def _plan_fused(
     if offload:
         reason += ", layer inputs in host memory"
     return MemoryPlan(
-        mode, dropped.get("gate_up", 0), num_layers, budget_gb, predicted, reason, engine="fused", policies=policies
+        mode,
+        dropped.get("gate_up", 0),
+        num_layers,
+        budget_gb,
+        predicted,
+        reason,
+        engine="fused",
+        policies=policies,
+        loss_rows=None if rows == tokens and mode != "min" else TIGHT_LOSS_ROWS,
     )

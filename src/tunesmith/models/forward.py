@@ -37,6 +37,7 @@ class ModelForward:
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         multiplier = getattr(config, "logit_scale", None)  # Cohere multiplies
         divisor = getattr(config, "logits_scaling", None)  # Granite divides
+        self.loss_rows: int | None = None  # supervised rows whose logits exist at once; None: as fits speed
         self.scale: float = (1.0 if multiplier is None else multiplier) / (1.0 if divisor is None else divisor)
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -23,12 +23,14 @@ from tunesmith.models.families import LayerSpec, layer_spec
 from tunesmith.models.fused_layer import (
     ACTIVATIONS,
     AttentionHalf,
+    FusedNorm,
     Inputs,
     LayerFunction,
     LayerRun,
     MlpHalf,
+    Norm,
 )
-from tunesmith.models.linear_group import GroupState, base_layer, why_not
+from tunesmith.models.linear_group import GroupState, Sink, base_layer, why_not
 from tunesmith.types import LayerPolicy
 
 RECOMPUTE_ALL = LayerPolicy(keep=frozenset())
@@ -102,6 +104,7 @@ def fuse(
         compute = dtype or _weight_type(layer, spec)
         layers[number] = FusedLayer(layer, spec, engine, policies[number], number, compute)
     engine.install(all_fused=not reference and not partly)
+    _fuse_last_norm(decoder)
     plan = _plan(engine, layers, partly, reference)
     report(str(plan))
     return plan
@@ -117,6 +120,18 @@ def unfuse(model: nn.Module) -> None:
             decoder.layers[number] = layer.original
             layer.original.train(layer.training)
             layer.engine.remove()
+    if isinstance(getattr(decoder, "norm", None), FusedNorm):
+        decoder.norm = decoder.norm.original
+
+
+def _fuse_last_norm(decoder: Any) -> None:
+    """The decoder's last norm, where it is of the kind that the layers have."""
+    layer = next((layer for layer in decoder.layers if isinstance(layer, FusedLayer)), None)
+    last = getattr(decoder, "norm", None)
+    if layer is not None and last is not None and type(last) is type(layer.halves[0].norm.module):
+        norm = Norm.of(decoder, "norm", layer.spec.norm_offset)
+        assert norm is not None
+        decoder.norm = FusedNorm(last, norm)
 
 
 def set_policies(model: nn.Module, policies: Sequence[LayerPolicy]) -> None:
@@ -182,6 +197,7 @@ class Engine:
         self.given_layout: SequenceLayout | None = None
         self.last_run: LayerRun | None = None
         self.all_fused = False
+        self.sinks: list[Sink] = []
         self._bypassed = False
         self._handles: list[Any] = []
         self._table: PackTable | None = None
@@ -252,9 +268,9 @@ class Engine:
 
     @property
     def capturable(self) -> bool:
-        """Whether a forward and backward can be a CUDA graph: all layers fused, nothing drawn, nothing in host memory."""
+        """Whether a forward and backward can be a CUDA graph: all layers are fused and draw no random numbers."""
         layers = [layer for layer in self.decoder.layers if isinstance(layer, FusedLayer)]
-        if not self.all_fused or any(layer.policy.offload_input for layer in layers):
+        if not self.all_fused:
             return False
         return not any(state.dropout for layer in layers for state in layer.states()) and all(
             half.attends_in_kernels for layer in layers for half in layer.halves
@@ -392,7 +408,9 @@ class FusedLayer(nn.Module):
         # Drawn on the CPU, where nothing waits for the GPU and a checkpoint holds the generator's state.
         seed = int(torch.randint(2**31, ())) if any(state.dropout for state in states) else 0
         inputs = Inputs(layout, cos, sin, self.training, seed)
-        run = LayerRun(self.attention, self.mlp_half, states, inputs, self.policy, self.engine.last_run)
+        run = LayerRun(
+            self.attention, self.mlp_half, states, inputs, self.policy, self.engine.last_run, self.engine.sinks
+        )
         self.engine.last_run = run
         out: torch.Tensor = LayerFunction.apply(hidden, run, *run.parameters)
         return out

@@ -34,7 +34,7 @@ from tunesmith.kernels.qkv import qkv_epilogue, qkv_epilogue_backward
 from tunesmith.kernels.residual import add_low_rank
 from tunesmith.kernels.rms_norm import rms_norm, rms_norm_backward
 from tunesmith.models.families import LayerSpec
-from tunesmith.models.linear_group import Gradients, GroupState, LinearGroup, Noise
+from tunesmith.models.linear_group import Gradients, GroupState, LinearGroup, Noise, Sink
 from tunesmith.models.offload import HostCopy
 from tunesmith.types import LayerPolicy
 
@@ -542,11 +542,13 @@ class LayerRun:
         inputs: Inputs,
         policy: LayerPolicy,
         previous: LayerRun | None,
+        sinks: Sequence[Sink] = (),
     ):
         self.attention = AttentionRun(attention, states[:2], inputs, policy) if attention else None
         self.mlp = MlpRun(mlp, states[-2:], inputs, policy) if mlp else None
         self.policy = policy
         self.previous = previous
+        self.sinks = sinks
         self.host: HostCopy | None = None
         norms = [norm.weight for half in (attention, mlp) if half for norm in half.norms if norm.weight.requires_grad]
         found = [*norms, *(parameter for state in states for parameter in state.trainable())]
@@ -568,7 +570,7 @@ class LayerRun:
         self, g: torch.Tensor, h: torch.Tensor, kept: Kept, needs_input: bool
     ) -> tuple[torch.Tensor | None, Gradients]:
         """dh and the gradients of `parameters`, of g = d(output). Empties `kept`."""
-        grads = Gradients()
+        grads = Gradients(self.sinks)
         if self.attention is None:
             assert self.mlp is not None
             dh = torch.empty_like(h)
@@ -597,6 +599,42 @@ class LayerRun:
         return self.attention.merge(h, kept["attention"][0], kept)
 
 
+class NormFunction(torch.autograd.Function):
+    """An RMSNorm in the autograd graph: it keeps its input, and no copy of it in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: nn.Parameter, norm: Norm) -> torch.Tensor:
+        """y as x, (..., D)."""
+        rows = x.detach().flatten(0, -2)
+        y, rstd = norm.forward(rows)
+        ctx.norm, ctx.wants_weight = norm, weight.requires_grad
+        ctx.save_for_backward(rows, rstd)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of x and of the weight."""
+        rows, rstd = ctx.saved_tensors
+        grads = Gradients()
+        dx = ctx.norm.backward(grads, grad.reshape(rows.shape), rows, rstd, None)
+        return dx.view(grad.shape), grads.of(ctx.norm.weight) if ctx.wants_weight else None, None
+
+
+class FusedNorm(nn.Module):
+    """A norm of the model that runs `NormFunction`; its weight is the original's, under its name."""
+
+    def __init__(self, original: nn.Module, norm: Norm):
+        super().__init__()
+        self.weight = norm.weight
+        self.norm = norm
+        self.__dict__["original"] = original
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y as x, (..., D)."""
+        y: torch.Tensor = NormFunction.apply(x, self.weight, self.norm)
+        return y
+
+
 class LayerFunction(torch.autograd.Function):
     """A layer in the autograd graph: hidden states and trainable parameters in, hidden states out."""
 
@@ -607,6 +645,8 @@ class LayerFunction(torch.autograd.Function):
         kept: Kept = {}
         with torch.autocast(hidden.device.type, enabled=False):
             out = run.forward(h, kept)
+        if run.previous is not None and run.previous.host is not None:
+            run.previous.host.release()  # its copy had this layer's time
         if run.policy.offload_input:
             run.host = HostCopy(h)
         else:

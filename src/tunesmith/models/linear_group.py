@@ -11,7 +11,7 @@ Where the operand comes from: base weights stored in the compute type live in it
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -400,7 +400,7 @@ class GroupState:
                 else:
                     assert s is not None
                     product = mm_wide(dy[:, start : start + size].T, s[:, slot])
-                grads.add(lora.b, product[:, : lora.rank] * lora.scale)
+                grads.add(lora.b, product[:, : lora.rank], lora.scale)
             if lora is not None and lora.a.requires_grad:
                 if da is not None:
                     rows = da[slot]
@@ -446,14 +446,22 @@ def _sum_type(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-class Gradients:
-    """Gradients by parameter, summed where a layer is done in pieces."""
+Sink = Callable[[torch.Tensor, torch.Tensor, float], bool]
+"""Takes (parameter, value, scale) and adds scale · value to the parameter's gradient, or returns False."""
 
-    def __init__(self) -> None:
+
+class Gradients:
+    """Gradients by parameter, summed where a layer is done in pieces. `sinks` are asked first, and keep what they take."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()) -> None:
+        self._sinks = sinks
         self._found: dict[int, torch.Tensor] = {}
 
-    def add(self, parameter: torch.Tensor, value: torch.Tensor) -> None:
-        """Add `value` to the gradient of `parameter`."""
+    def add(self, parameter: torch.Tensor, value: torch.Tensor, scale: float = 1.0) -> None:
+        """Add scale · `value` to the gradient of `parameter`."""
+        if any(sink(parameter, value, scale) for sink in self._sinks):
+            return
+        value = value if scale == 1.0 else value * scale
         found = self._found.get(id(parameter))
         self._found[id(parameter)] = value if found is None else found + value
 

@@ -1,4 +1,8 @@
-"""A tensor that waits in host memory between forward and backward, copied on a stream of its own beside the compute."""
+"""A tensor that waits in host memory between forward and backward, copied on a stream of its own beside the compute.
+
+Device memory is given back by waiting for the copy a layer later, not by telling the allocator of the second stream: that
+would keep it from reuse while a CUDA graph is captured, where these copies work too. Host memory is pinned, and used again.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,39 @@ from functools import cache
 
 import torch
 
+_spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+"""Pinned host tensors that nobody uses. Pinning takes milliseconds, and is not allowed while a graph is captured."""
+
 
 class HostCopy:
     """A copy of `tensor` in pinned host memory. On the CPU it is the tensor itself: there is nowhere else to go.
 
-    The device memory is free for others once the copy is done and the caller has let go of the tensor.
+    `release` must follow before the backward, and may come while later layers run; only then is the device memory free.
     """
 
     def __init__(self, tensor: torch.Tensor):
         self.device = tensor.device
-        self.host: torch.Tensor | None = None
+        self.source: torch.Tensor | None = tensor
         self.back: torch.Tensor | None = None
         if not tensor.is_cuda:
-            self.back = tensor
             return
+        spare = _spare.setdefault((tensor.shape, tensor.dtype), [])
+        self.host = spare.pop() if spare else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         stream = _copy_stream(tensor.device)
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         with torch.cuda.stream(stream):
             self.host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)
+        self.copied = stream.record_event()
+
+    def release(self) -> None:
+        """Let go of the device tensor: what runs from now on may overwrite it."""
+        if self.source is not None and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            self.source = None
 
     def prefetch(self) -> None:
         """Begin to copy it back, so that it is there when it is needed."""
-        if self.back is not None or self.host is None:
+        if self.source is not None or self.back is not None:
             return
         stream = _copy_stream(self.device)
         # Allocated on the compute stream, which frees it again; the copy waits for what used that memory before.
@@ -37,15 +50,18 @@ class HostCopy:
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.back.copy_(self.host, non_blocking=True)
-        self.back.record_stream(stream)
+        self.copied = stream.record_event()
 
     def fetch(self) -> torch.Tensor:
         """The tensor on its device again, ready for the current stream. Once: the copy lets go of it."""
-        self.prefetch()
-        if self.host is not None:
-            torch.cuda.current_stream(self.device).wait_stream(_copy_stream(self.device))
-        assert self.back is not None
-        tensor, self.back, self.host = self.back, None, None
+        if self.source is None:
+            self.prefetch()
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+        tensor = self.source if self.source is not None else self.back
+        assert tensor is not None
+        self.source = self.back = None
+        if tensor.is_cuda:
+            _spare[tensor.shape, tensor.dtype].append(self.host)
         return tensor
 
 

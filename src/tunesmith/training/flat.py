@@ -18,7 +18,9 @@ ALIGNMENT = 256
 class FlatParameter:
     """fp32 parameters laid end to end in `value`, one trainable parameter, of which each becomes a view.
 
-    Names, shapes and autograd are untouched: gradients still arrive at each tensor, and `collect` moves them.
+    Names, shapes and autograd are untouched: gradients still arrive at each tensor, and `collect` moves them; whoever has
+    them at hand adds them to `gradient_view` at once. `reached` are the tensors that ever had a gradient, by identity:
+    weight decay moves the others too, so that a look at the weights would not find them.
     """
 
     def __init__(self, tensors: Sequence[torch.nn.Parameter]):
@@ -34,29 +36,41 @@ class FlatParameter:
             for tensor, view in zip(self.tensors, self._views(self.value.data), strict=True):
                 view.copy_(tensor)
                 tensor.data = view
+        self.reached: set[int] = set()
         self._grad: torch.Tensor | None = None
-        self._grad_views: list[torch.Tensor] = []
+        self._grad_views: dict[int, torch.Tensor] = {}
 
     def _views(self, flat: torch.Tensor) -> list[torch.Tensor]:
         pairs = zip(self.tensors, self._starts, strict=True)
         return [flat[start : start + tensor.numel()].view(tensor.shape) for tensor, start in pairs]
 
-    def collect(self) -> None:
-        """Add the tensors' gradients to that of `value`, and forget them."""
+    def gradient_views(self) -> dict[int, torch.Tensor]:
+        """For each tensor, by identity, its part of the gradient of `value`, which is zero if there was none."""
         gradient = self.value.grad
         if gradient is None:
             gradient = self.value.grad = torch.zeros_like(self.value)
         if gradient is not self._grad:
-            self._grad, self._grad_views = gradient, self._views(gradient)
-        found = [
-            (view, tensor.grad)
-            for view, tensor in zip(self._grad_views, self.tensors, strict=True)
-            if tensor.grad is not None
-        ]
+            self._grad = gradient
+            self._grad_views = dict(zip(map(id, self.tensors), self._views(gradient), strict=True))
+        return self._grad_views
+
+    def sink(self, tensor: torch.Tensor, value: torch.Tensor, scale: float) -> bool:
+        """Add scale · `value` to the gradient of `tensor`; False if it is none of these."""
+        view = self.gradient_views().get(id(tensor))
+        if view is None:
+            return False
+        view.add_(value.view(view.shape), alpha=scale)
+        self.reached.add(id(tensor))
+        return True
+
+    def collect(self) -> None:
+        """Add the tensors' gradients to that of `value`, and forget them."""
+        views = self.gradient_views()
+        found = [tensor for tensor in self.tensors if tensor.grad is not None]
         if found:
-            views, gradients = zip(*found, strict=True)
-            torch._foreach_add_(list(views), list(gradients))
-        for tensor in self.tensors:
+            torch._foreach_add_([views[id(tensor)] for tensor in found], [tensor.grad for tensor in found])
+        self.reached.update(map(id, found))
+        for tensor in found:
             tensor.grad = None
 
 

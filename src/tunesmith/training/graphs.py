@@ -42,13 +42,12 @@ def micro_batch_graphs(
     log: EventSink,
 ) -> GraphedMicroBatches | None:
     """Graphs for this run; None where they cannot be: they need a GPU, fused layers that draw no random numbers, and an
-    optimizer whose gradients stay in place.
+    optimizer whose gradients stay in place (`Optimizer.connect`).
     """
     engine = engine_of(forward.model)
-    capturable = engine is not None and engine.capturable and len(optimizer.flats) == len(optimizer.parameters)
+    capturable = engine is not None and engine.capturable and bool(engine.sinks)
     if not config.training.cuda_graphs or not forward.device.startswith("cuda") or not capturable:
         return None
-    optimizer.keeps_gradients = True
     return GraphedMicroBatches(forward, objective, optimizer, scaler, log)
 
 

@@ -67,9 +67,9 @@ class MovementCheck:
         self._start = self._start[same]
         return [name for name, _ in self._parameters]
 
-    def refuse_unmoved(self) -> None:
-        """Raise VerificationError if a trainable tensor has not moved."""
-        names = self.unmoved()
+    def refuse_unmoved(self, unreached: Sequence[str] = ()) -> None:
+        """Raise VerificationError if a trainable tensor has not moved, or is among those that no gradient reached."""
+        names = list(dict.fromkeys([*self.unmoved(), *unreached]))
         if names:
             raise VerificationError(
                 f"{len(names)} of {len(self._all)} trainable tensors have not moved at all "

@@ -19,6 +19,7 @@ from tunesmith.data.batches import StepOrder, deal, micro_batches, split
 from tunesmith.errors import ConfigError, Interrupted, VerificationError
 from tunesmith.hardware import memory_in_use_gb
 from tunesmith.models.forward import ModelForward
+from tunesmith.models.fuse import engine_of
 from tunesmith.runs import RunFolder
 from tunesmith.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
 from tunesmith.training.graphs import GraphedMicroBatches, micro_batch_graphs
@@ -67,6 +68,8 @@ def train_loop(
     began = time.perf_counter() - state.wall_seconds
     model.train()
     window = Window(forward.device)
+    if world_size == 1:  # several ranks sum the gradients of the tensors themselves
+        optimizer.connect(engine_of(model))
     graphs = micro_batch_graphs(config, forward, objective, optimizer, scaler, log)
 
     while state.step < total_steps and not state.stopped_early:
@@ -93,7 +96,7 @@ def train_loop(
 
         if state.step % training.log_every == 0 or eval_due or save_due:
             _report(window, state, lr, grad_norm, order.steps_per_epoch, scaler, log)
-        if state.step == CHECK_MOVEMENT_AT and (names := movement.unmoved()):
+        if state.step == CHECK_MOVEMENT_AT and (names := movement.unmoved() or optimizer.unreached(model)):
             log({"event": "warning", "step": state.step, "message": f"trainable tensors that have not moved: {names}"})
         if eval_due:
             assert evaluate is not None
@@ -126,7 +129,7 @@ def train_loop(
             window.restart()
 
     if state.step > 1:  # a LoRA A has no gradient in its first step: B is still zero
-        movement.refuse_unmoved()
+        movement.refuse_unmoved(optimizer.unreached(model))
     if training.early_stopping.metric is not None and state.best_step not in (0, state.step):
         load_weights(model, run.checkpoint_path(state.best_step))
         state.eval_loss = state.best_eval_loss

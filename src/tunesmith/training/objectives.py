@@ -61,6 +61,7 @@ def cross_entropy_sum(forward: ModelForward, rows_ND: torch.Tensor, labels_N: to
             scale=forward.scale,
             softcap=forward.softcap,
             ignore_index=IGNORE_INDEX,
+            chunk_rows=forward.loss_rows,
         )
 
     def chunk_sum(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from tunesmith.config import OptimizerConfig
 from tunesmith.errors import MachineError
+from tunesmith.models.fuse import Engine
 from tunesmith.training.flat import FlatParameter, flatten
 
 
@@ -40,6 +41,18 @@ class Optimizer:
         """Move the gradients to where the optimizer reads them, adding to what is there."""
         for flat in self.flats:
             flat.collect()
+
+    def connect(self, engine: Engine | None) -> None:
+        """Let the fused layers of `engine`, if there are any, add their gradients where they are read."""
+        if engine is not None and self.flats:
+            engine.sinks = [flat.sink for flat in self.flats]
+            self.keeps_gradients = True
+
+    def unreached(self, model: torch.nn.Module) -> list[str]:
+        """Names of the tensors of `model` that are laid end to end and never had a gradient."""
+        reached = {key for flat in self.flats for key in flat.reached}
+        laid = {id(tensor) for flat in self.flats for tensor in flat.tensors}
+        return [name for name, tensor in model.named_parameters() if id(tensor) in laid - reached]
 
     def zero_grad(self) -> None:
         """Forget the gradients. Where a graph writes to them they stay in place, as zeros."""

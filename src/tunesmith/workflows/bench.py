@@ -271,13 +271,15 @@ def plan_rows(
     only: Sequence[str] = (),
     device: str = "auto",
     dtype: str = "auto",
+    check: bool = False,
     **settings: Any,
 ) -> list[Row]:
     """The rows to run: those of a suite, or of one workload with every runner that is installed.
 
     Documents are `batch` of `seq` tokens, or are packed into batch x seq tokens: lengths from a file, one a line, or
     drawn (`lognormal`). `memory` holds modes and caps in GB, e.g. ["auto", "16"]; `select` holds patterns of row names.
-    The defaults depend on whether there is a GPU. `settings` are other fields of `Row`. Raises ConfigError, DataError.
+    The defaults depend on whether there is a GPU. `check` is for the rows of tunesmith; `settings` are other fields of
+    `Row`. Raises ConfigError, DataError.
     """
     _one_of("--dtype", dtype, get_args(DType))
     on_cpu = False
@@ -306,7 +308,9 @@ def plan_rows(
             raise ConfigError(f"--row {pattern!r} matches none of {', '.join(groups)}")
     if select:
         rows = [row for row in rows if any(_is_selected(row, pattern) for pattern in select)]
-    return [replace(row, device=device, dtype=dtype, **settings) for row in rows]
+    return [
+        replace(row, device=device, dtype=dtype, check=check and row.runner == "tunesmith", **settings) for row in rows
+    ]
 
 
 def _is_selected(row: Row, pattern: str) -> bool:

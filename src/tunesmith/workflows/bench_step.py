@@ -33,6 +33,7 @@ from tunesmith.config import RunConfig, load_config
 from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, memory_in_use_gb, probe, torch_dtype
 from tunesmith.models.adapters import add_adapter, count_parameters, target_modules
 from tunesmith.models.forward import ModelForward
+from tunesmith.models.fuse import engine_of
 from tunesmith.training.graphs import GraphedMicroBatches, micro_batch_graphs
 from tunesmith.training.loop import accumulate_gradients
 from tunesmith.training.objectives import OBJECTIVES, Objective
@@ -219,6 +220,7 @@ def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
         torch.cuda.empty_cache()  # the plan counts what is free
 
     plan = _plan(config, forward, hardware, examples)
+    forward.loss_rows = plan.loss_rows
     engine_notes: list[str] = []
     # The one place where the fused engine is switched on: if the plan says so.
     prepare(model, plan, torch_dtype(dtype), engine_notes.append)
@@ -235,6 +237,7 @@ def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
     def note(event: Event) -> None:
         engine_notes.append(event["message"])
 
+    optimizer.connect(engine_of(model))
     graphs = micro_batch_graphs(config, forward, objective, optimizer, scaler, note)
     return Trainee(config, forward, objective, optimizer, graphs, scaler, plan, examples, engine_notes, check, check_s)
 

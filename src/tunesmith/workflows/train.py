@@ -256,6 +256,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     forward = ModelForward(model, hardware.device, dtype)
     check_forward(forward, config.data.packing)
     plan = _plan(config, forward, hardware, data.train)
+    forward.loss_rows = plan.loss_rows
     engine_notes: list[str] = []
     prepare(model, plan, torch_dtype(dtype), engine_notes.append)
     if plan.engine == "fused":
