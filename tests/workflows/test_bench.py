@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -519,3 +520,64 @@ def test_the_table_fits_eighty_columns() -> None:
         "Unsloth [auto]: OutOfMemoryError: [x] CUDA out of memory",
     ]
     assert summary(rows[2]) == "g/tunesmith-auto: 16,987 tokens/s, 131.98 GB"
+
+
+# -- the scripts that judge -------------------------------------------------------------------------------------------
+
+
+def script(name: str) -> Any:
+    """A module of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "benchmarks" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_results_table_says_what_missed_its_target(tmp_path: Path) -> None:
+    engine = script("engine")
+    assert set(engine.TARGETS) < {row.name for row in SUITES["h100"]}
+    rows: dict[str, Any] = {}
+    for row in SUITES["h100"]:
+        speed = 11_600.0 if row.memory == "min" else 17_000.0
+        values = {**json.loads(row.to_json()), "name": row.name, "label": row.label, "workload": row.workload}
+        rows[row.name] = measured() | values | {"tokens_per_second": speed, "peak_gb": 6.75}
+    unsloth = "8b-qlora-4x2048/unsloth-none"
+    rows[unsloth]["tokens_per_second"] = 15_000.0
+    rows["8b-qlora-8x2048/tunesmith-min"]["peak_gb"] = 10.0
+    rows["8b-qlora-8x2048/tunesmith-min"]["tokens_per_second"] = 13_000.0
+    rows["8b-qlora-documents/tunesmith-auto"]["tokens_per_second"] = 0.94 * 17_000
+    rows["3b-qlora-8x2048/tunesmith-auto"]["error"] = "OutOfMemoryError"
+    missed = {name: why for name, row in rows.items() if (why := engine.misses(row, rows))}
+    assert missed == {
+        "8b-lora-4x2048/tunesmith-auto": "17,000 of 17,500 tokens/s",
+        "8b-qlora-8x2048/tunesmith-min": "10.00 GB; at most 9.9 GB",
+        "3b-qlora-4x1024/tunesmith-auto": "17,000 of 35,000 tokens/s",
+        "3b-qlora-4x1024/tunesmith-min": "11,600 of 22,000 tokens/s",
+        "3b-qlora-8x2048/tunesmith-auto": "failed: OutOfMemoryError",
+        "8b-qlora-documents/tunesmith-auto": "15,980 of 16,150 tokens/s",
+    }
+    lines = engine.markdown(rows).splitlines()
+    assert {line.replace("\\|", "").count("|") for line in lines} == {11}
+    assert "| tunesmith auto | **17,000** | 1.00 |" in lines[2]
+    for number, half in enumerate((list(rows.values())[:20], [*list(rows.values())[10:], rows[unsloth] | {"rank": 8}])):
+        (tmp_path / f"{number}.json").write_text(json.dumps({"rows": half}))
+    merged = engine.read([str(tmp_path / "0.json"), str(tmp_path / "1.json")])
+    assert list(merged) == [row.name for row in SUITES["h100"]]
+    assert merged[unsloth]["rank"] == 8
+
+
+def test_drift_is_the_difference_that_grows() -> None:
+    convergence = script("convergence")
+    reference = [2.0] * 8
+    shifted = convergence.compare(reference, [2.002] * 8)
+    assert shifted["difference"] == pytest.approx(0.001)
+    assert shifted["drift"] == pytest.approx(0.0, abs=1e-12)
+    assert convergence.lies_on(shifted)
+    noisy = convergence.compare(reference, [2.004, 1.996] * 4)
+    assert (noisy["difference"], noisy["signed_difference"]) == (pytest.approx(0.002), pytest.approx(0.0, abs=1e-12))
+    growing = convergence.compare(reference, [2.0] * 4 + [2.016, 2.016, 2.0, 2.02])
+    assert growing["drift"] == pytest.approx(0.005)
+    assert not convergence.lies_on(growing)
+    assert not convergence.lies_on(convergence.compare(reference, [math.nan] * 8))

@@ -112,11 +112,11 @@ def largest_micro_batch(lengths: Sequence[int], training: TrainingConfig, packin
     return sum(longest) if packing else len(longest) * longest[-1]
 
 
-LENGTH_STEP = 128
-"""Tokens: a widened batch has rows of a multiple of it."""
-
 DOCUMENT_STEP = 16
 """A widened packed row has a multiple of it in documents."""
+
+SHORTEST = 128
+"""Tokens that the longest document of a widened row is taken for at least."""
 
 
 def make_batch(
@@ -124,13 +124,13 @@ def make_batch(
     packing: bool,
     pad_id: int,
     device: torch.device | str,
-    widen: bool = False,
+    widen: int | None = None,
 ) -> Batch:
     """One micro-batch on `device`: packed end to end, or padded on the right.
 
-    With `widen` its sizes are rounded up, so that they come again: rows to a multiple of LENGTH_STEP tokens, documents of
-    a packed row to a multiple of DOCUMENT_STEP (by one of padding and empty ones), supervised positions to an eighth of
-    all (by ones without a label). Nothing that counts sees what is added.
+    With `widen` its sizes are rounded up, so that they come again: rows to a multiple of `widen` tokens, documents of
+    a packed row to a multiple of DOCUMENT_STEP (by some of padding and empty ones), the longest document to a power of
+    two, supervised positions to an eighth of all (by ones without a label). Nothing that counts sees what is added.
     """
     import numpy as np
     import torch
@@ -144,7 +144,7 @@ def make_batch(
     positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
     height, width = (1, len(ids)) if packing else (len(examples), int(lengths.max()))
     if widen:
-        width = _up(width, LENGTH_STEP)
+        width = _up(width, widen)
     mask: np.ndarray | None = None
     if packing:
         slots = np.arange(len(ids))
@@ -177,7 +177,9 @@ def make_batch(
         num_tokens=len(ids),
         num_supervised=len(supervised),
         supervised_labels=on_device(np.pad(ids[targets].astype(np.int64), (0, spare), constant_values=IGNORE_INDEX)),
-        layout=_packed_layout(lengths.tolist(), width, device, widen) if packing else _dense_layout(height, width),
+        layout=_packed_layout(lengths.tolist(), width, device, bool(widen))
+        if packing
+        else _dense_layout(height, width),
         rows=tuple(example.where for example in examples),
     )
 
@@ -193,19 +195,22 @@ def _dense_layout(rows: int, length: int) -> SequenceLayout:
 
 
 def _packed_layout(lengths: list[int], width: int, device: torch.device | str, widen: bool) -> SequenceLayout:
-    """The documents of a packed row of `width` tokens; those behind the last document are one of padding."""
+    """The documents of a packed row of `width` tokens; the tokens behind the last one are documents of padding."""
     import numpy as np
     import torch
 
     from tunesmith.kernels.attention import SequenceLayout
 
-    if sum(lengths) < width:
-        lengths = [*lengths, width - sum(lengths)]
+    longest = max(lengths)
+    if widen:
+        # No document may be longer than what attention is told: padding is cut into several.
+        longest = min(max(SHORTEST, 1 << (longest - 1).bit_length()), width)
+        spare = width - sum(lengths)
+        lengths = [*lengths, *[longest] * (spare // longest), *([spare % longest] if spare % longest else [])]
     bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     if not widen or len(set(lengths)) == 1:
         return SequenceLayout.packed(torch.from_numpy(bounds).to(device, non_blocking=True), lengths, width)
     bounds = np.pad(bounds, (0, _up(len(lengths), DOCUMENT_STEP) - len(lengths)), constant_values=width)
-    longest = min(_up(max(lengths), LENGTH_STEP), width)
     return SequenceLayout(
         1, width, tuple(lengths), longest, False, torch.from_numpy(bounds).to(device, non_blocking=True)
     )
@@ -216,7 +221,7 @@ def micro_batches(
     packing: bool,
     pad_id: int,
     device: torch.device | str,
-    widen: bool = False,
+    widen: int | None = None,
 ) -> Iterator[Batch]:
     """The batch of each part of a step, or of an evaluation, one after the other: one is on the device at a time."""
     for examples in parts:

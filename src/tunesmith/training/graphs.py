@@ -22,8 +22,11 @@ from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.types import Batch, EventSink
 
-WARM_UPS = 3
-"""Times that a shape runs launch by launch first: kernels are compiled, and it is seen whether the graph would pay."""
+WARM_UPS, FIRST_WARM_UPS = 1, 3
+"""Times that a shape, and the first one, run launch by launch: libraries choose and kernels are compiled."""
+
+LENGTH_STEP = 128
+"""Tokens: rows are widened to a multiple of it, or to the token budget of a micro-batch where there is one."""
 
 PAYS_FROM = 0.4
 """Share of a micro-batch's time that launching takes from which on it is captured: after every wait (a log line, an
@@ -48,7 +51,8 @@ def micro_batch_graphs(
     capturable = engine is not None and engine.capturable and bool(engine.sinks)
     if not config.training.cuda_graphs or not forward.device.startswith("cuda") or not capturable:
         return None
-    return GraphedMicroBatches(forward, objective, optimizer, scaler, log)
+    length_step = config.training.micro_batch_tokens or LENGTH_STEP
+    return GraphedMicroBatches(forward, objective, optimizer, scaler, log, length_step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +95,10 @@ class GraphedMicroBatches:
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         log: EventSink,
+        length_step: int = LENGTH_STEP,
     ):
+        self.length_step = length_step
+        self.runs = 0
         self.forward, self.objective, self.optimizer, self.scaler = forward, objective, optimizer, scaler
         self.log = log
         self.known: OrderedDict[Shape, Known] = OrderedDict()
@@ -111,13 +118,14 @@ class GraphedMicroBatches:
         known = self.known.setdefault(Shape.of(batch), Known())
         self.known.move_to_end(Shape.of(batch))
         known.seen += 1
+        self.runs += 1
         if known.graph is not None:
             assert known.batch is not None
             assert known.loss is not None
             copy_batch(batch, known.batch)
             known.graph.replay()
             return known.loss
-        if known.seen <= WARM_UPS:
+        if known.seen <= WARM_UPS or self.runs <= FIRST_WARM_UPS:
             return self._timed(batch, known)
         return self._capture(batch, known) if known.pays else self._forward_backward(batch)
 
@@ -146,7 +154,10 @@ class GraphedMicroBatches:
         known.batch = copy_of(batch)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.forward.device)
-        torch.cuda.empty_cache()  # what the launches before held would lie beside the graph's own memory
+        # What the launches before held would lie beside the graph's own memory; so would cuBLAS's workspaces for the
+        # stream that they ran on (0.1 GB on an H100). Both come back when they are needed.
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             known.loss = self._forward_backward(known.batch)
         self._pool = self._pool or graph.pool()

@@ -168,7 +168,7 @@ def accumulate_gradients(
     loss = torch.zeros((), device=forward.device)
     if graphs is not None:
         graphs.set_counts(counts)
-        for batch in micro_batches(parts, packing, pad_id, forward.device, widen=True):
+        for batch in micro_batches(parts, packing, pad_id, forward.device, graphs.length_step):
             loss += graphs.run(batch)
         return loss
     for batch in micro_batches(parts, packing, pad_id, forward.device):

@@ -482,9 +482,11 @@ def _run(row: Row) -> dict[str, Any]:
 def _process(row: Row, *arguments: str) -> dict[str, Any]:
     """What bench_step.py prints; where it fails, the last thing it said."""
     command = [sys.executable, "-m", "tunesmith.workflows.bench_step", row.to_json(), *arguments]
+    # Unsloth writes compiled code, into the working folder if it is not told where.
+    environment = os.environ | ENVIRONMENT | {"UNSLOTH_COMPILE_LOCATION": str(Path(row.models).absolute() / "compiled")}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env=os.environ | ENVIRONMENT, timeout=ROW_SECONDS
+            command, capture_output=True, text=True, errors="replace", env=environment, timeout=ROW_SECONDS
         )
     except subprocess.TimeoutExpired:
         return {"error": f"took longer than {ROW_SECONDS} s"}
