@@ -30,6 +30,7 @@ from tunesmith.models.load import load_model
 from tunesmith.runs import RunFolder
 from tunesmith.training.optimizers import learning_rate
 from tunesmith.types import IGNORE_INDEX, TokenizedExample
+from tunesmith.workflows.evaluate import evaluate  # `tunesmith.evaluate` would need matplotlib
 from tunesmith.workflows.train import start
 
 EPOCHS, BATCH = 3, 32
@@ -181,7 +182,7 @@ def measure(engine: str, model: str, data: Path, out: Path, more: list[str], row
     figures = train_peft(config, run) if engine == "peft" else train_ours(config, run)
     began = time.perf_counter()
     changes = {"max_rows": rows} if rows else {}
-    result = tunesmith.evaluate(run, data / "test.jsonl", device=config.model.device, changes=changes)
+    result = evaluate(run, data / "test.jsonl", device=config.model.device, changes=changes)
     accuracy = result["metrics"]["accuracy"]
     return {
         "engine": engine,

@@ -34,6 +34,7 @@ COMMANDS = (
     "merge",
     "report",
     "doctor",
+    "bench",
 )
 
 

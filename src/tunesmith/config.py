@@ -64,7 +64,7 @@ class ModelConfig(Section):
     engine: Literal["auto", "reference", "fused"] = "auto"
     """`reference` runs the model's own modules, `fused` our decoder layers; `auto` is `fused` on a GPU for the families that it knows."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation of the reference engine."""
+    """Attention implementation of the reference engine. `sdpa` means `eager` for models that soft-cap attention scores (Gemma 2), which transformers' `sdpa` would leave out."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: a model that needs it is refused."""
 

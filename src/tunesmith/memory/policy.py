@@ -142,46 +142,51 @@ def _plan_fused(
     always = tokens * (sizes["hidden"] + sizes["slots"])
     intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
     operand = 3 * intermediate * config.hidden_size * bytes_per_value if expanded else 0
-    pieces = max(MLP_ROWS, -(-tokens // MLP_PIECES))
 
-    def transient(rows: int) -> float:
-        """One layer's backward, everything recomputed: its MLP over `rows` at a time, or its attention."""
-        loss_rows = min(supervised, LOSS_ROWS if rows == tokens else TIGHT_LOSS_ROWS)
-        head = (supervised * 2 + tokens * 2) * sizes["hidden"] + loss_rows * config.vocab_size * bytes_per_value
+    def mlp_bytes(rows: int) -> int:
+        """What an MLP's backward over `rows` at a time holds besides the layer's hidden states."""
         ds_parts = -(-intermediate // GLU_BLOCK) * sizes["slots"]
         piece = rows * (sizes["gate_up"] * 3 // 2 + 2 * sizes["hidden"] + ds_parts)
-        mlp = tokens * (4 * sizes["hidden"] + sizes["qkv"] + sizes["attention"]) + piece
-        mlp += operand if rows < tokens else operand * 2 // 3  # pieces hold both operands, else gate_up's is the larger
+        return piece + (operand if rows < tokens else operand * 2 // 3)  # pieces hold both operands, else one by one
+
+    # Few more tokens than a piece has: its second operand costs more than it saves.
+    pieces = min(tokens, max(MLP_ROWS, -(-tokens // MLP_PIECES)), key=mlp_bytes)
+
+    def transient(tight: bool) -> float:
+        """One layer's backward, everything recomputed: its MLP, its attention, or the head's."""
+        loss_rows = min(supervised, TIGHT_LOSS_ROWS if tight else LOSS_ROWS)
+        head = (supervised * 2 + tokens * 2) * sizes["hidden"] + loss_rows * config.vocab_size * bytes_per_value
+        mlp = tokens * (4 * sizes["hidden"] + sizes["qkv"] + sizes["attention"])
+        mlp += mlp_bytes(pieces if tight else tokens)
         attention = tokens * (4 * sizes["hidden"] + 3 * sizes["qkv"] + 2 * sizes["attention"])
         return max(mlp, attention, head)
 
-    def peak(dropped: dict[LayerTensor, int], rows: int, offload: bool) -> float:
+    def peak(dropped: dict[LayerTensor, int], tight: bool, offload: bool) -> float:
         kept = sum((num_layers - dropped.get(name, 0)) * tokens * sizes.get(name, 0) for name in LAYER_TENSORS)
-        waiting = 2 * always if offload else num_layers * always
-        return static_gb + WORKSPACE_GB + (kept + waiting + transient(rows)) / GB
+        waiting = (min(2, num_layers) if offload else num_layers) * always
+        return static_gb + WORKSPACE_GB + (kept + waiting + transient(tight)) / GB
 
     everything: dict[LayerTensor, int] = dict.fromkeys(LAYER_TENSORS, num_layers)
     dropped: dict[LayerTensor, int] = {}
-    rows, offload = tokens, False
+    tight, offload = False, False
     if mode == "min":
-        dropped, rows, offload = everything, pieces, True
+        dropped, tight, offload = everything, True, True
     elif mode == "auto" and budget_gb is not None:
         room = HEADROOM * budget_gb
         for names in DROP_ORDER:
-            while peak(dropped, rows, offload) > room and dropped.get(names[0], 0) < num_layers:
+            while peak(dropped, tight, offload) > room and dropped.get(names[0], 0) < num_layers:
                 dropped |= dict.fromkeys(names, dropped.get(names[0], 0) + 1)
-        if peak(dropped, rows, offload) > room:
-            rows = pieces
-        offload = peak(dropped, rows, offload) > room
+        tight = peak(dropped, tight, offload) > room
+        offload = peak(dropped, tight, offload) > room
     policies = tuple(
         LayerPolicy(
             keep=frozenset(name for name in LAYER_TENSORS if layer >= dropped.get(name, 0)),
             offload_input=offload,
-            mlp_rows=rows if rows < tokens else None,
+            mlp_rows=pieces if tight and pieces < tokens else None,
         )
         for layer in range(num_layers)
     )
-    predicted = peak(dropped, rows, offload)
+    predicted = peak(dropped, tight, offload)
     gone = ", ".join(f"{names[0]} of {dropped[names[0]]}" for names in DROP_ORDER if dropped.get(names[0]))
     what = f"recompute {gone} of {num_layers} layers" if gone else "keep all activations"
     budget = f" of {budget_gb:.1f} GB" if budget_gb is not None else ""
@@ -197,5 +202,5 @@ def _plan_fused(
         reason,
         engine="fused",
         policies=policies,
-        loss_rows=None if rows == tokens and mode != "min" else TIGHT_LOSS_ROWS,
+        loss_rows=TIGHT_LOSS_ROWS if tight else None,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,11 +30,15 @@ from tunesmith.models.fused_layer import (
     MlpHalf,
     Norm,
 )
-from tunesmith.models.linear_group import GroupState, Sink, base_layer, why_not
+from tunesmith.models.linear_group import GroupState, LinearGroup, Sink, base_layer, why_not
 from tunesmith.types import LayerPolicy
 
 RECOMPUTE_ALL = LayerPolicy(keep=frozenset())
 """What transformers' gradient checkpointing does: keep the layer's input alone."""
+
+
+RECORDED = ("output_hidden_states", "output_attentions")
+"""What transformers collects by hooks on layers of its own classes: a forward that asks for it runs those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +88,9 @@ def fuse(
     the plan says why. Base weights must be bf16, fp16, fp32 or bitsandbytes 4-bit. Raises ValueError for a model without
     decoder layers, one that is fused already, or a wrong number of policies.
     """
-    decoder = _decoder(model)
-    layers = decoder.layers
+    decoder, layers = _decoder(model), _layers(model)
+    if layers is None:
+        raise ValueError(f"{why_not_fused(model)[0]}; fuse takes a transformers causal LM")
     if any(isinstance(layer, FusedLayer) for layer in layers):
         raise ValueError("this model is fused already; call unfuse(model) first")
     policies = [policy or LayerPolicy()] * len(layers) if policy is None or isinstance(policy, LayerPolicy) else policy
@@ -113,51 +118,67 @@ def fuse(
 def unfuse(model: nn.Module) -> None:
     """Put the model's own layers back. Nothing happens to a model that is not fused."""
     decoder = _decoder(model)
-    for number, layer in enumerate(list(decoder.layers)):
+    for number, layer in enumerate(list(_layers(model) or ())):
         if isinstance(layer, FusedLayer):
             for group in layer.groups:
                 group.unstack_weights()
             decoder.layers[number] = layer.original
-            layer.original.train(layer.training)
+            layer.original.training = layer.training
             layer.engine.remove()
     if isinstance(getattr(decoder, "norm", None), FusedNorm):
+        weight = decoder.norm.weight
         decoder.norm = decoder.norm.original
+        decoder.norm.weight = weight
 
 
 def _fuse_last_norm(decoder: Any) -> None:
-    """The decoder's last norm, where it is of the kind that the layers have."""
+    """The decoder's last norm, where it is of the kind that the layers have and holds its weight itself."""
     layer = next((layer for layer in decoder.layers if isinstance(layer, FusedLayer)), None)
     last = getattr(decoder, "norm", None)
-    if layer is not None and last is not None and type(last) is type(layer.halves[0].norm.module):
+    if layer is None or last is None or "weight" not in last._parameters:  # PEFT's modules_to_save wraps it
+        return
+    if type(last) is type(layer.halves[0].norm.module):
         norm = Norm.of(decoder, "norm", layer.spec.norm_offset)
         assert norm is not None
         decoder.norm = FusedNorm(last, norm)
+        # Its own weight from now on: whoever shards or replaces it does so in the module that is in the tree.
+        decoder.norm.norm = replace(norm, module=decoder.norm)
 
 
 def set_policies(model: nn.Module, policies: Sequence[LayerPolicy]) -> None:
     """Give each fused layer of `model` its policy, by layer number."""
-    for layer in _decoder(model).layers:
+    for layer in _layers(model) or ():
         if isinstance(layer, FusedLayer):
             layer.policy = policies[layer.number]
 
 
 def why_not_fused(model: nn.Module) -> list[str | None]:
-    """For each decoder layer why it cannot be fused, None where it can."""
-    specs = [_fitting_spec(layer) for layer in _decoder(model).layers]
+    """For each decoder layer why it cannot be fused, None where it can; one reason for a model without such layers."""
+    layers = _layers(model)
+    if layers is None:
+        return [f"{type(_base(model)).__name__} has no list of decoder layers"]
+    specs = [_fitting_spec(layer) for layer in layers]
     return [spec if isinstance(spec, str) else None for spec in specs]
 
 
 def engine_of(model: nn.Module) -> Engine | None:
     """The engine of a fused model; None for a model that is not fused."""
-    return next((layer.engine for layer in _decoder(model).layers if isinstance(layer, FusedLayer)), None)
+    return next((layer.engine for layer in _layers(model) or () if isinstance(layer, FusedLayer)), None)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _decoder(model: Any) -> Any:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
-        raise ValueError(f"{type(base).__name__} has no list of decoder layers; fuse takes a transformers causal LM")
-    return decoder
+    base = _base(model)
+    return base.get_decoder() if hasattr(base, "get_decoder") else base
+
+
+def _layers(model: Any) -> nn.ModuleList | None:
+    """The decoder's layers; None for a model that keeps them in another way (GPT-2)."""
+    layers = getattr(_decoder(model), "layers", None)
+    return layers if isinstance(layers, nn.ModuleList) else None
 
 
 def _fitting_spec(layer: nn.Module) -> LayerSpec | str:
@@ -165,13 +186,12 @@ def _fitting_spec(layer: nn.Module) -> LayerSpec | str:
     spec = layer_spec(layer)
     if isinstance(spec, str):
         return spec
-    names = [
-        *((*spec.qkv, spec.o) if "attention" in spec.halves else ()),
-        *((*spec.gate_up, spec.down) if "mlp" in spec.halves else ()),
-    ]
-    for name in names:
-        if reason := why_not(layer.get_submodule(name)):
-            return reason
+    for names in _projections(spec):
+        for name in names:
+            if reason := why_not(layer.get_submodule(name)):
+                return reason
+    if any(_has_hooks(module) for module in layer.modules()):
+        return "a module of it has hooks of its own, which a fused layer would not call"
     if "attention" in spec.halves:
         attention = layer.get_submodule(spec.o.rpartition(".")[0])
         if attention.attention_dropout:
@@ -181,11 +201,24 @@ def _fitting_spec(layer: nn.Module) -> LayerSpec | str:
     if getattr(getattr(layer, "config", None), "resid_pdrop", 0.0):
         return "it has dropout on the residual stream"
     if "mlp" in spec.halves:
-        config = layer.get_submodule(spec.down.rpartition(".")[0]).config
+        config: Any = layer.get_submodule(spec.down.rpartition(".")[0]).config
         name = getattr(config, "hidden_activation", None) or config.hidden_act
         if name not in ACTIVATIONS:
             return f"its activation is {name}"
     return spec
+
+
+def _projections(spec: LayerSpec) -> list[tuple[str, ...]]:
+    """The names in each linear group, in the order of `FusedLayer.groups`."""
+    attention = [spec.qkv, (spec.o,)] if "attention" in spec.halves else []
+    return attention + ([spec.gate_up, (spec.down,)] if "mlp" in spec.halves else [])
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether somebody's hook waits for its forward or backward; transformers' own, which record outputs, do not count."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    recorder = "transformers.utils.output_capturing"
+    return any(getattr(hook, "__module__", None) != recorder for found in hooks for hook in found.values())
 
 
 class Engine:
@@ -199,14 +232,16 @@ class Engine:
         self.all_fused = False
         self.sinks: list[Sink] = []
         self._bypassed = False
+        self._away: dict[int, FusedLayer] = {}
         self._handles: list[Any] = []
         self._table: PackTable | None = None
-        self._packed_states: tuple[int, ...] = ()
+        self._packed_states: list[GroupState] = []
 
     def install(self, all_fused: bool) -> None:
         """Hook into the decoder's forward."""
         self.all_fused = all_fused
         self._handles.append(self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._handles.append(self.decoder.register_forward_hook(self._after_forward, always_call=True))
 
     def remove(self) -> None:
         """Take the hook out again."""
@@ -227,6 +262,13 @@ class Engine:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Find out how the tokens are divided into sequences; with a cache, leave the forward to the model's own layers."""
         given, self.given_layout, self.layout, self.last_run = self.given_layout, None, None, None
+        if any(kwargs.get(name, getattr(decoder.config, name, False)) for name in RECORDED):
+            for number, layer in enumerate(decoder.layers):
+                if isinstance(layer, FusedLayer):
+                    self._away[number] = layer
+                    decoder.layers[number] = layer.original
+                    layer.original.training = layer.training
+            return args, kwargs
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = decoder.config.use_cache and not decoder.training
@@ -245,24 +287,24 @@ class Engine:
             self._pack()
         return args, kwargs
 
+    def _after_forward(self, decoder: Any, args: Any, output: Any) -> None:
+        """Put the fused layers back, where the model's own stood in for them."""
+        while self._away:
+            number, layer = self._away.popitem()
+            decoder.layers[number] = layer
+
     def _pack(self) -> None:
         """Cast the adapters of all layers into their operands, in one launch."""
-        states: list[GroupState] = [
-            state
-            for layer in self.decoder.layers
-            if isinstance(layer, FusedLayer)
-            for state in layer.refresh()
-            if state.rank
-        ]
-        if any(type(entry.source) is not nn.Parameter for state in states for entry in state.entries[:1]):
-            self._table, self._packed_states = None, ()  # sharded: each layer packs its own when they are gathered
+        layers = [layer for layer in self.decoder.layers if isinstance(layer, FusedLayer)]
+        if any(group.sharded for layer in layers for group in layer.groups[:1]):
+            self._table, self._packed_states = None, []  # each layer packs its own when they are gathered
             return
-        key = tuple(map(id, states))
-        if self._table is None or key != self._packed_states or not self._table.valid():
+        states: list[GroupState] = [state for layer in layers for state in layer.refresh() if state.rank]
+        if self._table is None or states != self._packed_states or not self._table.valid():
             for state in states:
                 state.clear()
             entries = [entry for state in states for entry in state.entries]
-            self._table, self._packed_states = (PackTable(entries) if entries else None), key
+            self._table, self._packed_states = (PackTable(entries) if entries else None), states
         if self._table is not None:
             self._table.run()
 
@@ -299,8 +341,8 @@ def _foreign_layout(rows: int, length: int, kwargs: dict[str, Any]) -> SequenceL
     """The sequences of a forward that somebody else calls; None if they cannot be told, or need another mask.
 
     transformers' flash-attention arguments say it all. A mask of right-padded rows is no mask at all under causal
-    attention. Positions that restart in a single row without a mask are packed documents. Looking at a mask or at
-    positions waits for the device.
+    attention. Positions that do not go on by one inside a row without a mask begin another document, as in transformers.
+    Looking at a mask or at positions waits for the device.
     """
     bounds, longest = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
     if bounds is not None and longest is not None:
@@ -312,10 +354,12 @@ def _foreign_layout(rows: int, length: int, kwargs: dict[str, Any]) -> SequenceL
         return SequenceLayout.dense(rows, length) if right_padded else None
     if mask is not None:
         return None
-    if rows == 1 and positions is not None:
-        starts = (positions.reshape(-1) == 0).nonzero().reshape(-1).to(torch.int32)
-        if starts.numel() > 1:
-            bounds = torch.cat((starts, starts.new_tensor([length])))
+    if positions is not None:
+        begins = torch.ones(rows, length, dtype=torch.bool, device=positions.device)
+        begins[:, 1:] = positions[:, 1:] - positions[:, :-1] != 1
+        starts = begins.reshape(-1).nonzero().reshape(-1).to(torch.int32)
+        if starts.numel() > rows:
+            bounds = torch.cat((starts, starts.new_tensor([rows * length])))
             return SequenceLayout.packed(bounds, (bounds[1:] - bounds[:-1]).tolist(), length)
     return SequenceLayout.dense(rows, length)
 
@@ -339,9 +383,12 @@ class FusedLayer(nn.Module):
         self._modules.update(original._modules)
         self.__dict__["original"] = original  # not a submodule: its parameters are this module's already
         self.engine, self.policy, self.number, self.spec = engine, policy, number, spec
+        self._policy_before = LayerPolicy()  # what `gradient_checkpointing_disable` goes back to
         self.training = original.training
         self.attention = AttentionHalf(original, spec, dtype) if "attention" in spec.halves else None
         self.mlp_half = MlpHalf(original, spec, dtype) if "mlp" in spec.halves else None
+        places = [[name.rpartition(".") for name in names] for names in _projections(spec)]
+        self._places = [[(original.get_submodule(parent)._modules, name) for parent, _, name in p] for p in places]
         for group in self.groups:
             group.stack_weights()
 
@@ -360,7 +407,10 @@ class FusedLayer(nn.Module):
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
-        self.policy = RECOMPUTE_ALL if value else LayerPolicy()
+        if value and not self.gradient_checkpointing:
+            self._policy_before, self.policy = self.policy, RECOMPUTE_ALL
+        elif not value and self.gradient_checkpointing:
+            self.policy = self._policy_before
 
     @property
     def halves(self) -> list[AttentionHalf | MlpHalf]:
@@ -368,13 +418,24 @@ class FusedLayer(nn.Module):
         return [half for half in (self.attention, self.mlp_half) if half is not None]
 
     @property
-    def groups(self) -> list[Any]:
+    def groups(self) -> list[LinearGroup]:
         """The linear groups of its halves."""
         return [group for half in self.halves for group in half.groups]
 
     def states(self) -> list[GroupState]:
-        """The groups with the adapters that are active now."""
+        """The groups with the adapters that are active now. Raises ValueError for one that came later and does not fit."""
+        for group, places in zip(self.groups, self._places, strict=True):
+            modules = [siblings[name] for siblings, name in places]
+            if modules != group.modules:  # PEFT has wrapped or unwrapped them
+                self._exchange(group, modules)
         return [group.state(self.training) for group in self.groups]
+
+    def _exchange(self, group: LinearGroup, modules: list[Any]) -> None:
+        for module in modules:
+            if reason := why_not(module):
+                raise ValueError(f"layer {self.number} is fused, but now {reason}: unfuse the model, and fuse it again")
+        group.modules = modules
+        group.stack_weights()  # with room for the new adapter
 
     def refresh(self) -> list[GroupState]:
         """`states`, and remember them for the forward that begins."""

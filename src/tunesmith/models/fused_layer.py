@@ -23,12 +23,12 @@ from torch import nn
 
 from tunesmith.kernels.attention import (
     AttentionSpec,
-    Kind,
     SequenceLayout,
     attention_backward,
     attention_forward,
     choose_backend,
 )
+from tunesmith.kernels.attention_backends import Kind
 from tunesmith.kernels.glu import Activation, glu, glu_backward
 from tunesmith.kernels.qkv import qkv_epilogue, qkv_epilogue_backward
 from tunesmith.kernels.residual import add_low_rank
@@ -123,7 +123,7 @@ class AttentionHalf:
     """h + [norm](attention(norm(h)) W_o), of one layer of a model."""
 
     def __init__(self, layer: nn.Module, spec: LayerSpec, dtype: torch.dtype):
-        attention = layer.get_submodule(spec.o.rpartition(".")[0])
+        attention: Any = layer.get_submodule(spec.o.rpartition(".")[0])
         config = attention.config
         self.qkv = LinearGroup([layer.get_submodule(name) for name in spec.qkv], dtype, adds_bias=False)
         self.o = LinearGroup([layer.get_submodule(spec.o)], dtype)
@@ -167,7 +167,7 @@ class MlpHalf:
     """h + [norm](act(x W_gate) · (x W_up) W_down), x = norm(h), of one layer of a model."""
 
     def __init__(self, layer: nn.Module, spec: LayerSpec, dtype: torch.dtype):
-        config = layer.get_submodule(spec.down.rpartition(".")[0]).config
+        config: Any = layer.get_submodule(spec.down.rpartition(".")[0]).config
         self.gate_up = LinearGroup([layer.get_submodule(name) for name in spec.gate_up], dtype)
         self.down = LinearGroup([layer.get_submodule(spec.down)], dtype)
         self.F = self.down.num_in
@@ -612,7 +612,7 @@ class NormFunction(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x and of the weight."""
         rows, rstd = ctx.saved_tensors
         grads = Gradients()
@@ -655,7 +655,7 @@ class LayerFunction(torch.autograd.Function):
         return out.view(hidden.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of hidden and of the parameters. Raises RuntimeError the second time: the first consumes its inputs."""
         run, kept = ctx.run, ctx.kept
         if kept is None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,10 +30,10 @@ BASE_CLASSES = {"torch.nn.modules.linear.Linear", "bitsandbytes.nn.modules.Linea
 
 def base_layer(module: nn.Module) -> nn.Linear:
     """The base model's linear layer under PEFT's wrapper, or the layer itself."""
-    return getattr(module, "base_layer", module)  # type: ignore[return-value]
+    return cast(nn.Linear, getattr(module, "base_layer", module))
 
 
-def why_not(module: nn.Module) -> str | None:
+def why_not(module: Any) -> str | None:
     """Why a projection cannot be part of a fused layer; None if it can."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
@@ -67,7 +67,7 @@ class Lora:
         return self.a.shape[0]
 
 
-def active_lora(module: nn.Module, training: bool) -> Lora | None:
+def active_lora(module: Any, training: bool) -> Lora | None:
     """What PEFT would add to the base layer now; None while adapters are disabled or merged. Raises ValueError for two."""
     wrapped: Any = module._modules.get("lora_A")  # plain lookups: this runs for each projection in every forward
     if wrapped is None or module._disable_adapters or module.merged_adapters:
@@ -105,6 +105,12 @@ class LinearGroup:
         """The base layers."""
         return [base_layer(module) for module in self.modules]
 
+    @property
+    def sharded(self) -> bool:
+        """Whether this process holds a part of the weights now (FSDP2 gathers them around a layer's forward and backward)."""
+        return hasattr(self.bases[0].weight, "device_mesh")
+
+    @torch.inference_mode(False)
     def stack_weights(self) -> None:
         """Move plain base weights of the compute type into one operand, with room for the present adapter's A.
 
@@ -136,20 +142,27 @@ class LinearGroup:
         stacked = self._stacked()
         key = (stacked, *((id(lora.a), id(lora.b), lora.scale, lora.dropout) if lora else None for lora in loras))
         if key not in self._states:
-            self._states[key] = GroupState(self, loras, stacked)
+            with torch.inference_mode(False):  # its operands are written again in training
+                self._states[key] = GroupState(self, loras, stacked)
         return self._states[key]
 
     def _stacked(self) -> bool:
-        """Whether the parameters are (still) the rows of the stack; `merge`, FSDP or a user may have moved them."""
+        """Whether the parameters are (still) the rows of the stack; `merge`, FSDP or a user may have moved them.
+
+        A stack that none of them is in any more is let go of: under FSDP all stacks together would be the whole model.
+        """
         if self.stack is None:
             return False
         address = self.stack.data_ptr()
         row = self.stack.stride(0) * self.stack.element_size()
+        inside = []
         for base, size in zip(self.bases, self.sizes, strict=True):
-            if base.weight.data_ptr() != address:
-                return False
+            inside.append(base.weight.data_ptr() == address)
             address += size * row
-        return True
+        if not any(inside):
+            self.stack = None
+            self._states.clear()
+        return all(inside)
 
 
 def _slot(loras: Sequence[Lora | None]) -> int:
@@ -214,7 +227,7 @@ class GroupState:
         found: list[nn.Parameter] = []
         for base, lora in zip(self.group.bases, self.loras, strict=True):
             found += [base.weight] if base.weight.requires_grad else []
-            found += [base.bias] if base.bias is not None and base.bias.requires_grad else []
+            found += [cast(nn.Parameter, base.bias)] if base.bias is not None and base.bias.requires_grad else []
             found += [p for p in (lora.a, lora.b) if p.requires_grad] if lora else []
         return found
 

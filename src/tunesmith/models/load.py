@@ -126,7 +126,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The causal language model on its device, in `dtype`, or quantized by bitsandbytes with `dtype` as compute type.
 
-    Raises ModelError when the folder is not a whole model, MachineError when it does not fit or a package is missing.
+    Its own attention is the one asked for, or `eager` where the model soft-caps attention scores (see `_attention`). Raises
+    ModelError when the folder is not a whole model, MachineError when it does not fit or a package is missing.
     """
     import torch
     from safetensors import SafetensorError
@@ -140,7 +141,7 @@ def load_model(
             source.path,
             dtype=torch_dtype(dtype),
             device_map={"": hardware.device},
-            attn_implementation=config.attention,
+            attn_implementation=_attention(source, config),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,
@@ -170,6 +171,19 @@ def load_model(
     if quantization is not None:
         _keep_unpacked(model)
     return model
+
+
+def _attention(source: ModelSource, config: ModelConfig) -> str:
+    """transformers' attention implementation for this model: `model.attention`, unless that would compute something else.
+
+    Its sdpa ignores `attn_logit_softcapping` without a word (Gemma 2: c · tanh(scores / c), arXiv 2408.00118).
+    """
+    from transformers import AutoConfig
+
+    own = AutoConfig.from_pretrained(
+        source.path, trust_remote_code=config.trust_remote_code, local_files_only=True
+    ).get_text_config()
+    return config.attention if getattr(own, "attn_logit_softcapping", None) is None else "eager"
 
 
 def weight_hash(source: ModelSource) -> str:

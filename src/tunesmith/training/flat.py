@@ -19,7 +19,7 @@ class FlatParameter:
     """fp32 parameters laid end to end in `value`, one trainable parameter, of which each becomes a view.
 
     Names, shapes and autograd are untouched: gradients still arrive at each tensor, and `collect` moves them; whoever has
-    them at hand adds them to `gradient_view` at once. `reached` are the tensors that ever had a gradient, by identity:
+    them at hand gives them to `sink` at once. `reached` are the tensors that ever had a gradient, by identity:
     weight decay moves the others too, so that a look at the weights would not find them.
     """
 
@@ -66,11 +66,11 @@ class FlatParameter:
     def collect(self) -> None:
         """Add the tensors' gradients to that of `value`, and forget them."""
         views = self.gradient_views()
-        found = [tensor for tensor in self.tensors if tensor.grad is not None]
+        found = [(tensor, tensor.grad) for tensor in self.tensors if tensor.grad is not None]
         if found:
-            torch._foreach_add_([views[id(tensor)] for tensor in found], [tensor.grad for tensor in found])
-        self.reached.update(map(id, found))
-        for tensor in found:
+            torch._foreach_add_([views[id(tensor)] for tensor, _ in found], [gradient for _, gradient in found])
+        for tensor, _ in found:
+            self.reached.add(id(tensor))
             tensor.grad = None
 
 

@@ -44,15 +44,22 @@ def micro_batch_graphs(
     scaler: torch.amp.GradScaler,
     log: EventSink,
 ) -> GraphedMicroBatches | None:
-    """Graphs for this run; None where they cannot be: they need a GPU, fused layers that draw no random numbers, and an
-    optimizer whose gradients stay in place (`Optimizer.connect`).
+    """Graphs for this run; None where they cannot be: they need a GPU, fused layers that draw no random numbers, rotations
+    that do not depend on the longest position (transformers looks at it on the CPU), and an optimizer whose gradients stay
+    in place (`Optimizer.connect`).
     """
     engine = engine_of(forward.model)
-    capturable = engine is not None and engine.capturable and bool(engine.sinks)
+    capturable = engine is not None and engine.capturable and bool(engine.sinks) and not _rotates_by_length(forward)
     if not config.training.cuda_graphs or not forward.device.startswith("cuda") or not capturable:
         return None
     length_step = config.training.micro_batch_tokens or LENGTH_STEP
     return GraphedMicroBatches(forward, objective, optimizer, scaler, log, length_step)
+
+
+def _rotates_by_length(forward: ModelForward) -> bool:
+    kinds = getattr(getattr(forward.decoder, "rotary_emb", None), "rope_type", "default")
+    found = kinds.values() if isinstance(kinds, dict) else [kinds]  # a dictionary by kind of layer (Gemma 3)
+    return any("dynamic" in kind or kind == "longrope" for kind in found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +156,7 @@ class GraphedMicroBatches:
 
     def _capture(self, batch: Batch, known: Known) -> torch.Tensor:
         captured = [shape for shape, entry in self.known.items() if entry.graph is not None]
-        for shape in captured[: len(captured) - MAX_GRAPHS + 1]:
+        for shape in captured[: max(0, len(captured) - MAX_GRAPHS + 1)]:
             del self.known[shape]
         known.batch = copy_of(batch)
         graph = torch.cuda.CUDAGraph()
@@ -158,8 +165,15 @@ class GraphedMicroBatches:
         # stream that they ran on (0.1 GB on an H100). Both come back when they are needed.
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            known.loss = self._forward_backward(known.batch)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                known.loss = self._forward_backward(known.batch)
+        except RuntimeError as error:  # out of memory, or an operation that cannot be captured: nothing has run yet
+            known.pays, known.batch, known.loss = False, None, None
+            reason = str(error).splitlines()[0]
+            self.log({"event": "warning", "message": f"no CUDA graph, micro-batches go launch by launch: {reason}"})
+            self.optimizer.forget()
+            return self._forward_backward(batch)
         self._pool = self._pool or graph.pool()
         known.graph = graph
         rows, length = batch.input_ids.shape

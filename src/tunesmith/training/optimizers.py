@@ -54,6 +54,12 @@ class Optimizer:
         laid = {id(tensor) for flat in self.flats for tensor in flat.tensors}
         return [name for name, tensor in model.named_parameters() if id(tensor) in laid - reached]
 
+    def forget(self) -> None:
+        """Drop gradients that have not been collected."""
+        for flat in self.flats:
+            for tensor in flat.tensors:
+                tensor.grad = None
+
     def zero_grad(self) -> None:
         """Forget the gradients. Where a graph writes to them they stay in place, as zeros."""
         self.inner.zero_grad(set_to_none=not self.keeps_gradients)
@@ -73,7 +79,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -
     The tensors of an adapter become views of one parameter for each group. Raises MachineError when bitsandbytes is needed and missing.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]

@@ -84,7 +84,8 @@ def check_forward(forward: ModelForward, packing: bool) -> None:
 def check_fused(forward: ModelForward) -> None:
     """One forward of a few tokens with fused layers and one with the model's own. Raises ModelError where they differ.
 
-    It finds a layer whose code has changed under the same name.
+    It finds a layer whose code has changed under the same name: tens of per cent. Rounding alone is 3% in bf16 (30 layers of
+    SmolLM2 over NF4; 0.01% in fp32).
     """
     import numpy as np
     import torch
@@ -103,7 +104,7 @@ def check_fused(forward: ModelForward) -> None:
             theirs = forward.hidden(batch).float()
     forward.model.train(was_training)
     difference = ((ours - theirs).norm() / theirs.norm()).item()
-    if not difference < 0.03:
+    if not difference < 0.1:
         raise ModelError(
             f"the fused layers of {type(forward.base).__name__} do not compute what the model's own do (they differ by "
             f"{difference:.1%}); set model.engine: reference, and report it"

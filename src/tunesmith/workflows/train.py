@@ -353,13 +353,18 @@ def _plan(
         num_layers=shape.num_hidden_layers,
         engine=_engine(config, forward, hardware),
         rank=config.adapter.r if config.method != "full" else 0,
-        expanded=config.method == "qlora",
+        expanded=config.method != "lora",
     )
 
 
 def _engine(config: RunConfig, forward: ModelForward, hardware: Hardware) -> Literal["reference", "fused"]:
-    """What `model.engine` means here. Raises ConfigError where `fused` was asked for and no layer fits."""
-    if config.model.engine == "reference" or (config.model.engine == "auto" and hardware.type != "cuda"):
+    """What `model.engine` means here. Raises ConfigError where `fused` was asked for and no layer fits.
+
+    `auto` leaves full fine-tuning to the reference engine: its weights would be cast for every product.
+    """
+    if config.model.engine == "reference":
+        return "reference"
+    if config.model.engine == "auto" and (hardware.type != "cuda" or config.method == "full"):
         return "reference"
     reasons = why_not_fused(forward.model)
     if all(reasons) and config.model.engine == "fused":
