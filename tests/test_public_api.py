@@ -18,6 +18,7 @@ NAMES = [
     "check_data",
     "data_stats",
     "evaluate",
+    "fuse",
     "load",
     "load_config",
     "merge",
@@ -27,6 +28,7 @@ NAMES = [
     "resume",
     "split_data",
     "train",
+    "unfuse",
     "write_report",
 ]
 

@@ -12,12 +12,14 @@ from tunesmith.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tunesmith.api import evaluate as evaluate
+    from tunesmith.api import fuse as fuse
     from tunesmith.api import load as load
     from tunesmith.api import merge as merge
     from tunesmith.api import quickstart as quickstart
     from tunesmith.api import reply as reply
     from tunesmith.api import resume as resume
     from tunesmith.api import train as train
+    from tunesmith.api import unfuse as unfuse
     from tunesmith.api import write_report as write_report
     from tunesmith.config import RunConfig as RunConfig
     from tunesmith.config import load_config as load_config
@@ -31,12 +33,14 @@ _HOMES = {
     "RunConfig": "tunesmith.config",
     "load_config": "tunesmith.config",
     "evaluate": "tunesmith.api",
+    "fuse": "tunesmith.api",
     "load": "tunesmith.api",
     "merge": "tunesmith.api",
     "quickstart": "tunesmith.api",
     "reply": "tunesmith.api",
     "resume": "tunesmith.api",
     "train": "tunesmith.api",
+    "unfuse": "tunesmith.api",
     "write_report": "tunesmith.api",
     "check_data": "tunesmith.workflows.data",
     "data_stats": "tunesmith.workflows.data",

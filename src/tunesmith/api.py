@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tunesmith.config import RunConfig
+from tunesmith.models.fuse import fuse, unfuse
 from tunesmith.report import write_report as _write_report
 from tunesmith.runs import RunFolder
 from tunesmith.types import EventSink, Progress, TrainResult, no_progress
@@ -27,6 +28,7 @@ __all__ = [
     "LoadedModel",
     "evaluate",
     "examine",
+    "fuse",
     "load",
     "merge",
     "quickstart",
@@ -34,6 +36,7 @@ __all__ = [
     "resume",
     "train",
     "trained_system",
+    "unfuse",
     "write_report",
 ]
 

@@ -429,3 +429,174 @@ def test_speed() -> None:
     assert time.process_time() - began < 0.05, (
         "20 batches of 8,192 tokens; 0.003 s on an idle core, 0.12 s token by token"
     )
+
+
+# -- how the tokens are divided into sequences ------------------------------------------------------------------------
+
+
+def long(length: int, seed: int = 0, supervised: int | None = None) -> TokenizedExample:
+    """`length` tokens, the last `supervised` of them targets (default: all that can be)."""
+    ids = np.random.default_rng(seed).integers(1, 50, length)
+    mask = np.arange(length) >= length - (length - 1 if supervised is None else supervised)
+    return TokenizedExample(ids.astype(np.int32), mask, seed, "a.jsonl")
+
+
+def test_the_layout_of_packed_rows() -> None:
+    layout = make_batch([ONE, TWO, THREE], True, PAD, "cpu").layout
+    assert (layout.batch, layout.length, layout.lengths, layout.max_length) == (1, 9, (4, 2, 3), 4)
+    assert layout.cu_seqlens is not None
+    assert (layout.cu_seqlens.tolist(), layout.cu_seqlens.dtype, layout.kind) == ([0, 4, 6, 9], torch.int32, "packed")
+    equal = make_batch([TWO, TWO], True, PAD, "cpu").layout
+    assert (equal.lengths, equal.max_length, equal.kind) == ((2, 2), 2, "dense")
+
+
+def test_the_layout_of_padded_rows_counts_the_padding() -> None:
+    """It hides nothing: no token sees the padding behind it."""
+    layout = make_batch([ONE, TWO, THREE], False, PAD, "cpu").layout
+    assert (layout.batch, layout.length, layout.lengths, layout.max_length) == (3, 4, (4, 4, 4), 4)
+    assert (layout.cu_seqlens, layout.kind) == (None, "dense")
+
+
+# -- widened batches --------------------------------------------------------------------------------------------------
+
+
+def test_widened_padded() -> None:
+    rows = [ONE, TWO, THREE]
+    plain, wide = (make_batch(rows, False, PAD, "cpu", widen) for widen in (None, 16))
+    assert wide.input_ids.shape == wide.labels.shape == wide.position_ids.shape == (3, 16)
+    assert wide.attention_mask is not None
+    assert plain.attention_mask is not None
+    for name in ("input_ids", "labels", "position_ids"):
+        assert torch.equal(getattr(wide, name)[:, :4], getattr(plain, name)), name
+    assert torch.equal(wide.attention_mask[:, :4], plain.attention_mask)
+    assert (wide.input_ids[:, 4:] == PAD).all()
+    assert (wide.labels[:, 4:] == IGNORE_INDEX).all()
+    assert (wide.attention_mask[:, 4:] == 0).all()
+    assert wide.position_ids.tolist() == [list(range(16))] * 3
+    assert wide.supervised.tolist() == [1, 2, 16, 32] + [0] * 44  # 48 positions in all, fewer than 64
+    assert wide.supervised_labels.tolist() == [12, 13, 21, 31] + [IGNORE_INDEX] * 44
+    assert (wide.layout.batch, wide.layout.length, wide.layout.max_length, wide.layout.kind) == (3, 16, 16, "dense")
+    for name in ("num_examples", "num_tokens", "num_supervised", "rows"):
+        assert getattr(wide, name) == getattr(plain, name), name
+    assert torch.equal(wide.cu_seqlens, plain.cu_seqlens)
+
+
+def test_widened_packed() -> None:
+    wide = make_batch([ONE, TWO, THREE], True, PAD, "cpu", 16)
+    assert lists(wide) == {
+        "input_ids": [[10, 11, 12, 13, 20, 21, 30, 31, 32, *[PAD] * 7]],
+        "labels": [[-100, 12, 13, -100, 21, -100, 31, *[-100] * 9]],
+        "position_ids": [[0, 1, 2, 3, 0, 1, 0, 1, 2, *range(7)]],
+        "cu_seqlens": [0, 4, 6, 9],
+        "supervised": [1, 2, 4, 6, *[0] * 12],
+        "attention_mask": None,
+    }
+    assert wide.supervised_labels.tolist() == [12, 13, 21, 31, *[-100] * 12]
+    layout = wide.layout
+    assert (layout.length, layout.lengths, layout.kind) == (16, (4, 2, 3, 7), "packed")
+    assert layout.max_length == 16, "no longer than the row"
+    assert layout.cu_seqlens is not None
+    assert layout.cu_seqlens.tolist() == [0, 4, 6, 9, *[16] * 13], "16 documents, 12 of them empty"
+    assert (wide.num_examples, wide.num_tokens, wide.num_supervised) == (3, 9, 4)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "widen", "row", "longest", "padding"),
+    [
+        ([100, 20], 128, 128, 128, (8,)),
+        ([128], 128, 128, 128, ()),
+        ([129, 3], 128, 256, 256, (124,)),
+        ([129, 127], 128, 256, 256, ()),
+        ([600, 20], 2048, 2048, 1024, (1024, 404)),  # the longest counts as a power of two; padding is cut at it
+        ([100, 20], 1000, 1000, 128, (128,) * 6 + (112,)),  # at least 128
+        ([600, 300], 1000, 1000, 1000, (100,)),  # at most the row
+        ([3, 4], 8, 8, 8, (1,)),
+    ],
+)
+def test_the_longest_document_of_a_widened_row(
+    lengths: list[int], widen: int, row: int, longest: int, padding: tuple[int, ...]
+) -> None:
+    batch = make_batch([long(length, seed) for seed, length in enumerate(lengths)], True, PAD, "cpu", widen)
+    assert batch.input_ids.shape == (1, row)
+    assert batch.layout.lengths == (*lengths, *padding)
+    assert batch.layout.max_length == longest
+
+
+def test_documents_of_equal_length_need_no_bounds() -> None:
+    """With its padding a row of them is dense: rows that end alike are one shape, whatever they hold."""
+    layout = make_batch([long(128), long(128)], True, PAD, "cpu", 512).layout
+    assert (layout.lengths, layout.max_length, layout.kind) == ((128,) * 4, 128, "dense")
+    assert layout.cu_seqlens is not None
+    assert layout.cu_seqlens.tolist() == [0, 128, 256, 384, 512]
+
+
+@pytest.mark.parametrize(("documents", "rounded"), [(1, 16), (14, 16), (15, 16), (16, 32), (31, 32), (32, 48)])
+def test_documents_come_in_sixteens(documents: int, rounded: int) -> None:
+    """One more is padding."""
+    batch = make_batch([long(3, seed) for seed in range(documents)], True, PAD, "cpu", 128)
+    assert len(batch.layout.lengths) == documents + 1
+    assert batch.layout.cu_seqlens is not None
+    assert len(batch.layout.cu_seqlens) == rounded + 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "supervised", "room"),
+    [
+        (1, 5, 64),  # never fewer than 64
+        (1, 64, 64),
+        (1, 65, 128),  # 128 positions: an eighth is 16, which 64 is above
+        (4, 5, 64),
+        (16, 5, 256),  # 2,048 positions: an eighth is 256
+        (16, 17, 512),
+        (16, 120, 2048),  # all
+    ],
+)
+def test_supervised_positions_come_in_eighths(rows: int, supervised: int, room: int) -> None:
+    batch = make_batch([long(128, seed, supervised) for seed in range(rows)], False, PAD, "cpu", 128)
+    assert batch.num_supervised == rows * supervised
+    assert len(batch.supervised) == len(batch.supervised_labels) == room
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=20),
+    st.sampled_from([8, 16, 128, 200, 1000]),
+    st.booleans(),
+    st.integers(0, 9),
+)
+def test_widening_adds_nothing_that_counts(lengths: list[int], widen: int, packing: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = [tokenized(list(rng.integers(1, 50, length)), list(rng.random(length) < 0.5)) for length in lengths]
+    plain, wide = (make_batch(rows, packing, PAD, "cpu", step) for step in (None, widen))
+    height, width = plain.input_ids.shape
+    assert wide.input_ids.shape[0] == height
+    assert wide.input_ids.shape[1] == -(-width // widen) * widen
+    for name, filler in (("input_ids", PAD), ("labels", IGNORE_INDEX)):
+        assert torch.equal(getattr(wide, name)[:, :width], getattr(plain, name))
+        assert (getattr(wide, name)[:, width:] == filler).all()
+    assert torch.equal(wide.position_ids[:, :width], plain.position_ids)
+    count = plain.num_supervised
+    at, labels = wide.supervised[:count], wide.supervised_labels[:count]
+    assert torch.equal(labels, plain.supervised_labels)
+    assert torch.equal(wide.labels.flatten()[at], labels)
+    assert (wide.supervised_labels[count:] == IGNORE_INDEX).all()
+    assert (wide.supervised >= 0).all()
+    assert (wide.supervised < wide.labels.numel()).all()
+    assert wide.num_supervised == count
+    layout = wide.layout
+    assert sum(layout.lengths) == layout.batch * layout.length == wide.input_ids.numel()
+    assert min(layout.lengths) > 0
+    assert max(layout.lengths) <= layout.max_length <= layout.length
+    if packing:
+        assert layout.lengths[: len(rows)] == tuple(lengths)
+        assert layout.cu_seqlens is not None
+        bounds = layout.cu_seqlens.tolist()
+        assert bounds[: len(layout.lengths) + 1] == [0, *itertools.accumulate(layout.lengths)]
+        assert set(bounds[len(layout.lengths) + 1 :]) <= {layout.length}
+        assert layout.kind == "dense" or (len(bounds) - 1) % 16 == 0
+
+
+def test_micro_batches_are_widened_too() -> None:
+    batches = list(micro_batches([[ONE], [THREE, TWO]], True, PAD, "cpu", 16))
+    assert [batch.input_ids.shape for batch in batches] == [(1, 16), (1, 16)]
+    assert [len(batch.layout.lengths) for batch in batches] == [2, 3]

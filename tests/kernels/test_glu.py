@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from numerics import assert_close_to_fp64
+
 from tunesmith.kernels.glu import Activation, glu, glu_backward, glu_backward_ref, glu_ref
 
 # tokens, features, slot, slots, slot of the down projection (0: none)

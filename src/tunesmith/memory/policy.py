@@ -120,7 +120,7 @@ def fused_tensors(config: Any, rank: int, bytes_per_value: int) -> dict[str, int
         "slots": 2 * slot,
     }
     if str(getattr(config, "model_type", "")).startswith(("gemma2", "gemma3")):
-        wide |= {"attention_output": hidden, "mlp_output": hidden}
+        wide |= {"attention_output": hidden + slot, "mlp_output": hidden + slot}  # with the S beside them
     found = {name: values * bytes_per_value for name, values in wide.items()}
     found["attention"] += 4 * heads  # the softmax's logsumexp
     return found
@@ -190,7 +190,7 @@ def _plan_fused(
     gone = ", ".join(f"{names[0]} of {dropped[names[0]]}" for names in DROP_ORDER if dropped.get(names[0]))
     what = f"recompute {gone} of {num_layers} layers" if gone else "keep all activations"
     budget = f" of {budget_gb:.1f} GB" if budget_gb is not None else ""
-    reason = f"memory.mode {mode}: predicted peak {predicted:.1f}{budget}: {what}"
+    reason = f"memory.mode {mode}: predicted peak {predicted:.1f} GB{budget}: {what}"
     if offload:
         reason += ", layer inputs in host memory"
     return MemoryPlan(

@@ -360,7 +360,7 @@ def _foreign_layout(rows: int, length: int, kwargs: dict[str, Any]) -> SequenceL
         starts = begins.reshape(-1).nonzero().reshape(-1).to(torch.int32)
         if starts.numel() > rows:
             bounds = torch.cat((starts, starts.new_tensor([rows * length])))
-            return SequenceLayout.packed(bounds, (bounds[1:] - bounds[:-1]).tolist(), length)
+            return SequenceLayout.packed(bounds, (bounds[1:] - bounds[:-1]).tolist(), rows * length)
     return SequenceLayout.dense(rows, length)
 
 

@@ -226,8 +226,8 @@ class GroupState:
         """Parameters that may need a gradient: of adapters, biases and base weights."""
         found: list[nn.Parameter] = []
         for base, lora in zip(self.group.bases, self.loras, strict=True):
-            found += [base.weight] if base.weight.requires_grad else []
-            found += [cast(nn.Parameter, base.bias)] if base.bias is not None and base.bias.requires_grad else []
+            found += [cast(nn.Parameter, base.weight)] if base.weight.requires_grad else []
+            found += [base.bias] if base.bias is not None and base.bias.requires_grad else []
             found += [p for p in (lora.a, lora.b) if p.requires_grad] if lora else []
         return found
 

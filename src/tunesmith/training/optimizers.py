@@ -49,8 +49,10 @@ class Optimizer:
             self.keeps_gradients = True
 
     def unreached(self, model: torch.nn.Module) -> list[str]:
-        """Names of the tensors of `model` that are laid end to end and never had a gradient."""
+        """Names of the tensors of `model` that are laid end to end and never had a gradient, if any of them had one."""
         reached = {key for flat in self.flats for key in flat.reached}
+        if not reached:  # no step was taken, as by a run that is resumed at its end
+            return []
         laid = {id(tensor) for flat in self.flats for tensor in flat.tensors}
         return [name for name, tensor in model.named_parameters() if id(tensor) in laid - reached]
 
