@@ -6,6 +6,7 @@ untested. torch is imported inside the functions, so that the command line start
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import resource
@@ -68,6 +69,13 @@ def probe(device: str = "auto") -> Hardware:
             raise ConfigError("model.device is mps, but PyTorch sees no Apple GPU; use cpu or auto")
         return Hardware("mps", "Apple GPU", _physical_memory() / GB, False)
     raise ConfigError(f"model.device is {device!r}: expected auto, cpu, cuda, cuda:N or mps")
+
+
+def no_fused_engine(hardware: Hardware) -> str | None:
+    """Why the fused engine is not the default on this device, or None where it is."""
+    if hardware.type != "cuda":
+        return "there is no NVIDIA GPU"
+    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
 
 
 def compute_dtype(setting: str, hardware: Hardware) -> ComputeDType:

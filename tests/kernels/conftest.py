@@ -1,15 +1,11 @@
-"""Kernel tests run on the GPU where there is one, and otherwise in Triton's interpreter on the CPU."""
+"""Kernel tests run on the GPU where there is one, and otherwise in Triton's interpreter on the CPU (tests/conftest.py)."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from tunesmith.kernels import launch
 

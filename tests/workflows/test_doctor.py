@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tunesmith.hardware import Hardware
+from tunesmith.kernels import attention
 from tunesmith.workflows import doctor
 from tunesmith.workflows.doctor import OPTIONAL, REQUIRED, Fact, examine
 
@@ -23,7 +25,7 @@ def test_a_machine_with_everything_is_ok() -> None:
     facts, report = facts_by_name()
     assert report["ok"] is True
     assert [name for name, fact in facts.items() if fact.status == "missing"] == []
-    assert list(report) == ["ok", "device", "dtype", "engine", "free_memory_gb", "packages"]
+    assert list(report) == ["ok", "device", "dtype", "engine", "attention", "free_memory_gb", "packages"]
     assert json.loads(json.dumps(report)) == report
     packages = report["packages"]
     assert isinstance(packages, dict)
@@ -32,7 +34,44 @@ def test_a_machine_with_everything_is_ok() -> None:
     assert facts["torch"].value == packages["torch"]
     assert facts["Python"].value == ".".join(map(str, sys.version_info[:3]))
     assert facts["compute type"].value in ("bf16", "fp16", "fp32")
-    assert facts["engine"].value == "reference"
+    assert facts["engine"].value == report["engine"]
+
+
+@pytest.mark.parametrize(
+    ("hardware", "triton", "reason"),
+    [
+        (Hardware("cpu", "a laptop", 16.0, True), True, "there is no NVIDIA GPU"),
+        (Hardware("mps", "Apple GPU", 16.0, False), True, "there is no NVIDIA GPU"),
+        (Hardware("cuda:0", "a card", 16.0, True, (8, 0)), False, "Triton is not installed"),
+    ],
+)
+def test_the_reference_engine_runs_where_the_fused_one_cannot(
+    hardware: Hardware, triton: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "probe", lambda: hardware)
+    monkeypatch.setattr(doctor, "free_memory_gb", lambda _: 8.0)
+    if not triton:
+        monkeypatch.setitem(sys.modules, "triton", None)
+    facts, report = facts_by_name()
+    assert facts["engine"] == Fact("engine", "reference", "ok", f"runs the model's own modules; not fused: {reason}")
+    assert (report["engine"], report["attention"]) == ("reference", None)
+
+
+def test_on_a_gpu_it_names_the_families_and_the_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4: cards from 8.0 on have better kernels than it."""
+    card = Hardware("cuda:0", "Tesla T4", 15.0, False, (7, 5))
+    monkeypatch.setattr(doctor, "probe", lambda: card)
+    monkeypatch.setattr(doctor, "free_memory_gb", lambda _: 14.0)
+    monkeypatch.setattr(attention, "card_of", lambda _: attention.Card((7, 5), triton=True, flash4=False))
+    monkeypatch.setattr(doctor, "no_fused_engine", lambda _: None)
+    facts, report = facts_by_name()
+    assert facts["engine"].value == report["engine"] == "fused"
+    assert facts["engine"].note.startswith(
+        "for LoRA and QLoRA of Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma 2, Gemma 3"
+    )
+    assert facts["packed attention"].value == "efficient"
+    assert "flash2: " in facts["packed attention"].note
+    assert json.loads(json.dumps(report))["attention"]["dense"].startswith("efficient (not cudnn: ")
 
 
 @pytest.mark.parametrize("name", ["peft", "transformers", "safetensors"])

@@ -115,8 +115,10 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             lines.append(f"{row['label']}: ran the reference engine ({row['plan']})")
         if check := row.get("check_result"):
             lines.append(
-                f"{row['label']}: gradient norms of {check['tensors']} adapter tensors within "
-                f"{check['norm_difference']:.2%} of the reference engine's, cosine {check['cosine']:.6f}"
+                f"{row['label']}: gradients of {check['tensors']} adapter tensors: in fp32 every norm within "
+                f"{check['fp32']['norm_difference']:.3%} of the reference engine's; in {row['compute_dtype']} the whole norm "
+                f"within {check['total_norm_difference']:.2%}, and {check['error']:.2%} from fp32 where the reference "
+                f"engine's are {check['reference_error']:.2%}"
             )
     return lines
 

@@ -81,12 +81,7 @@ def train_loop(
         loss = accumulate_gradients(
             forward, objective, deal(step, rank, world_size), config.data.packing, pad_id, scaler, graphs
         )
-        optimizer.collect()
-        scaler.unscale_(optimizer.inner)
-        grad_norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, config.optimizer.max_grad_norm)
-        scaler.step(optimizer.inner)
-        scaler.update()
-        optimizer.zero_grad()
+        grad_norm = optimizer.step(scaler, config.optimizer.max_grad_norm)
 
         state.step += 1
         window.add(loss, step)

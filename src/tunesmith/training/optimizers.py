@@ -56,6 +56,20 @@ class Optimizer:
         laid = {id(tensor) for flat in self.flats for tensor in flat.tensors}
         return [name for name, tensor in model.named_parameters() if id(tensor) in laid - reached]
 
+    def step(self, scaler: torch.amp.GradScaler, max_grad_norm: float) -> torch.Tensor:
+        """The end of an optimizer step: unscale the gradients, clip their norm, update, and forget them.
+
+        Returns the norm before clipping, a scalar on the device. With a gradient that is not finite `scaler` (if it is
+        enabled) leaves the parameters as they are.
+        """
+        self.collect()
+        scaler.unscale_(self.inner)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+        scaler.step(self.inner)
+        scaler.update()
+        self.zero_grad()
+        return grad_norm
+
     def forget(self) -> None:
         """Drop gradients that have not been collected."""
         for flat in self.flats:

@@ -132,7 +132,10 @@ ENVIRONMENT = {
 """What every row's process is told."""
 
 NORM_TOLERANCE = 0.01
-"""How far the gradient norm of an adapter tensor may be from the reference engine's."""
+"""How far a gradient norm may be from the reference engine's: of an adapter tensor in fp32, of all together in 16 bits."""
+
+ERROR_RATIO = 1.1
+"""How far 16-bit gradients may be from those in fp32, in terms of the reference engine's distance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +201,11 @@ class Row:
         alike = not self.packed and len(set(self.documents)) == 1
         shape = f"{len(self.documents)} x {self.documents[0]}" if alike else f"{len(self.documents)} documents of"
         return f"{self.model} {self.method}, {shape}{'' if alike else f' {self.tokens:,}'} tokens, rank {self.rank}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the row's model is, for a peer that loads it from a folder; `done` in it says that it is whole."""
+        return Path(self.models) / self.model
 
     def to_json(self) -> str:
         """The row as the argument of its process."""
@@ -472,11 +480,19 @@ def _run(row: Row) -> dict[str, Any]:
     measured: dict[str, Any] = {"error": None}
     if not is_installed(row.runner):
         measured["error"] = f"{PEER_PACKAGES[row.runner]} is not installed"
-    elif row.runner == "unsloth" and (failed := _process(row, "--write-checkpoint")["error"]):
+    elif row.runner == "unsloth" and (failed := _write_checkpoint(row)):
         measured["error"] = f"writing the model that it loads: {failed}"
     else:
         measured = _process(row)
     return described | fields | measured
+
+
+def _write_checkpoint(row: Row) -> str | None:
+    """Write the model that the row loads, unless it is there; returns why that failed, if it did."""
+    if (row.checkpoint / "done").exists():
+        return None
+    error: str | None = _process(row, "--write-checkpoint")["error"]
+    return error
 
 
 def _process(row: Row, *arguments: str) -> dict[str, Any]:
@@ -517,10 +533,28 @@ def _problems(result: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{result['name']}: the loss on one repeated batch went from {first:.4f} to {last:.4f}; it must fall"
         )
-    check = result["check_result"]
-    if check and not check["norm_difference"] <= NORM_TOLERANCE:
+    if check := result["check_result"]:
+        found += [f"{result['name']}: {problem}" for problem in _gradient_problems(check)]
+    return found
+
+
+def _gradient_problems(check: Mapping[str, Any]) -> list[str]:
+    """What is wrong with gradients of the fused engine, given bench_check.py's result."""
+    found = []
+    precise = check["fp32"]
+    if not precise["norm_difference"] <= NORM_TOLERANCE:
         found.append(
-            f"{result['name']}: the gradient norm of {check['norm_tensor']} differs by {check['norm_difference']:.2%} from "
-            f"the reference engine's; {NORM_TOLERANCE:.0%} is allowed"
+            f"in fp32 the gradient norm of {precise['norm_tensor']} differs by {precise['norm_difference']:.2%} from the "
+            f"reference engine's; {NORM_TOLERANCE:.0%} is allowed"
+        )
+    if not check["total_norm_difference"] <= NORM_TOLERANCE:
+        found.append(
+            f"the norm of the whole gradient differs by {check['total_norm_difference']:.2%} from the reference engine's; "
+            f"{NORM_TOLERANCE:.0%} is allowed"
+        )
+    if not check["error"] <= ERROR_RATIO * check["reference_error"] + 1e-4:
+        found.append(
+            f"gradients are {check['error']:.2%} from those of fp32, the reference engine's {check['reference_error']:.2%}; "
+            f"{ERROR_RATIO:g} times that is allowed"
         )
     return found

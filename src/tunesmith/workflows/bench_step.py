@@ -12,13 +12,11 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tunesmith.workflows.bench import RESULT_MARK, SEED, SHAPES, Row
@@ -40,7 +38,8 @@ from tunesmith.training.objectives import OBJECTIVES, Objective
 from tunesmith.training.optimizers import Optimizer, make_optimizer
 from tunesmith.training.prepare import prepare
 from tunesmith.types import GB, IGNORE_INDEX, Event, MemoryPlan, TokenizedExample
-from tunesmith.workflows.train import _limit_memory, _plan
+from tunesmith.workflows.bench_check import References
+from tunesmith.workflows.plan import limit_memory, plan_run
 
 LEARNING_RATE = 1e-3
 """High, so that a handful of steps on one batch show whether the loss falls."""
@@ -56,7 +55,7 @@ Step = Callable[[], torch.Tensor]
 class Trainee:
     """A model that is ready to train, what the loop needs beside it, and its one batch.
 
-    `check` is `compare`'s result for the plan that runs, and `check_s` the time of that gradient; None and 0 unasked.
+    `check` is bench_check.py's result for the plan that runs, and `check_s` the time of that gradient; None and 0 unasked.
     """
 
     config: RunConfig
@@ -75,23 +74,8 @@ class Trainee:
         """What training/loop.py does in an optimizer step."""
         packing = self.config.data.packing
         loss = accumulate_gradients(self.forward, self.objective, [self.examples], packing, 0, self.scaler, self.graphs)
-        self.optimizer.collect()
-        update(self.optimizer.parameters, self.optimizer.inner, self.scaler, self.config)
-        self.optimizer.zero_grad()
+        self.optimizer.step(self.scaler, self.config.optimizer.max_grad_norm)
         return loss
-
-
-def update(
-    trainable: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    config: RunConfig,
-) -> None:
-    """The end of an optimizer step, as in training/loop.py; the peers' too."""
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(trainable, config.optimizer.max_grad_norm)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 def configuration(row: Row, engine: str) -> RunConfig:
@@ -203,7 +187,7 @@ def run_ours(row: Row, hardware: Hardware, dtype: ComputeDType) -> dict[str, Any
 def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
     """The row as `tunesmith train` would have it in front of its first step, checked if the row says so."""
     config = configuration(row, "reference" if row.runner == "reference" else row.engine)
-    _limit_memory(config, hardware)
+    limit_memory(config, hardware)
     torch.manual_seed(SEED)
     base = random_model(row, dtype, hardware.device, row.method == "qlora")
     model = add_adapter(base, config.adapter, row.model)
@@ -214,12 +198,12 @@ def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
     if row.check:
         slow = configuration(row, "reference")
         slow.memory.mode = "min"  # activations recomputed, so that it fits beside whatever the row needs
-        prepare(model, _plan(slow, forward, hardware, examples))
-        reference = adapter_gradients(row, forward)
+        prepare(model, plan_run(slow, forward, hardware, examples))
+        reference = References.of(forward, lambda way: adapter_gradients(row, way))
     if hardware.type == "cuda":
         torch.cuda.empty_cache()  # the plan counts what is free
 
-    plan = _plan(config, forward, hardware, examples)
+    plan = plan_run(config, forward, hardware, examples)
     forward.loss_rows = plan.loss_rows
     engine_notes: list[str] = []
     # The one place where the fused engine is switched on: if the plan says so.
@@ -228,7 +212,7 @@ def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
     check, check_s = None, 0.0
     if reference is not None:
         began = time.perf_counter()
-        check = compare(reference, adapter_gradients(row, forward))
+        check = reference.check(adapter_gradients(row, forward))
         check_s = time.perf_counter() - began
     optimizer = make_optimizer(model, config.optimizer, config.lr)
     scaler = torch.amp.GradScaler(hardware.type, enabled=dtype == "fp16")
@@ -268,38 +252,6 @@ def adapter_gradients(row: Row, forward: ModelForward) -> dict[str, torch.Tensor
     return gradients
 
 
-def compare(reference: dict[str, torch.Tensor], ours: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """How far `ours` is from `reference`, tensor by tensor and all together.
-
-    `norm_difference` is the largest | ‖ours‖ / ‖reference‖ - 1 | of a tensor, `difference` the largest
-    ‖ours - reference‖ / ‖reference‖, `cosine` that of all tensors laid end to end.
-    """
-    if reference.keys() != ours.keys():
-        raise RuntimeError(f"gradients of different tensors: {sorted(reference.keys() ^ ours.keys())[:3]}")
-    norms: dict[str, float] = {}
-    differences: dict[str, float] = {}
-    dot = square = reference_square = 0.0
-    for name, expected in reference.items():
-        a, b = ours[name].double(), expected.double()
-        norms[name] = abs(float(a.norm() / b.norm()) - 1)
-        differences[name] = float((a - b).norm() / b.norm())
-        if math.isnan(norms[name]):
-            norms[name] = differences[name] = math.inf  # so that it is the largest
-        dot += float((a * b).sum())
-        square += float((a * a).sum())
-        reference_square += float((b * b).sum())
-    worst_norm = max(norms, key=lambda name: norms[name])
-    worst = max(differences, key=lambda name: differences[name])
-    return {
-        "norm_difference": norms[worst_norm],
-        "norm_tensor": worst_norm,
-        "difference": differences[worst],
-        "tensor": worst,
-        "cosine": dot / (square * reference_square) ** 0.5,
-        "tensors": len(reference),
-    }
-
-
 # -- the peers' side --------------------------------------------------------------------------------------------------
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -309,7 +261,7 @@ def run_peer(row: Row, hardware: Hardware, dtype: ComputeDType) -> dict[str, Any
     """Measure the step that the peer's users write: the model's own loss under autocast, backward, clip, 8-bit AdamW."""
     config = configuration(row, "reference")
     began = time.perf_counter()
-    _limit_memory(config, hardware)
+    limit_memory(config, hardware)
     torch.manual_seed(SEED)
     model = _unsloth_model(row, dtype) if row.runner == "unsloth" else _peft_model(row, hardware, dtype)
     load_s = time.perf_counter() - began
@@ -324,22 +276,18 @@ def run_peer(row: Row, hardware: Hardware, dtype: ComputeDType) -> dict[str, Any
         with torch.autocast(hardware.type, torch_dtype(dtype), enabled=dtype != "fp32"):
             loss: torch.Tensor = model(**inputs).loss
         scaler.scale(loss).backward()
-        update(trainable, optimizer, scaler, config)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(scaler, config.optimizer.max_grad_norm)
         return loss.detach()
 
     result = measure(step, row, hardware)
     return result | {"load_s": load_s, "trainable_parameters": count_parameters(model)[0]}
 
 
-def _peer_optimizer(trainable: list[torch.nn.Parameter], config: RunConfig) -> torch.optim.Optimizer:
+def _peer_optimizer(trainable: list[torch.nn.Parameter], config: RunConfig) -> Optimizer:
     """8-bit AdamW over the adapter's tensors, as transformers' Trainer makes it."""
     import bitsandbytes
 
-    optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(
-        trainable, lr=config.lr, weight_decay=config.optimizer.weight_decay
-    )
-    return optimizer
+    return Optimizer(bitsandbytes.optim.AdamW8bit(trainable, lr=config.lr, weight_decay=config.optimizer.weight_decay))
 
 
 def peer_inputs(row: Row, device: str) -> dict[str, torch.Tensor]:
@@ -387,7 +335,7 @@ def _unsloth_model(row: Row, dtype: ComputeDType) -> Any:
     """Unsloth at its default, without checkpointing, or un-checkpointing the layers that fit."""
     loader = importlib.import_module("unsloth").FastLanguageModel
     model, _ = loader.from_pretrained(
-        str(checkpoint(row)),
+        str(row.checkpoint),
         max_seq_length=row.tokens if row.packed else max(row.documents),
         dtype=torch_dtype(dtype),
         load_in_4bit=row.method == "qlora",
@@ -406,19 +354,12 @@ def _unsloth_model(row: Row, dtype: ComputeDType) -> Any:
     )
 
 
-def checkpoint(row: Row) -> Path:
-    """Where the row's model is, for a peer that loads it from a folder."""
-    return Path(row.models) / row.model
-
-
 def write_checkpoint(row: Row, device: str, dtype: ComputeDType) -> None:
-    """Write the random model as safetensors with a byte-level tokenizer, unless it is there."""
+    """Write the random model as safetensors with a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    folder = checkpoint(row)
-    if (folder / "done").exists():
-        return
+    folder = row.checkpoint
     random_model(row, dtype, device, quantize=False).save_pretrained(folder, max_shard_size="4GB")
     pieces = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={piece: number for number, piece in enumerate(pieces)}, merges=[]))

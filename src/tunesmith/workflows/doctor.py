@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.files import cache_folder
-from tunesmith.hardware import available_cores, compute_dtype, free_memory_gb, probe
+from tunesmith.hardware import (
+    ComputeDType,
+    Hardware,
+    available_cores,
+    compute_dtype,
+    free_memory_gb,
+    no_fused_engine,
+    probe,
+    torch_dtype,
+)
 from tunesmith.types import GB
 
 REQUIRED = (
@@ -27,6 +36,9 @@ REQUIRED = (
     "jinja2",
     "matplotlib",
 )
+HEAD_DIM = 128
+"""What attention is asked about: most models of 3B parameters and more have it."""
+
 OPTIONAL = {
     "bitsandbytes": "method qlora and 8-bit optimizers: pip install 'tunesmith[quantization]'",
     "gguf": ".gguf models: pip install 'tunesmith[gguf]'",
@@ -54,7 +66,7 @@ def examine() -> tuple[list[Fact], dict[str, Any]]:
             "disk", f"{free_disk:.0f} GB free for the cache in {cache_folder()}", "ok" if free_disk > 1 else "missing"
         ),
     ]
-    report: dict[str, Any] = {"device": None, "dtype": None, "engine": "reference", "free_memory_gb": None}
+    report: dict[str, Any] = dict.fromkeys(("device", "dtype", "engine", "attention", "free_memory_gb"))
     if importlib.util.find_spec("torch") is not None:  # PyTorch is who knows the device
         hardware = probe()
         dtype, free = compute_dtype("auto", hardware), free_memory_gb(hardware)
@@ -64,12 +76,36 @@ def examine() -> tuple[list[Fact], dict[str, Any]]:
             Fact("memory", f"{free:.1f} of {hardware.memory_gb:.1f} GB free", "ok"),
             Fact("compute type", dtype, "ok", "" if hardware.bf16 else "this device has no native bf16"),
         ]
-    facts.append(Fact("engine", "reference", "ok", "runs the model's own modules on any device"))
+        engine, engine_facts = _engine(hardware, dtype)
+        facts += engine_facts
+        report |= engine
     packages = [Fact(name, *_version(name, "required: pip install tunesmith")) for name in REQUIRED]
     packages += [Fact(name, *_version(name, use)) for name, use in OPTIONAL.items()]
     facts += packages
     report["packages"] = {fact.name: fact.value if fact.status == "ok" else None for fact in packages}
     return facts, {"ok": all(fact.status != "missing" for fact in facts), **report}
+
+
+def _engine(hardware: Hardware, dtype: ComputeDType) -> tuple[dict[str, Any], list[Fact]]:
+    """The engine that LoRA and QLoRA run on by default here, and which kernels, for the report and as facts."""
+    if reason := no_fused_engine(hardware):
+        return {"engine": "reference"}, [
+            Fact("engine", "reference", "ok", f"runs the model's own modules; not fused: {reason}")
+        ]
+    from tunesmith.kernels.attention import AttentionSpec, describe_backend
+    from tunesmith.models.families import SPECS
+
+    families = dict.fromkeys(spec.family for spec in SPECS.values())
+    facts = [Fact("engine", "fused", "ok", f"for LoRA and QLoRA of {', '.join(families)}; else reference")]
+    spec = AttentionSpec(scale=HEAD_DIM**-0.5)
+    attention = {
+        kind: describe_backend(hardware.device, torch_dtype(dtype), HEAD_DIM, kind, spec)
+        for kind in ("dense", "packed")
+    }
+    for kind, backend in attention.items():
+        name, _, passed = backend.partition(" (")
+        facts.append(Fact(f"{kind} attention", name, "ok", passed.removesuffix(")")))
+    return {"engine": "fused", "attention": attention}, facts
 
 
 def _version(name: str, use: str) -> tuple[str, Literal["ok", "missing", "info"], str]:

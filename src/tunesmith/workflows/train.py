@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import StepOrder, largest_micro_batch
+from tunesmith.data.batches import StepOrder
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, MachineError, RunError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
@@ -32,15 +32,12 @@ from tunesmith.hardware import (
     ComputeDType,
     Hardware,
     compute_dtype,
-    free_memory_gb,
     memory_in_use_gb,
     probe,
     torch_dtype,
 )
-from tunesmith.memory.policy import plan_memory
-from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32, weights_gb
+from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32
 from tunesmith.models.forward import ModelForward
-from tunesmith.models.fuse import why_not_fused
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
 from tunesmith.runs import RunFolder, default_run_path
 from tunesmith.training.checkpoint import TrainState, save_weights
@@ -55,16 +52,13 @@ from tunesmith.types import (
     EventSink,
     MemoryPlan,
     Progress,
-    TokenizedExample,
     TrainResult,
     no_progress,
 )
 from tunesmith.version import __version__
 from tunesmith.workflows.load import TEMPLATE_NAME, chat_format
+from tunesmith.workflows.plan import STATE_BYTES, limit_memory, plan_run
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
-
-STATE_BYTES = {"adamw": 8, "paged_adamw_32bit": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
-"""Optimizer state in bytes a trainable parameter: two moments of 32 or 8 bits."""
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "triton")
 
@@ -249,13 +243,13 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
         _refuse_changed(existing, base_hash, data.facts)
 
     progress("loading the model", 0, 1)
-    _limit_memory(config, hardware)
+    limit_memory(config, hardware)
     torch.manual_seed(config.training.seed)
     model = _load_trainable(config, source, hardware, dtype)
     progress("loading the model", 1, 1)
     forward = ModelForward(model, hardware.device, dtype)
     check_forward(forward, config.data.packing)
-    plan = _plan(config, forward, hardware, data.train)
+    plan = plan_run(config, forward, hardware, data.train)
     forward.loss_rows = plan.loss_rows
     engine_notes: list[str] = []
     prepare(model, plan, torch_dtype(dtype), engine_notes.append)
@@ -332,57 +326,6 @@ def _load_trainable(config: RunConfig, source: ModelSource, hardware: Hardware, 
     # A hub id stays one; a folder is recorded by its absolute path (for a GGUF file, where its safetensors are).
     base_name = source.name if source.revision else str(source.path.absolute())
     return add_adapter(model, config.adapter, base_name)
-
-
-def _plan(
-    config: RunConfig, forward: ModelForward, hardware: Hardware, examples: Sequence[TokenizedExample]
-) -> MemoryPlan:
-    shape = forward.base.config.get_text_config()
-    training, packing = config.training, config.data.packing
-    tokens = largest_micro_batch([len(example) for example in examples], training, packing)
-    supervised = largest_micro_batch([example.supervised for example in examples], training, packing=True)
-    trainable, _ = count_parameters(forward.model)
-    return plan_memory(
-        shape,
-        mode=config.memory.mode,
-        tokens=tokens,
-        supervised=supervised,
-        bytes_per_value=4 if forward.dtype == "fp32" else 2,
-        static_gb=weights_gb(forward.model) + trainable * (4 + STATE_BYTES[config.optimizer.name]) / GB,
-        budget_gb=config.memory.limit_gb or free_memory_gb(hardware) + (weights_gb(forward.model)),
-        num_layers=shape.num_hidden_layers,
-        engine=_engine(config, forward, hardware),
-        rank=config.adapter.r if config.method != "full" else 0,
-        expanded=config.method != "lora",
-    )
-
-
-def _engine(config: RunConfig, forward: ModelForward, hardware: Hardware) -> Literal["reference", "fused"]:
-    """What `model.engine` means here. Raises ConfigError where `fused` was asked for and no layer fits.
-
-    `auto` leaves full fine-tuning to the reference engine: its weights would be cast for every product.
-    """
-    if config.model.engine == "reference":
-        return "reference"
-    if config.model.engine == "auto" and (hardware.type != "cuda" or config.method == "full"):
-        return "reference"
-    reasons = why_not_fused(forward.model)
-    if all(reasons) and config.model.engine == "fused":
-        raise ConfigError(f"model.engine is fused, but no layer of this model can be: {reasons[0]}; use auto")
-    return "reference" if all(reasons) else "fused"
-
-
-def _limit_memory(config: RunConfig, hardware: Hardware) -> None:
-    if hardware.type != "cuda":
-        return
-    torch.cuda.reset_peak_memory_stats(hardware.device)
-    if config.memory.limit_gb is not None:
-        share = config.memory.limit_gb / hardware.memory_gb
-        if share > 1:
-            raise MachineError(
-                f"memory.limit_gb {config.memory.limit_gb} is more than the card has: {hardware.memory_gb:.1f}"
-            )
-        torch.cuda.set_per_process_memory_fraction(share, hardware.device)
 
 
 def _check_disk(path: Path, model: Any, config: RunConfig) -> None:
