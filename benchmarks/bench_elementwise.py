@@ -1,8 +1,8 @@
-"""RMS norm, residual sum and q/k/v epilogue against eager PyTorch, torch.compile and Liger: ms, GB/s, memory.
+"""RMS norm, residual sum, q/k/v epilogue and SwiGLU against eager PyTorch, torch.compile and Liger: ms, GB/s, memory.
 
     python benchmarks/bench_elementwise.py [OUT.json] [--tokens 8192]
 
-On one GPU in bf16 at the layer of Llama-3.1-8B (D 4096, 32/8 heads of 128) with rank 16 on every projection, sequences of
+On one GPU in bf16 at the layer of Llama-3.1-8B (D 4096, 32/8 heads of 128, F 14336) with rank 16 on every projection, sequences of
 2,048. Prints a Markdown table: median ms with the L2 cache emptied before each call, GB/s of the bytes that have to move
 (each operand once, whoever moves more), their share of what a copy of 1 GiB reaches on the same card, and the peak of
 memory beyond the operands. Nothing is timed before its result was compared with fp64: at most twice the error of the
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from tunesmith.kernels.glu import glu, glu_backward, glu_backward_ref, glu_ref
 from tunesmith.kernels.qkv import (
     qkv_epilogue,
     qkv_epilogue_backward,
@@ -36,7 +37,7 @@ from tunesmith.kernels.rms_norm import rms_norm, rms_norm_backward, rms_norm_bac
 
 DTYPE = torch.bfloat16
 DEVICE = torch.device("cuda")
-D, H, G, HEAD_DIM, SLOT, LENGTH = 4096, 32, 8, 128, 16, 2048
+D, F, H, G, HEAD_DIM, SLOT, LENGTH = 4096, 14336, 32, 8, 128, 16, 2048
 EPS = 1e-5
 
 
@@ -220,6 +221,48 @@ def qkv_cases(T: int, norm: bool) -> Iterator[Case]:
     yield case
 
 
+def glu_cases(T: int) -> Iterator[Case]:
+    """SwiGLU with the low-rank terms of gate, up and down; the backward also makes dS, dB and dA of down."""
+    buf, b = normal(T, 2 * F + 2 * SLOT), normal(2 * F, SLOT, scale=0.02)
+    a_down, ds_down, dact = normal(SLOT, F, scale=0.02), normal(T, SLOT), normal(T, F)
+    few, shape = slice(0, 1024), (F, SLOT, 2, "silu")  # rows that are compared with fp64
+    part = buf[few].clone()
+    exact, plain = glu_ref(part.double(), b.double(), *shape), glu_ref(part, b, *shape)
+    require_close("glu", glu(part, b, *shape), plain, exact)
+    down = (a_down, ds_down[few])
+    buffers = part.clone(), part.clone(), part.double()
+    found = glu_backward(dact[few], buffers[0], b, *shape, *down)
+    plain_grads = glu_backward_ref(dact[few], buffers[1], b, *shape, *down)
+    exact_grads = glu_backward_ref(*wide(dact[few], buffers[2], b), *shape, *wide(*down))
+    require_close("glu_backward: [dgate dup dS]", *buffers)
+    for name, *parts in zip(("dB", "dA"), found, plain_grads, exact_grads, strict=True):
+        require_close(f"glu_backward: {name}", *parts)
+
+    compiled, compiled_backward = torch.compile(glu_ref), torch.compile(glu_backward_ref)
+    case = Case(f"glu {T} x {F}", 3 * T * F + 2 * T * SLOT)
+    case.calls["eager"] = lambda: glu_ref(buf, b, *shape)
+    case.calls["compile"] = lambda: compiled(buf, b, *shape)
+    functional = liger()
+    if functional is not None:
+        gate, up = (x.contiguous() for x in buf[:, : 2 * F].split(F, 1))
+        slots, factors = buf[:, 2 * F :].split(SLOT, 1), b.split(F)
+
+        def addmm_and_liger() -> None:
+            for y, s, factor in zip((gate, up), slots, factors, strict=True):
+                y.addmm_(s, factor.T)
+            functional.liger_swiglu(gate, up)
+
+        case.calls["addmm_ + Liger SwiGLU"] = addmm_and_liger
+    case.calls["ours"] = lambda: glu(buf, b, *shape)
+    yield case
+
+    case = Case("glu_backward with dS, dB and dA", 5 * T * F)
+    case.calls["eager"] = lambda: glu_backward_ref(dact, buf, b, *shape, a_down, ds_down)
+    case.calls["compile"] = lambda: compiled_backward(dact, buf, b, *shape, a_down, ds_down)
+    case.calls["ours"] = lambda: glu_backward(dact, buf, b, *shape, a_down, ds_down)
+    yield case
+
+
 def measure(function: Callable[[], Any]) -> tuple[float, float]:
     """(median ms, peak MiB beyond what was allocated before)."""
     from triton.testing import do_bench
@@ -258,7 +301,7 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     print("\n| case | who | ms | GB/s | of a copy | MiB |\n|---|---|---|---|---|---|")
     rows = []
-    cases = (rms_norm_cases(T), residual_cases(T), qkv_cases(T, norm=False), qkv_cases(T, norm=True))
+    cases = (rms_norm_cases(T), residual_cases(T), qkv_cases(T, norm=False), qkv_cases(T, norm=True), glu_cases(T))
     for case in itertools.chain.from_iterable(cases):
         for who, call in case.calls.items():
             ms, mib = measure(call)

@@ -37,6 +37,19 @@ DOCUMENTS, FIXED_LENGTH, DOCUMENTS_SHARE = "8b-qlora-documents/tunesmith-auto", 
 """Packed real documents have to reach this share of the fixed-length figure."""
 
 
+COLUMNS = """\
+Made by `make docs` from engine_h100.json (`python benchmarks/engine.py OUT --row NAME`). One process a row; medians of 6
+steps after 5; random weights and tokens, every token supervised, rank 16 on all linear layers, 8-bit AdamW.
+
+- spread: the slowest of the 6 steps over the fastest
+- first step: seconds, kernels compiled and graphs not yet there
+- loss: of the first and the last of 11 steps on one batch
+- gradients: the largest difference of an adapter tensor's norm from the reference engine's in fp32; the difference of the
+  whole norm in bf16; the mean distance of a tensor from fp32's, ours / the reference engine's (two engines that round
+  differently; the noise grows through layers of random weights)"""
+"""What `markdown` shows."""
+
+
 def target(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> tuple[float, float | None] | None:
     """What a row has to reach; None if nothing, or if it depends on a row that is not there."""
     if row["name"] == DOCUMENTS:
@@ -61,11 +74,7 @@ def misses(row: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> str
 
 
 def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table, grouped by workload, losing rows included.
-
-    `gradients`: the largest difference of a tensor's norm from the reference engine's in fp32; that of the whole norm in
-    16 bits; the mean distance from the fp32 gradients, ours / the reference engine's.
-    """
+    """The rows as a Markdown table, grouped by workload, losing rows included; `COLUMNS` explains it."""
     lines = [
         "| workload | | tokens/s | x best peer | spread | peak GB (reserved) | first step s | loss, one batch "
         "| gradients | target |",
@@ -103,6 +112,46 @@ def markdown(rows: Mapping[str, Mapping[str, Any]]) -> str:
             f"| {row['losses'][0]:.3f} → {row['losses'][-1]:.3f} | {gradients} | {verdict} |"
         )
     return "\n".join(lines)
+
+
+PEER_COLUMNS = {
+    "Unsloth": ("unsloth", "default"),
+    "Unsloth, keeps all": ("unsloth", "none"),
+    "Unsloth, auto": ("unsloth", "auto"),
+    "transformers + PEFT": ("transformers", "default"),
+}
+"""The columns of `summary`: a peer's runner and checkpointing."""
+
+
+def summary(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each row of ours: tokens/s (peak GB), and each peer's on the same workload, as Markdown for the README."""
+    lines = [
+        f"| model, method, tokens a step | `memory.mode` | tunesmith | {' | '.join(PEER_COLUMNS)} |",
+        f"|---|---|---|{'---|' * len(PEER_COLUMNS)}",
+    ]
+    for row in rows.values():
+        if row["runner"] != "tunesmith":
+            continue
+        cells = []
+        for runner, checkpointing in PEER_COLUMNS.values():
+            peer = next(
+                (
+                    other
+                    for other in rows.values()
+                    if (other["group"], other["runner"], other["checkpointing"])
+                    == (row["group"], runner, checkpointing)
+                ),
+                None,
+            )
+            cells.append("" if peer is None else _figures(peer))
+        workload = row["workload"].removesuffix(f", rank {row['rank']}").replace(" tokens", "")
+        mode = row["memory"] + ("" if row["limit_gb"] is None else f", {row['limit_gb']:g} GB")
+        lines.append(f"| {workload} | {mode} | **{_figures(row)}** | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _figures(row: Mapping[str, Any]) -> str:
+    return "failed" if row["error"] else f"{row['tokens_per_second']:,.0f} ({row['peak_gb']:.1f})"
 
 
 def read(files: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""Write the pages that are made from the code: docs/configuration.md, docs/commands.md and the JSON schema.
+"""Write what is made from code and results: docs/configuration.md, docs/commands.md, the JSON schema, the README's table of
+speeds, and the whole of that table.
 
     make docs
 
@@ -19,7 +20,9 @@ from pydantic import BaseModel
 from tunesmith.config import RunConfig, json_schema
 
 DOCS = Path(__file__).parent
-SCHEMA = DOCS.parent / "src" / "tunesmith" / "run.schema.json"
+ROOT = DOCS.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SCHEMA = ROOT / "src" / "tunesmith" / "run.schema.json"
 COMMANDS = (
     "quickstart",
     "data",
@@ -104,12 +107,35 @@ def help_of(name: str) -> str:
     return text.replace("python -m tunesmith", "tunesmith").rstrip()
 
 
+def speed_table() -> dict[Path, str]:
+    """The README with the table of its Speed section, and the page with all rows, from the committed measurement."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import engine
+
+    rows = engine.read([str(RESULTS / "engine_h100.json")])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, begin, rest = readme.partition("<!-- speed: made by `make docs` -->\n")
+    _, end, after = rest.partition("<!-- end of speed -->")
+    page = ["# The fused engine on one H100", "", *_versions(rows), "", engine.COLUMNS, "", engine.markdown(rows), ""]
+    return {
+        ROOT / "README.md": f"{before}{begin}{engine.summary(rows)}\n{end}{after}",
+        RESULTS / "engine_h100.md": "\n".join(page),
+    }
+
+
+def _versions(rows: dict[str, dict[str, Any]]) -> list[str]:
+    row = next(iter(rows.values()))
+    found = {name: version for row in rows.values() for name, version in row["versions"].items()}
+    return [f"{row['hardware']['name']}; {', '.join(f'{name} {version}' for name, version in found.items())}."]
+
+
 def pages() -> dict[Path, str]:
     """What each generated file should hold."""
     return {
         DOCS / "configuration.md": configuration(),
         DOCS / "commands.md": commands(),
         SCHEMA: json_schema(),
+        **speed_table(),
     }
 
 

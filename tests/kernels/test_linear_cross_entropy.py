@@ -162,13 +162,14 @@ def test_gradients_are_the_slope(device: torch.device, options: dict[str, Any]) 
 
 
 def pooled(function: Callable[..., torch.Tensor], problems: list[Problem], upstream: Any, **options: Any) -> Tensors:
-    """The results of several problems end to end: of a single row, one error may be 0 by luck."""
+    """The results of several problems end to end: of a few values, the largest error may be small by luck."""
     results = [run(function, p, upstream, **options) for p in problems]
     return {name: torch.cat([result[name].flatten() for result in results]) for name in results[0]}
 
 
 def problems_of(size: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> list[Problem]:
-    return [problem(*size, dtype, device, seed) for seed in range(10 if size[0] == 1 else 1)]
+    rows, _, vocabulary = size
+    return [problem(*size, dtype, device, seed) for seed in range(max(1, min(20, 4000 // (rows * vocabulary))))]
 
 
 @pytest.mark.usefixtures("_path")

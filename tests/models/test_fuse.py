@@ -903,6 +903,7 @@ def test_ddp_and_fsdp2_have_the_gradient_of_one_process() -> None:
         port = str(free.getsockname()[1])
     script = Path(__file__).with_name("parallel_steps.py")
     environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     processes = [
         subprocess.Popen(
             [sys.executable, str(script)],

@@ -72,10 +72,13 @@ if triton is not None:
         if BASE:
             total += tl.load(base + row * base_stride + col, mask=ok, other=0.0).to(tl.float32)
         if SLOT > 0:
-            k = tl.arange(0, BLOCK_S)
-            left = tl.load(s + row * s_stride + k[None, :], mask=row_ok[:, None] & (k < SLOT)[None, :], other=0.0)
-            right = tl.load(b + col * b_stride + k[:, None], mask=col_ok[None, :] & (k < SLOT)[:, None], other=0.0)
-            total += tl.dot(left, right, input_precision="ieee")
+            low_rank = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for first in tl.static_range(0, SLOT, BLOCK_S):
+                k = first + tl.arange(0, BLOCK_S)
+                left = tl.load(s + row * s_stride + k[None, :], mask=row_ok[:, None] & (k < SLOT)[None, :], other=0.0)
+                right = tl.load(b + col * b_stride + k[:, None], mask=col_ok[None, :] & (k < SLOT)[:, None], other=0.0)
+                low_rank = tl.dot(left, right, low_rank, input_precision="ieee")
+            total += low_rank
         tl.store(out + row * out_stride + col, total.to(out.dtype.element_ty), mask=ok)
 
 
@@ -125,7 +128,8 @@ def add_low_rank(
         out.stride(0),
         BASE=base_TN is not None,
         SLOT=slot,
-        BLOCK_S=max(16, triton.next_power_of_2(slot)),
+        # In pieces for fp32: Triton makes a single dot begin at `total`, whose larger values round 64 times then.
+        BLOCK_S=16 if y_TN.dtype == torch.float32 else max(16, triton.next_power_of_2(slot)),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=4,
