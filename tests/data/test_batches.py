@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tunesmith.config import TrainingConfig
-from tunesmith.data.batches import StepOrder, deal, largest_micro_batch, make_batch, micro_batches, split
+from tunesmith.data.batches import (
+    StepOrder,
+    Widen,
+    deal,
+    few_lengths,
+    largest_micro_batch,
+    make_batch,
+    micro_batches,
+    split,
+)
 from tunesmith.data.packing import best_fit, fill
 from tunesmith.types import IGNORE_INDEX, Batch, TokenizedExample
 
@@ -241,6 +250,9 @@ def test_padded_micro_batches_hold_neighbours_by_length(lengths: list[int], micr
 def test_the_largest_micro_batch(values: dict[str, int], packing: bool, expected: int) -> None:
     lengths = [10, 30, 50, 20, 40]
     assert largest_micro_batch(lengths, training(**values), packing) == expected
+    widened = largest_micro_batch(lengths, training(**values), packing, few_lengths)
+    rows = 1 if packing else expected // 50
+    assert widened == rows * few_lengths(expected // rows) >= expected
 
 
 @given(
@@ -256,6 +268,8 @@ def test_no_micro_batch_is_larger(lengths: list[int], way: tuple[dict[str, int],
     for part in (part for epoch in (0, 1) for step in steps_of(order, epoch) for part in step):
         of_part = [lengths[index] for index in part]
         assert (sum(of_part) if packing else len(part) * max(of_part)) <= bound
+        wide = few_lengths(sum(of_part)) if packing else len(part) * few_lengths(max(of_part))
+        assert wide <= largest_micro_batch(lengths, settings, packing, few_lengths)
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -460,9 +474,30 @@ def test_the_layout_of_padded_rows_counts_the_padding() -> None:
 # -- widened batches --------------------------------------------------------------------------------------------------
 
 
+def multiples_of(step: int) -> Widen:
+    return lambda length: -(-length // step) * step
+
+
+@pytest.mark.parametrize(
+    ("length", "rounded"),
+    [(1, 8), (8, 8), (9, 16), (64, 64), (65, 72), (129, 144), (130, 144), (1024, 1024), (1025, 1152), (8193, 9216)],
+)
+def test_rows_have_few_lengths(length: int, rounded: int) -> None:
+    assert few_lengths(length) == rounded
+
+
+@given(st.integers(1, 200_000))
+def test_a_widened_row_is_an_eighth_longer_at_most(length: int) -> None:
+    rounded = few_lengths(length)
+    assert length <= rounded == few_lengths(rounded)
+    assert rounded - length < max(8, length / 8)
+    octave = 1 << (length - 1).bit_length()
+    assert len({few_lengths(n) for n in range(octave // 2 + 1, min(octave, octave // 2 + 2000) + 1)}) <= 8
+
+
 def test_widened_padded() -> None:
     rows = [ONE, TWO, THREE]
-    plain, wide = (make_batch(rows, False, PAD, "cpu", widen) for widen in (None, 16))
+    plain, wide = (make_batch(rows, False, PAD, "cpu", widen) for widen in (None, multiples_of(16)))
     assert wide.input_ids.shape == wide.labels.shape == wide.position_ids.shape == (3, 16)
     assert wide.attention_mask is not None
     assert plain.attention_mask is not None
@@ -482,7 +517,7 @@ def test_widened_padded() -> None:
 
 
 def test_widened_packed() -> None:
-    wide = make_batch([ONE, TWO, THREE], True, PAD, "cpu", 16)
+    wide = make_batch([ONE, TWO, THREE], True, PAD, "cpu", multiples_of(16))
     assert lists(wide) == {
         "input_ids": [[10, 11, 12, 13, 20, 21, 30, 31, 32, *[PAD] * 7]],
         "labels": [[-100, 12, 13, -100, 21, -100, 31, *[-100] * 9]],
@@ -516,7 +551,9 @@ def test_widened_packed() -> None:
 def test_the_longest_document_of_a_widened_row(
     lengths: list[int], widen: int, row: int, longest: int, padding: tuple[int, ...]
 ) -> None:
-    batch = make_batch([long(length, seed) for seed, length in enumerate(lengths)], True, PAD, "cpu", widen)
+    batch = make_batch(
+        [long(length, seed) for seed, length in enumerate(lengths)], True, PAD, "cpu", multiples_of(widen)
+    )
     assert batch.input_ids.shape == (1, row)
     assert batch.layout.lengths == (*lengths, *padding)
     assert batch.layout.max_length == longest
@@ -524,7 +561,7 @@ def test_the_longest_document_of_a_widened_row(
 
 def test_documents_of_equal_length_need_no_bounds() -> None:
     """With its padding a row of them is dense: rows that end alike are one shape, whatever they hold."""
-    layout = make_batch([long(128), long(128)], True, PAD, "cpu", 512).layout
+    layout = make_batch([long(128), long(128)], True, PAD, "cpu", multiples_of(512)).layout
     assert (layout.lengths, layout.max_length, layout.kind) == ((128,) * 4, 128, "dense")
     assert layout.cu_seqlens is not None
     assert layout.cu_seqlens.tolist() == [0, 128, 256, 384, 512]
@@ -533,7 +570,7 @@ def test_documents_of_equal_length_need_no_bounds() -> None:
 @pytest.mark.parametrize(("documents", "rounded"), [(1, 16), (14, 16), (15, 16), (16, 32), (31, 32), (32, 48)])
 def test_documents_come_in_sixteens(documents: int, rounded: int) -> None:
     """One more is padding."""
-    batch = make_batch([long(3, seed) for seed in range(documents)], True, PAD, "cpu", 128)
+    batch = make_batch([long(3, seed) for seed in range(documents)], True, PAD, "cpu", multiples_of(128))
     assert len(batch.layout.lengths) == documents + 1
     assert batch.layout.cu_seqlens is not None
     assert len(batch.layout.cu_seqlens) == rounded + 1
@@ -552,7 +589,7 @@ def test_documents_come_in_sixteens(documents: int, rounded: int) -> None:
     ],
 )
 def test_supervised_positions_come_in_eighths(rows: int, supervised: int, room: int) -> None:
-    batch = make_batch([long(128, seed, supervised) for seed in range(rows)], False, PAD, "cpu", 128)
+    batch = make_batch([long(128, seed, supervised) for seed in range(rows)], False, PAD, "cpu", multiples_of(128))
     assert batch.num_supervised == rows * supervised
     assert len(batch.supervised) == len(batch.supervised_labels) == room
 
@@ -567,7 +604,7 @@ def test_supervised_positions_come_in_eighths(rows: int, supervised: int, room: 
 def test_widening_adds_nothing_that_counts(lengths: list[int], widen: int, packing: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows = [tokenized(list(rng.integers(1, 50, length)), list(rng.random(length) < 0.5)) for length in lengths]
-    plain, wide = (make_batch(rows, packing, PAD, "cpu", step) for step in (None, widen))
+    plain, wide = (make_batch(rows, packing, PAD, "cpu", step) for step in (None, multiples_of(widen)))
     height, width = plain.input_ids.shape
     assert wide.input_ids.shape[0] == height
     assert wide.input_ids.shape[1] == -(-width // widen) * widen
@@ -597,6 +634,6 @@ def test_widening_adds_nothing_that_counts(lengths: list[int], widen: int, packi
 
 
 def test_micro_batches_are_widened_too() -> None:
-    batches = list(micro_batches([[ONE], [THREE, TWO]], True, PAD, "cpu", 16))
+    batches = list(micro_batches([[ONE], [THREE, TWO]], True, PAD, "cpu", multiples_of(16)))
     assert [batch.input_ids.shape for batch in batches] == [(1, 16), (1, 16)]
     assert [len(batch.layout.lengths) for batch in batches] == [2, 3]

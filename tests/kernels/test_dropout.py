@@ -136,6 +136,25 @@ def test_masks_and_their_neighbours_are_uncorrelated() -> None:
         assert abs((mask[lag:] * mask[:-lag]).mean()) < 5 / math.sqrt(n * (1 - lag / rows)), f"rows {lag} apart"
 
 
+def test_pieces_of_the_rows_have_the_mask_of_the_whole(dtype: torch.dtype, device: torch.device) -> None:
+    x, dx = (torch.randn(70, 37, device=device).to(dtype) for _ in range(2))
+    whole, pieces = dx.clone(), dx.clone()
+    dropout_backward_add(whole, x, 0.4, SEED, 1)
+    for rows in (slice(0, 7), slice(7, 8), slice(8, 70)):
+        dropout_backward_add(pieces[rows], x[rows], 0.4, SEED, 1, first_row=rows.start)
+    assert torch.equal(pieces, whole)
+    forward = [dropout(x[rows], 0.4, SEED, 1, first_row=rows.start) for rows in (slice(0, 33), slice(33, 70))]
+    assert torch.equal(torch.cat(forward), dropout(x, 0.4, SEED, 1))
+    assert not torch.equal(dropout(x[33:], 0.4, SEED, 1), forward[1])
+
+
+def test_rows_past_2_to_the_32(device: torch.device) -> None:
+    first = 2**32 - 2
+    kept = dropout(torch.ones(5, 8, device=device), 0.5, SEED, 1, first_row=first) != 0
+    assert torch.equal(kept.cpu(), keep_mask_ref(5, 8, 0.5, SEED, 1, CPU, first))
+    assert not torch.equal(kept[2:].cpu(), keep_mask_ref(3, 8, 0.5, SEED, 1, CPU)), "the upper word counts"
+
+
 def test_same_seed_same_bits_other_seed_others(device: torch.device) -> None:
     x = torch.randn(9, 50, device=device)
     first = dropout(x, 0.5, 3, 4)
@@ -152,6 +171,8 @@ def test_refuses_what_it_cannot_do() -> None:
     for seed, stream in ((-1, 0), (2**64, 0), (0, -1), (0, 2**32)):
         with pytest.raises(ValueError, match=f"seed {seed} and stream {stream} must be non-negative"):
             dropout(x, 0.1, seed, stream)
+    with pytest.raises(ValueError, match="first_row is -1: expected the number of a row, from 0"):
+        dropout(x, 0.1, 0, 0, first_row=-1)
     with pytest.raises(ValueError, match=r"side by side in a row; got \(3, 2\) of torch.float32, strides \(1, 3\)"):
         dropout(x.T, 0.1, 0, 0)
     with pytest.raises(ValueError, match=r"got \(6,\)"):

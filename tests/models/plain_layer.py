@@ -18,7 +18,7 @@ from tunesmith.models.linear_group import active_lora, base_layer
 def linear(layer: Any, name: str, x: torch.Tensor) -> torch.Tensor:
     """x Wᵀ + bias + scale · x Aᵀ Bᵀ of the projection `name`."""
     module = layer.get_submodule(name)
-    base, lora = base_layer(module), active_lora(module, training=False)
+    base, lora = base_layer(module), active_lora(module)
     weight = base.weight
     if hasattr(weight, "quant_state"):
         import bitsandbytes.functional

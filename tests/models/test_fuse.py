@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from models_of import FAMILIES, family_model
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from tunesmith.models import fused_layer
 from tunesmith.models.fuse import (
+    OWN_CALL,
     FusedLayer,
     FusePlan,
     engine_of,
@@ -648,6 +653,47 @@ def test_an_adapter_that_comes_after_fuse_and_does_not_fit_is_refused() -> None:
     assert_same(step(model), step(adapted(family_model("llama"), use_dora=True)))
 
 
+def test_a_deleted_adapter_is_let_go_of() -> None:
+    model = with_second(adapted(family_model("llama")))
+    quietly(model)
+    step(model)
+    layer = engine_of(model).decoder.layers[0]  # type: ignore[union-attr]
+    deleted = weakref.ref(layer.self_attn.q_proj.lora_A["default"].weight)
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    step(model)
+    model.zero_grad()
+    gc.collect()
+    assert deleted() is None
+
+
+def test_a_pass_without_the_adapter_leaves_its_operands_where_they_are() -> None:
+    """A captured graph reads the table that packs them."""
+    model = adapted(family_model("llama"))
+    quietly(model)
+    ours, engine = step(model), engine_of(model)
+    assert engine is not None
+    table = engine._table
+    assert table is not None
+    with model.disable_adapter(), torch.no_grad():
+        model(input_ids=IDS)
+    assert engine._table is None
+    assert_bits(step(model), ours)
+    assert engine._table is table
+
+
+def test_dropout_follows_its_own_module() -> None:
+    model = adapted(family_model("llama"), lora_dropout=0.5)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    theirs = step(model)
+    quietly(model)
+    assert_same(step(model), theirs)
+    model.train()
+    assert error(step(model)[0], theirs[0]) > 0.01
+
+
 def test_deleting_an_adapter() -> None:
     model = with_second(adapted(family_model("llama")))
     reference = with_second(adapted(family_model("llama")))
@@ -686,6 +732,26 @@ def hooked(model: Any, name: str) -> Any:
     return model
 
 
+def with_accelerate_hooks(model: Any) -> Any:
+    """As `device_map` leaves it: inputs are moved by a hook that has replaced each forward."""
+    for layer in model.model.layers:
+        add_hook_to_module(layer.mlp, AlignDevicesHook(execution_device="cpu"))
+    return model
+
+
+def with_scaled_mlp(model: Any) -> Any:
+    for layer in model.model.layers:
+        own = layer.mlp.forward
+        layer.mlp.forward = lambda x, own=own: 2 * own(x)
+    return model
+
+
+def with_both_active(model: Any) -> Any:
+    model = with_second(model)
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
 UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
     "DoRA": (
         lambda: adapted(family_model("llama"), use_dora=True),
@@ -716,11 +782,17 @@ UNFIT: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: hooked(
             hooked(family_model("llama"), "model.layers.0.mlp.down_proj"), "model.layers.1.self_attn.v_proj"
         ),
-        "a projection has hooks of its own, which a fused layer would not call",
+        OWN_CALL,
     ),
     "hooks on a layer": (
         lambda: hooked(hooked(family_model("llama"), "model.layers.0"), "model.layers.1.input_layernorm"),
-        "a module of it has hooks of its own, which a fused layer would not call",
+        OWN_CALL,
+    ),
+    "Accelerate's hooks": (lambda: with_accelerate_hooks(family_model("llama")).train(), OWN_CALL),
+    "a replaced forward": (lambda: with_scaled_mlp(family_model("llama")).train(), OWN_CALL),
+    "two adapters together": (
+        lambda: with_both_active(adapted(family_model("llama"))),
+        "the adapters default, second are active together: one at a time is fused",
     ),
     "an unknown family": (
         lambda: family_model("olmo2", pad_token_id=0).train(),
@@ -758,6 +830,78 @@ def test_one_layer_that_does_not_fit() -> None:
     for name, (given, expected) in GIVEN.items():
         assert_same(step(model, {**given, "use_cache": False}), theirs[name])
         assert layout_text(model) == expected
+
+
+def test_hooks_and_forwards_that_come_after_fuse_are_called() -> None:
+    """The model's own layers run meanwhile, and a warning says so once."""
+    model = adapted(family_model("llama"))
+    quietly(model)
+    ours, seen = step(model), []
+    mlp = engine_of(model).decoder.layers[1].mlp  # type: ignore[union-attr]
+    handle = mlp.gate_proj.register_forward_hook(lambda *_: seen.append("hook"))
+    with pytest.warns(UserWarning, match=f"^layers 1: {OWN_CALL}; the model's own layers run$"):
+        assert_same(step(model), ours)
+    assert seen == ["hook"]
+    assert layout_text(model) is None
+    handle.remove()
+    own = mlp.forward
+    mlp.forward = lambda x: 2 * own(x)
+    doubled = step(model)
+    assert error(doubled[0], ours[0]) > 0.1
+    unfuse(model)
+    assert_same(step(model), doubled)
+    del mlp.forward
+    quietly(model)
+    assert_bits(step(model), ours)
+
+
+def test_an_adapter_for_each_row() -> None:
+    """PEFT's `adapter_names` are hooks that last for one forward."""
+    model = with_second(adapted(family_model("llama"))).eval()
+    given = {"input_ids": IDS, "use_cache": False, "adapter_names": ["default", "second", "__base__"]}
+    theirs = model(**given).logits
+    quietly(model)
+    with pytest.warns(UserWarning, match="the model's own layers run"):
+        assert error(model(**given).logits, theirs) < TOLERANCE
+    model(input_ids=IDS, use_cache=False)
+    assert layout_text(model) == "3 rows"
+
+
+def test_a_norm_that_is_wrapped_after_fuse_is_refused() -> None:
+    base = family_model("llama").train()
+    quietly(base)
+    model = adapted(base, modules_to_save=["input_layernorm"])
+    with pytest.raises(
+        ValueError,
+        match=r"^layer 0 is fused, but now input_layernorm is a ModulesToSaveWrapper: unfuse the model, and fuse it again$",
+    ):
+        model(input_ids=IDS)
+    unfuse(model)
+    theirs = step(model)
+    quietly(model)
+    assert_same(step(model), theirs)
+    assert any("input_layernorm" in name for name in theirs[1])
+
+
+def test_fuse_changes_all_layers_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(family_model("llama"))
+    decoder = model.get_base_model().model
+    before, addresses = list(decoder.layers), [p.data_ptr() for p in model.parameters()]
+    make = FusedLayer.__init__
+
+    def failing(self: Any, original: Any, spec: Any, engine: Any, policy: Any, number: int, dtype: Any) -> None:
+        if number == 1:
+            raise RuntimeError("no room")
+        make(self, original, spec, engine, policy, number, dtype)
+
+    monkeypatch.setattr(FusedLayer, "__init__", failing)
+    with pytest.raises(RuntimeError, match="no room"):
+        quietly(model)
+    assert list(decoder.layers) == before
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert not decoder._forward_hooks
+    monkeypatch.undo()
+    assert quietly(model).fused == (0, 1)
 
 
 def test_the_hooks_that_record_outputs_are_nobodys_own() -> None:
@@ -823,7 +967,7 @@ def test_the_printed_plan(capsys: pytest.CaptureFixture[str]) -> None:
         "  policy     layers 0-1: recompute gate_up, MLP 64 tokens at a time",
         "  policy     layers 2: keep all",
         "  policy     layers 4: recompute qkv, attention, middle, gate_up, input in host memory",
-        "  reference  layers 3: a module of it has hooks of its own, which a fused layer would not call",
+        f"  reference  layers 3: {OWN_CALL}",
     ]
     assert plan.dtype == "float32"
 
@@ -877,6 +1021,60 @@ def test_transformers_gradient_checkpointing_is_a_policy(options: dict[str, Any]
     assert not model.is_gradient_checkpointing
     assert [layer.policy for layer in layers] == [first, LayerPolicy()]
     assert_bits(step(model), plain)
+
+
+def test_checkpointing_that_is_enabled_already_is_the_policy() -> None:
+    model = adapted(family_model("llama"))
+    model.gradient_checkpointing_enable()
+    plan = quietly(model)
+    assert plan.policies == ("layers 0-1: recompute qkv, attention, middle, gate_up",)
+    model.gradient_checkpointing_disable()
+    layers = engine_of(model).decoder.layers  # type: ignore[union-attr]
+    assert [layer.policy for layer in layers] == [LayerPolicy()] * 2
+    for enabled in (True, False):  # the model's own layers do as they are told, too: they take over now and then
+        (model.gradient_checkpointing_enable if enabled else model.gradient_checkpointing_disable)()
+        assert [layer.original.gradient_checkpointing for layer in layers] == [enabled] * 2
+        step(model, GIVEN["left padding"][0])
+    unfuse(model)
+    assert not model.is_gradient_checkpointing
+
+
+def test_a_forward_without_gradient_copies_nothing_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(family_model("llama"))
+    quietly(model, LayerPolicy(keep=frozenset(), offload_input=True))
+    copies = []
+    own = fused_layer.HostCopy
+    monkeypatch.setattr(fused_layer, "HostCopy", lambda tensor: copies.append(tensor.shape) or own(tensor))
+    with torch.no_grad():
+        model(input_ids=IDS)
+    assert copies == []
+    step(model)
+    assert copies == [(33, 24)] * 2
+
+
+def test_mixtrals_packed_rows_need_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = []
+    own = FusedLayer.forward
+
+    def spy(self: Any, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+        masks.append(kwargs["attention_mask"].shape)
+        return own(self, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(FusedLayer, "forward", spy)
+    model = mixtral().train()
+    quietly(model)
+    model(**GIVEN["positions that restart"][0], use_cache=False)
+    assert masks == [(1, 1, 0, 0)] * 2
+
+
+def test_a_second_derivative_is_refused() -> None:
+    model = family_model("llama").train().requires_grad_(False)
+    quietly(model)
+    embeddings = model.get_input_embeddings()(IDS).requires_grad_()
+    loss = model(inputs_embeds=embeddings).logits.square().sum()
+    (first,) = torch.autograd.grad(loss, [embeddings], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
+        first.square().sum().backward()
 
 
 def test_a_frozen_model_needs_no_backward() -> None:

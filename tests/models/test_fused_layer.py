@@ -187,6 +187,25 @@ def test_an_mlp_in_pieces_has_the_same_gradient(family: str) -> None:
     assert_equal_gradients(gradients(layer, run(layer, h, cos, sin), h), whole, 1e-12)
 
 
+def test_dropout_does_not_depend_on_the_policy() -> None:
+    model = adapted(family_model("llama"), "all-linear")
+    decoder = decoder_of(model)
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = nn.Dropout(0.4)
+    fuse(model, report=str)
+    layer = decoder.layers[0].train()
+    h, cos, sin = inputs_of(decoder, layer)
+    h.requires_grad_()
+    found = {}
+    for rows in (None, 7, 2):
+        layer.policy = LayerPolicy(keep=frozenset(), mlp_rows=rows)
+        torch.manual_seed(3)
+        found[rows] = gradients(layer, run(layer, h, cos, sin), h)
+    for rows in (7, 2):
+        assert_equal_gradients(found[rows], found[None], 1e-12)
+
+
 @pytest.mark.parametrize("rows", [None, 7])
 def test_dropout_draws_the_same_mask_in_forward_and_backward(rows: int | None) -> None:
     """The output is linear in each B along the true gradient: a finite difference at the same seed finds it."""

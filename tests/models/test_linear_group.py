@@ -64,7 +64,9 @@ def group_of(model: Any, adds_bias: bool = True, stack: bool = True) -> LinearGr
 
 def state_of(group: LinearGroup, training: bool = False) -> GroupState:
     """The group's state with its adapters packed, as the engine does before a forward."""
-    state = group.state(training)
+    for module in group.modules:
+        module.train(training)
+    state = group.state()
     state.clear()
     state.pack()
     return state
@@ -206,7 +208,7 @@ def test_types_that_do_not_lie_in_the_operand_are_written_into_it() -> None:
             group = LinearGroup([layer], torch.float32)
             group.stack_weights()
             assert group.stack is None
-            state = group.state(False)
+            state = group.state()
             with state.held():
                 assert torch.equal(state.operand(), out)
                 assert state.operand() is state.operand(), "made once"
@@ -215,7 +217,7 @@ def test_types_that_do_not_lie_in_the_operand_are_written_into_it() -> None:
 
 def test_a_weight_of_the_compute_type_alone_is_its_own_operand() -> None:
     layer = nn.Linear(K, 4)
-    state = LinearGroup([layer], torch.float32).state(False)
+    state = LinearGroup([layer], torch.float32).state()
     assert state.operand().data_ptr() == layer.weight.data_ptr()
 
 
@@ -236,7 +238,7 @@ def test_a_second_adapter_does_not_write_over_what_the_first_ones_backward_reads
     room = torch.randn(T, 68, dtype=torch.float64)
     assert torch.allclose(second.backward_input(room, Noise()), room @ second.operand())
     model.base_model.set_adapter("default")
-    assert group.state(False) is first
+    assert group.state() is first
 
 
 def test_without_adapters_there_is_only_the_weight() -> None:
@@ -244,7 +246,7 @@ def test_without_adapters_there_is_only_the_weight() -> None:
     group = group_of(model)
     joined = state_of(group)
     model.base_model.disable_adapter_layers()
-    state = group.state(False)
+    state = group.state()
     assert (state.rank, state.a, state.entries) == (0, None, [])
     assert torch.equal(state.operand(), joined.operand(with_a=False))
     x = inputs()
@@ -321,25 +323,38 @@ def test_dropout_is_drawn_for_each_projection_by_seed_and_stream() -> None:
 def test_which_adapter_counts() -> None:
     model = adapted()
     q = model.base_model.model.q
-    lora = active_lora(q, training=True)
+    lora = active_lora(q)
     assert lora is not None
     assert (lora.rank, lora.scale, lora.dropout) == (4, 1.5, 0.0)
     assert lora.a is q.lora_A["default"].weight
     assert lora.b is q.lora_B["default"].weight
-    assert active_lora(nn.Linear(2, 2), training=True) is None
+    assert active_lora(nn.Linear(2, 2)) is None
     model.merge_adapter()
-    assert active_lora(q, training=True) is None
+    assert active_lora(q) is None
     model.unmerge_adapter()
     model.add_adapter("other", LoraConfig(r=2, target_modules=["k"]))
     model.base_model.set_adapter("other")
-    assert active_lora(q, training=True) is None
-    assert active_lora(model.base_model.model.k, training=True).rank == 2  # type: ignore[union-attr]
+    assert active_lora(q) is None
+    assert active_lora(model.base_model.model.k).rank == 2  # type: ignore[union-attr]
     model.base_model.set_adapter(["default", "other"])
-    assert active_lora(q, training=True) is not None, "it has one of the two"
+    assert active_lora(q) is not None, "it has one of the two"
     with pytest.raises(
         ValueError, match=r"^the adapters default, other are active together; the fused engine runs one"
     ):
-        active_lora(model.base_model.model.k, training=True)
+        active_lora(model.base_model.model.k)
+
+
+def test_operands_follow_the_weights_to_another_device() -> None:
+    """`to` moves a parameter without a change of identity."""
+    model = adapted()
+    group = group_of(model, stack=False)
+    before = group.state()
+    model.to("meta")
+    after = group.state()
+    assert before.a is not None
+    assert after.a is not None
+    assert (before.a.device.type, after.a.device.type) == ("cpu", "meta")
+    assert {entry.destination.device.type for entry in after.entries} == {"meta"}
 
 
 def test_what_cannot_be_part_of_a_group() -> None:
@@ -360,10 +375,6 @@ def test_what_cannot_be_part_of_a_group() -> None:
     assert why_not(adapted(bias=("q", "k", "v"), lora_bias=True).base_model.model.q) == (
         "its adapter has a bias on B (lora_bias)"
     )
-    for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
-        layer = nn.Linear(2, 2)
-        getattr(layer, register)(lambda *_: None)
-        assert why_not(layer) == "a projection has hooks of its own, which a fused layer would not call"
 
 
 def test_gradients_are_summed_or_kept_by_whoever_takes_them() -> None:

@@ -23,7 +23,7 @@ from tunesmith.training import loop
 from tunesmith.training.guards import MovementCheck
 from tunesmith.training.loop import accumulate_gradients, num_steps
 from tunesmith.training.optimizers import learning_rate, make_optimizer
-from tunesmith.workflows import train as workflow
+from tunesmith.workflows import plan as planning
 from tunesmith.workflows.train import TrainingSession, start
 
 Session = Callable[..., TrainingSession]
@@ -477,13 +477,13 @@ def test_the_plan_is_for_the_largest_micro_batch(
     session: Session, monkeypatch: pytest.MonkeyPatch, overrides: list[str], slots: Callable[[list[int]], int]
 ) -> None:
     asked = {}
-    original = workflow.plan_memory
+    original = planning.plan_memory
 
     def spy(shape: Any, **values: Any) -> Any:
         asked.update(values)
         return original(shape, **values)
 
-    monkeypatch.setattr(workflow, "plan_memory", spy)
+    monkeypatch.setattr(planning, "plan_memory", spy)
     run = session(*overrides)
     assert asked["tokens"] == slots([len(example) for example in run.data.train])
     assert 0 < asked["supervised"] <= asked["tokens"]

@@ -17,12 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tunesmith.config import RunConfig
+from tunesmith.config import OptimizerConfig, RunConfig
 from tunesmith.errors import Interrupted, MachineError, RunError, VerificationError
 from tunesmith.runs import RunFolder
 from tunesmith.training import checkpoint
+from tunesmith.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from tunesmith.training.guards import StopRequest
 from tunesmith.training.loop import Window
+from tunesmith.training.optimizers import make_optimizer
 from tunesmith.workflows.train import TrainingSession, restart, start
 
 Configure = Callable[..., RunConfig]
@@ -434,6 +436,31 @@ def test_a_damaged_checkpoint_is_refused(configure: Configure, tmp_path: Path) -
     (folder / "state.json").write_text("{", encoding="utf-8")
     with pytest.raises(RunError, match="this checkpoint cannot be read"):
         restart(tmp_path / "run").train()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_moments_of_other_tensors_are_refused(name: Any, tmp_path: Path) -> None:
+    """As of a checkpoint from before an adapter's tensors were laid end to end: one state for each of them."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 128, bias=False), torch.nn.Linear(128, 64, bias=False))
+    options = OptimizerConfig(name=name)
+
+    def stepped(optimizer: Any) -> Any:
+        for parameter in optimizer.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.inner.step()
+        return optimizer.inner
+
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    before = stepped(make_optimizer(model, options, 1e-3))
+    save_checkpoint(tmp_path / "one", model, before, TrainState(), scaler)
+    load_checkpoint(tmp_path / "one", model, make_optimizer(model, options, 1e-3).inner, scaler)
+    model.peft_config = {}  # what makes its tensors one parameter
+    flat = make_optimizer(model, options, 1e-3)
+    assert len(flat.parameters) == 1
+    del model.peft_config
+    message = r"one: its optimizer trained other tensors \((exp_avg\w*|state\d) of parameter 0 has 8,192 values where 16,384 are"
+    with pytest.raises(RunError, match=message):
+        load_checkpoint(tmp_path / "one", model, flat.inner, scaler)
 
 
 def test_a_full_disk_stops_with_the_last_checkpoint_intact(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.config import TrainingConfig
@@ -103,13 +103,29 @@ def deal(parts: Sequence[Part], rank: int, world_size: int) -> Sequence[Part]:
     return parts[rank::world_size]
 
 
-def largest_micro_batch(lengths: Sequence[int], training: TrainingConfig, packing: bool) -> int:
+def largest_micro_batch(
+    lengths: Sequence[int], training: TrainingConfig, packing: bool, widen: Widen | None = None
+) -> int:
     """Slots (tokens, with padding) of the largest micro-batch that training on `lengths` can give."""
     if training.micro_batch_tokens is not None:
         most = len(lengths) if training.batch_tokens is not None else training.batch_size
-        return min(training.micro_batch_tokens, sum(sorted(lengths)[-most:]))
-    longest = sorted(lengths)[-training.micro_batch_size :]
-    return sum(longest) if packing else len(longest) * longest[-1]
+        rows, width = 1, min(training.micro_batch_tokens, sum(sorted(lengths)[-most:]))
+    else:
+        longest = sorted(lengths)[-training.micro_batch_size :]
+        rows, width = (1, sum(longest)) if packing else (len(longest), longest[-1])
+    return rows * (widen(width) if widen else width)
+
+
+Widen = Callable[[int], int]
+"""Rounds the length of a row up."""
+
+
+def few_lengths(length: int) -> int:
+    """`length` rounded up to one of eight between a power of two and the next: an eighth longer at most, above 64 tokens.
+
+    Multiples of 8 at least: matrix products want them.
+    """
+    return _up(length, max(8, (1 << (length - 1).bit_length()) // 16))
 
 
 DOCUMENT_STEP = 16
@@ -124,11 +140,11 @@ def make_batch(
     packing: bool,
     pad_id: int,
     device: torch.device | str,
-    widen: int | None = None,
+    widen: Widen | None = None,
 ) -> Batch:
     """One micro-batch on `device`: packed end to end, or padded on the right.
 
-    With `widen` its sizes are rounded up, so that they come again: rows to a multiple of `widen` tokens, documents of
+    With `widen` its sizes are rounded up, so that they come again: rows to `widen(length)` tokens, documents of
     a packed row to a multiple of DOCUMENT_STEP (by some of padding and empty ones), the longest document to a power of
     two, supervised positions to an eighth of all (by ones without a label). Nothing that counts sees what is added.
     """
@@ -144,7 +160,7 @@ def make_batch(
     positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
     height, width = (1, len(ids)) if packing else (len(examples), int(lengths.max()))
     if widen:
-        width = _up(width, widen)
+        width = widen(width)
     mask: np.ndarray | None = None
     if packing:
         slots = np.arange(len(ids))
@@ -221,7 +237,7 @@ def micro_batches(
     packing: bool,
     pad_id: int,
     device: torch.device | str,
-    widen: int | None = None,
+    widen: Widen | None = None,
 ) -> Iterator[Batch]:
     """The batch of each part of a step, or of an evaluation, one after the other: one is on the device at a time."""
     for examples in parts:

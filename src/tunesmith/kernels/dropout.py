@@ -49,45 +49,48 @@ def philox_ref(
 
 
 def keep_mask_ref(
-    num_rows: int, num_columns: int, p: float, seed: int, stream: int, device: torch.device
+    num_rows: int, num_columns: int, p: float, seed: int, stream: int, device: torch.device, first_row: int = 0
 ) -> torch.Tensor:
-    """m (T, K) as bool, in plain PyTorch."""
+    """m (T, K) as bool, in plain PyTorch, for the T rows from `first_row` on."""
     group = torch.arange(-(-num_columns // 4), device=device).expand(num_rows, -1)
-    row = torch.arange(num_rows, device=device)[:, None].expand_as(group)
+    row = torch.arange(first_row, first_row + num_rows, device=device)[:, None].expand_as(group)
     words = philox_ref((group, row & WORD, row >> 32, torch.full_like(group, stream)), seed)
     return torch.stack(words, 2).flatten(1)[:, :num_columns] >= _threshold(p)
 
 
-def dropout_ref(x_TK: torch.Tensor, p: float, seed: int, stream: int) -> torch.Tensor:
+def dropout_ref(x_TK: torch.Tensor, p: float, seed: int, stream: int, first_row: int = 0) -> torch.Tensor:
     """See `dropout`; computed in fp32 (fp64 stays fp64), rounded once. Differentiable."""
     num_rows, num_columns = x_TK.shape
-    keep = keep_mask_ref(num_rows, num_columns, p, seed, stream, x_TK.device)
+    keep = keep_mask_ref(num_rows, num_columns, p, seed, stream, x_TK.device, first_row)
     return (_wide(x_TK) * keep * (1 / (1 - p))).to(x_TK.dtype)
 
 
-def dropout(x_TK: torch.Tensor, p: float, seed: int, stream: int) -> torch.Tensor:
+def dropout(x_TK: torch.Tensor, p: float, seed: int, stream: int, first_row: int = 0) -> torch.Tensor:
     """x · m / (1 - p), contiguous, in x's dtype; x itself if p is 0. Has no gradient: see `dropout_backward_add`.
 
     `x_TK` has unit column stride and any row stride. The mask m depends on 0 <= seed < 2^64, 0 <= stream < 2^32, p and the
-    row and column of an element, and on nothing else. Raises ValueError for values outside of these, or of 0 <= p < 1.
+    row and column of an element, and on nothing else. `first_row` is the row of x's first one in the whole, of which x is
+    a part. Raises ValueError for values outside of these, or of 0 <= p < 1.
     """
-    _check(x_TK, p, seed, stream)
+    _check(x_TK, p, seed, stream, first_row)
     if p == 0:
         return x_TK
     if not use_triton(x_TK):
-        return dropout_ref(x_TK.detach(), p, seed, stream)
+        return dropout_ref(x_TK.detach(), p, seed, stream, first_row)
     out = torch.empty(x_TK.shape, dtype=x_TK.dtype, device=x_TK.device)
-    _launch(x_TK, None, out, p, seed, stream)
+    _launch(x_TK, None, out, p, seed, stream, first_row)
     return out
 
 
-def dropout_backward_add(dx_TK: torch.Tensor, g_TK: torch.Tensor, p: float, seed: int, stream: int) -> None:
+def dropout_backward_add(
+    dx_TK: torch.Tensor, g_TK: torch.Tensor, p: float, seed: int, stream: int, first_row: int = 0
+) -> None:
     """dx += g · m / (1 - p) in place, with the mask of `dropout`; summed in fp32 (fp64 stays fp64), rounded once.
 
     Both have unit column stride, any row stride and any floating dtype. Raises ValueError as `dropout` does.
     """
-    _check(dx_TK, p, seed, stream)
-    _check(g_TK, p, seed, stream)
+    _check(dx_TK, p, seed, stream, first_row)
+    _check(g_TK, p, seed, stream, first_row)
     if dx_TK.shape != g_TK.shape or dx_TK.device != g_TK.device:
         raise ValueError(
             f"dx_TK is {tuple(dx_TK.shape)} on {dx_TK.device}, g_TK {tuple(g_TK.shape)} on {g_TK.device}: they must match"
@@ -95,12 +98,14 @@ def dropout_backward_add(dx_TK: torch.Tensor, g_TK: torch.Tensor, p: float, seed
     if p == 0:
         dx_TK.add_(g_TK)
     elif use_triton(dx_TK) and use_triton(g_TK):
-        _launch(g_TK, dx_TK, dx_TK, p, seed, stream)
+        _launch(g_TK, dx_TK, dx_TK, p, seed, stream, first_row)
     else:
-        dx_TK.copy_(_wide(dx_TK) + dropout_ref(_wide(g_TK), p, seed, stream))
+        dx_TK.copy_(_wide(dx_TK) + dropout_ref(_wide(g_TK), p, seed, stream, first_row))
 
 
-def _launch(x: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor, p: float, seed: int, stream: int) -> None:
+def _launch(
+    x: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor, p: float, seed: int, stream: int, first_row: int
+) -> None:
     num_rows, num_columns = x.shape
     if x.numel() == 0:
         return
@@ -114,6 +119,7 @@ def _launch(x: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor, p: fl
         num_rows,
         num_columns,
         across,
+        first_row,
         x.stride(0),
         x.stride(0) if base is None else base.stride(0),
         out.stride(0),
@@ -130,11 +136,13 @@ def _launch(x: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor, p: fl
     )
 
 
-def _check(x: torch.Tensor, p: float, seed: int, stream: int) -> None:
+def _check(x: torch.Tensor, p: float, seed: int, stream: int, first_row: int) -> None:
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability is {p}; it must be at least 0 and less than 1")
     if not 0 <= seed < 2**64 or not 0 <= stream < 2**32:
         raise ValueError(f"seed {seed} and stream {stream} must be non-negative and less than 2^64 and 2^32")
+    if first_row < 0:
+        raise ValueError(f"first_row is {first_row}: expected the number of a row, from 0")
     if x.dim() != 2 or not x.is_floating_point() or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(
             f"dropout takes matrices of floating-point numbers side by side in a row; got {tuple(x.shape)} of {x.dtype}, "
@@ -164,7 +172,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["seed_low", "seed_high", "stream", "threshold"])
+    @triton.jit(do_not_specialize=["first_row", "seed_low", "seed_high", "stream", "threshold"])
     def _dropout_kernel(
         x,
         base,
@@ -172,6 +180,7 @@ if triton is not None:
         num_rows,
         num_columns,
         across,
+        first_row,
         x_stride,
         base_stride,
         out_stride,
@@ -192,8 +201,9 @@ if triton is not None:
 
         group = first // 4 + tl.arange(0, WIDTH // 4)[None, :]
         c0 = (group + tl.zeros([HEIGHT, 1], tl.int32)).to(tl.uint32)
-        c1 = (row & 0xFFFFFFFF).to(tl.uint32)
-        c2 = (row >> 32).to(tl.uint32)
+        place = row + first_row
+        c1 = (place & 0xFFFFFFFF).to(tl.uint32)
+        c2 = (place >> 32).to(tl.uint32)
         c3 = stream.to(tl.uint32)
         seed = seed_high.to(tl.uint32).to(tl.uint64) << 32 | seed_low.to(tl.uint32).to(tl.uint64)
         w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3, NUM_ROUNDS)

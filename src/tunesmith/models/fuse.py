@@ -7,6 +7,7 @@ hook. No class, no module and no other model is touched. `unfuse` puts everythin
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -83,23 +84,29 @@ def fuse(
     """Make `model` (a transformers causal LM, with or without PEFT adapters) run fused decoder layers; returns the plan.
 
     Works on the instance, whatever trains it. `policy` says what layers keep for the backward: one for all, or one for
-    each (default: everything). `dtype` is the type of the matrix products (default: that of the base weights; fp32 weights
-    under autocast want autocast's). The plan is also given to `report` as text. A layer that does not fit runs as before, and
-    the plan says why. Base weights must be bf16, fp16, fp32 or bitsandbytes 4-bit. Raises ValueError for a model without
-    decoder layers, one that is fused already, or a wrong number of policies.
+    each (default: everything, or the layer's input alone where gradient checkpointing is enabled). `dtype` is the type of the
+    matrix products (default: that of the base weights; fp32 weights under autocast want autocast's). The plan is also given
+    to `report` as text. A layer that does not fit runs as before, and the plan says why. Base weights must be bf16, fp16,
+    fp32 or bitsandbytes 4-bit. What comes later is seen: other adapters, moved weights; while a module inside a layer has
+    hooks or a forward of its own, forwards go to the model's own layers, with a warning. Raises ValueError for a model
+    without decoder layers, one that is fused already, or a wrong number of policies; nothing has changed then.
     """
     decoder, layers = _decoder(model), _layers(model)
     if layers is None:
         raise ValueError(f"{why_not_fused(model)[0]}; fuse takes a transformers causal LM")
     if any(isinstance(layer, FusedLayer) for layer in layers):
         raise ValueError("this model is fused already; call unfuse(model) first")
-    policies = [policy or LayerPolicy()] * len(layers) if policy is None or isinstance(policy, LayerPolicy) else policy
+    if policy is None:
+        policies: Sequence[LayerPolicy] = [_present_policy(layer) for layer in layers]
+    else:
+        policies = [policy] * len(layers) if isinstance(policy, LayerPolicy) else policy
     if len(policies) != len(layers):
         raise ValueError(f"{len(policies)} policies for {len(layers)} layers: give one for each, or one for all")
     engine = Engine(decoder)
     partly: dict[int, str] = {}
     reference: dict[int, str] = {}
-    for number, layer in enumerate(list(layers)):
+    fused: dict[int, FusedLayer] = {}
+    for number, layer in enumerate(layers):
         spec = _fitting_spec(layer)
         if isinstance(spec, str):
             reference[number] = spec
@@ -107,8 +114,11 @@ def fuse(
         if len(spec.halves) == 1:
             partly[number] = spec.note
         compute = dtype or _weight_type(layer, spec)
-        layers[number] = FusedLayer(layer, spec, engine, policies[number], number, compute)
-    engine.install(all_fused=not reference and not partly)
+        fused[number] = FusedLayer(layer, spec, engine, policies[number], number, compute)
+    for number, layer in fused.items():
+        layers[number] = layer
+        layer.stack_weights()
+    engine.install(layers)
     _fuse_last_norm(decoder)
     plan = _plan(engine, layers, partly, reference)
     report(str(plan))
@@ -143,6 +153,11 @@ def _fuse_last_norm(decoder: Any) -> None:
         decoder.norm = FusedNorm(last, norm)
         # Its own weight from now on: whoever shards or replaces it does so in the module that is in the tree.
         decoder.norm.norm = replace(norm, module=decoder.norm)
+
+
+def _present_policy(layer: nn.Module) -> LayerPolicy:
+    """What transformers' gradient checkpointing makes a layer keep now."""
+    return RECOMPUTE_ALL if getattr(layer, "gradient_checkpointing", False) else LayerPolicy()
 
 
 def set_policies(model: nn.Module, policies: Sequence[LayerPolicy]) -> None:
@@ -190,8 +205,8 @@ def _fitting_spec(layer: nn.Module) -> LayerSpec | str:
         for name in names:
             if reason := why_not(layer.get_submodule(name)):
                 return reason
-    if any(_has_hooks(module) for module in layer.modules()):
-        return "a module of it has hooks of its own, which a fused layer would not call"
+    if any(_has_own_call(module) for module in layer.modules()):
+        return OWN_CALL
     if "attention" in spec.halves:
         attention = layer.get_submodule(spec.o.rpartition(".")[0])
         if attention.attention_dropout:
@@ -214,11 +229,23 @@ def _projections(spec: LayerSpec) -> list[tuple[str, ...]]:
     return attention + ([spec.gate_up, (spec.down,)] if "mlp" in spec.halves else [])
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether somebody's hook waits for its forward or backward; transformers' own, which record outputs, do not count."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+OWN_CALL = "a module of it has hooks or a forward of its own, which a fused layer would not call"
+
+
+def _has_own_call(module: nn.Module) -> bool:
+    """Whether somebody's hook waits for its forward or backward, or its forward was replaced (Accelerate's device maps).
+
+    transformers' own hooks, which record outputs, do not count.
+    """
     recorder = "transformers.utils.output_capturing"
-    return any(getattr(hook, "__module__", None) != recorder for found in hooks for hook in found.values())
+    hooks = (hook for found in _calls(module)[:-1] for hook in found.values())
+    return "forward" in vars(module) or any(getattr(hook, "__module__", None) != recorder for hook in hooks)
+
+
+def _calls(module: nn.Module) -> tuple[dict[Any, Any], ...]:
+    """The dictionaries that hold a module's hooks, and last that of its attributes."""
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return before, after, module._backward_pre_hooks, module._backward_hooks, vars(module)
 
 
 class Engine:
@@ -229,17 +256,19 @@ class Engine:
         self.layout: SequenceLayout | None = None
         self.given_layout: SequenceLayout | None = None
         self.last_run: LayerRun | None = None
-        self.all_fused = False
+        self.all_fused = self.all_attend = False
         self.sinks: list[Sink] = []
-        self._bypassed = False
+        self._bypassed = self._warned = False
         self._away: dict[int, FusedLayer] = {}
         self._handles: list[Any] = []
         self._table: PackTable | None = None
-        self._packed_states: list[GroupState] = []
+        self._tables: dict[tuple[int, ...], tuple[list[GroupState], PackTable]] = {}
 
-    def install(self, all_fused: bool) -> None:
-        """Hook into the decoder's forward."""
-        self.all_fused = all_fused
+    def install(self, layers: nn.ModuleList) -> None:
+        """Hook into the decoder's forward, now that these are its layers."""
+        fused = [layer for layer in layers if isinstance(layer, FusedLayer)]
+        self.all_attend = len(fused) == len(layers) and all(layer.attention is not None for layer in fused)
+        self.all_fused = self.all_attend and all(layer.mlp_half is not None for layer in fused)
         self._handles.append(self.decoder.register_forward_pre_hook(self._before_forward, with_kwargs=True))
         self._handles.append(self.decoder.register_forward_hook(self._after_forward, always_call=True))
 
@@ -250,12 +279,17 @@ class Engine:
 
     @contextmanager
     def bypassed(self) -> Iterator[None]:
-        """Run the model's own layers for a while."""
+        """Run the model's own layers and last norm for a while."""
+        norm = getattr(self.decoder, "norm", None)
         self._bypassed = True
+        if isinstance(norm, FusedNorm):
+            self.decoder.norm = norm.original
         try:
             yield
         finally:
             self._bypassed = False
+            if isinstance(norm, FusedNorm):
+                self.decoder.norm = norm
 
     def _before_forward(
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -272,7 +306,7 @@ class Engine:
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = decoder.config.use_cache and not decoder.training
-        if kwargs.get("past_key_values") is not None or use_cache or self._bypassed:
+        if kwargs.get("past_key_values") is not None or use_cache or self._bypassed or self._has_own_calls():
             return args, kwargs
         ids = kwargs.get("input_ids", args[0] if args else None)
         shaped = ids if ids is not None else kwargs.get("inputs_embeds")
@@ -281,7 +315,7 @@ class Engine:
         self.layout = given or _foreign_layout(shaped.shape[0], shaped.shape[1], kwargs)
         kwargs = {**kwargs, "use_cache": False}
         if self.layout is not None:
-            if self.all_fused:
+            if self.all_attend:
                 # A four-dimensional mask is passed on as it is: none is built, and fused layers look at none.
                 kwargs["attention_mask"] = _NoMask.like(shaped, decoder.config)
             self._pack()
@@ -293,29 +327,48 @@ class Engine:
             number, layer = self._away.popitem()
             decoder.layers[number] = layer
 
+    def _has_own_calls(self) -> bool:
+        """Whether a module inside a fused layer has come to have hooks or a forward of its own. Warns once."""
+        numbers = [layer.number for layer in self._layers() if layer.has_own_calls()]
+        if numbers and not self._warned:
+            self._warned = True
+            warnings.warn(f"layers {_ranges(numbers)}: {OWN_CALL}; the model's own layers run", stacklevel=2)
+        return bool(numbers)
+
+    def _layers(self) -> list[FusedLayer]:
+        return [layer for layer in self.decoder.layers if isinstance(layer, FusedLayer)]
+
     def _pack(self) -> None:
-        """Cast the adapters of all layers into their operands, in one launch."""
-        layers = [layer for layer in self.decoder.layers if isinstance(layer, FusedLayer)]
+        """Cast the adapters of all layers into their operands, in one launch.
+
+        There is a table for each choice of adapters, and it stays: a CUDA graph may read it.
+        """
+        layers = self._layers()
+        self._table = None
         if any(group.sharded for layer in layers for group in layer.groups[:1]):
-            self._table, self._packed_states = None, []  # each layer packs its own when they are gathered
-            return
+            return  # each layer packs its own when they are gathered
         states: list[GroupState] = [state for layer in layers for state in layer.refresh() if state.rank]
-        if self._table is None or states != self._packed_states or not self._table.valid():
+        if not states:
+            return
+        key = tuple(map(id, states))
+        found = self._tables.get(key)
+        if found is None or not found[1].valid():
             for state in states:
                 state.clear()
-            entries = [entry for state in states for entry in state.entries]
-            self._table, self._packed_states = (PackTable(entries) if entries else None), states
-        if self._table is not None:
-            self._table.run()
+            table = PackTable([entry for state in states for entry in state.entries])
+            still = {k: v for k, v in self._tables.items() if all(state.group.holds(state) for state in v[0])}
+            self._tables = {**still, key: (states, table)}
+            found = states, table
+        self._table = found[1]
+        self._table.run()
 
     @property
     def capturable(self) -> bool:
         """Whether a forward and backward can be a CUDA graph: all layers are fused and draw no random numbers."""
-        layers = [layer for layer in self.decoder.layers if isinstance(layer, FusedLayer)]
         if not self.all_fused:
             return False
-        return not any(state.dropout for layer in layers for state in layer.states()) and all(
-            half.attends_in_kernels for layer in layers for half in layer.halves
+        return not any(state.dropout for layer in self._layers() for state in layer.states()) and all(
+            half.attends_in_kernels for layer in self._layers() for half in layer.halves
         )
 
     @property
@@ -380,7 +433,8 @@ class FusedLayer(nn.Module):
         dtype: torch.dtype,
     ):
         super().__init__()
-        self._modules.update(original._modules)
+        # The same dictionary: whoever wraps a module in either wraps it in both.
+        object.__setattr__(self, "_modules", original._modules)
         self.__dict__["original"] = original  # not a submodule: its parameters are this module's already
         self.engine, self.policy, self.number, self.spec = engine, policy, number, spec
         self._policy_before = LayerPolicy()  # what `gradient_checkpointing_disable` goes back to
@@ -389,8 +443,28 @@ class FusedLayer(nn.Module):
         self.mlp_half = MlpHalf(original, spec, dtype) if "mlp" in spec.halves else None
         places = [[name.rpartition(".") for name in names] for names in _projections(spec)]
         self._places = [[(original.get_submodule(parent)._modules, name) for parent, _, name in p] for p in places]
+        norms = [name.rpartition(".") for half in self.halves for name in half.norm_names(spec)]
+        siblings = [(original.get_submodule(parent)._modules, name) for parent, _, name in norms]
+        self._norms = [(found, name, found[name]) for found, name in siblings]
+        self._look_for_calls()
+
+    def stack_weights(self) -> None:
+        """Move base weights into the operands, where they may live there."""
         for group in self.groups:
             group.stack_weights()
+
+    def _look_for_calls(self) -> None:
+        """Remember where hooks of the modules inside would be; those of an adapter come and go."""
+        found = [_calls(module) for name, module in self.named_modules() if name and ".lora_" not in name]
+        self._hooks = [hooks for calls in found for hooks in calls[:-1]]
+        self._attributes = [calls[-1] for calls in found]
+
+    def has_own_calls(self) -> bool:
+        """Whether a module inside has hooks or a forward of its own: asked in every forward, hence the plain lookups."""
+        self._follow()
+        if not any(self._hooks) and not any("forward" in attributes for attributes in self._attributes):
+            return False
+        return any(_has_own_call(module) for module in self.modules() if module is not self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -411,6 +485,10 @@ class FusedLayer(nn.Module):
             self._policy_before, self.policy = self.policy, RECOMPUTE_ALL
         elif not value and self.gradient_checkpointing:
             self.policy = self._policy_before
+        original = self.__dict__["original"]  # it takes over now and then
+        if hasattr(original, "gradient_checkpointing"):
+            original.gradient_checkpointing = value
+            original._gradient_checkpointing_func = self.__dict__.get("_gradient_checkpointing_func")
 
     @property
     def halves(self) -> list[AttentionHalf | MlpHalf]:
@@ -423,12 +501,22 @@ class FusedLayer(nn.Module):
         return [group for half in self.halves for group in half.groups]
 
     def states(self) -> list[GroupState]:
-        """The groups with the adapters that are active now. Raises ValueError for one that came later and does not fit."""
+        """The groups with the adapters that are active now. Raises ValueError for what came later and does not fit."""
+        self._follow()
+        return [group.state() for group in self.groups]
+
+    def _follow(self) -> None:
+        """Take the modules that are in the model now, where PEFT has wrapped or unwrapped some."""
+        for siblings, name, norm in self._norms:
+            if siblings[name] is not norm:
+                raise ValueError(
+                    f"layer {self.number} is fused, but now {name} is a {type(siblings[name]).__name__}: unfuse the model, "
+                    "and fuse it again"
+                )
         for group, places in zip(self.groups, self._places, strict=True):
             modules = [siblings[name] for siblings, name in places]
-            if modules != group.modules:  # PEFT has wrapped or unwrapped them
+            if modules != group.modules:
                 self._exchange(group, modules)
-        return [group.state(self.training) for group in self.groups]
 
     def _exchange(self, group: LinearGroup, modules: list[Any]) -> None:
         for module in modules:
@@ -436,6 +524,7 @@ class FusedLayer(nn.Module):
                 raise ValueError(f"layer {self.number} is fused, but now {reason}: unfuse the model, and fuse it again")
         group.modules = modules
         group.stack_weights()  # with room for the new adapter
+        self._look_for_calls()
 
     def refresh(self) -> list[GroupState]:
         """`states`, and remember them for the forward that begins."""
@@ -468,10 +557,9 @@ class FusedLayer(nn.Module):
                 state.pack()
         # Drawn on the CPU, where nothing waits for the GPU and a checkpoint holds the generator's state.
         seed = int(torch.randint(2**31, ())) if any(state.dropout for state in states) else 0
-        inputs = Inputs(layout, cos, sin, self.training, seed)
-        run = LayerRun(
-            self.attention, self.mlp_half, states, inputs, self.policy, self.engine.last_run, self.engine.sinks
-        )
+        inputs = Inputs(layout, cos, sin, seed)
+        policy = self.policy if torch.is_grad_enabled() else replace(self.policy, keep=frozenset(), offload_input=False)
+        run = LayerRun(self.attention, self.mlp_half, states, inputs, policy, self.engine.last_run, self.engine.sinks)
         self.engine.last_run = run
         out: torch.Tensor = LayerFunction.apply(hidden, run, *run.parameters)
         return out

@@ -20,6 +20,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from tunesmith.kernels.attention import (
     AttentionSpec,
@@ -111,7 +112,6 @@ class Inputs:
     layout: SequenceLayout
     cos: torch.Tensor
     sin: torch.Tensor
-    training: bool
     seed: int
 
 
@@ -162,6 +162,12 @@ class AttentionHalf:
         """Its norms."""
         return [norm for norm in (self.norm, self.post_norm, self.q_norm, self.k_norm) if norm is not None]
 
+    @staticmethod
+    def norm_names(spec: LayerSpec) -> list[str]:
+        """Where they are in the layer."""
+        names = (spec.attention_norm, spec.attention_post_norm, spec.q_norm, spec.k_norm)
+        return [name for name in names if name is not None]
+
 
 class MlpHalf:
     """h + [norm](act(x W_gate) · (x W_up) W_down), x = norm(h), of one layer of a model."""
@@ -192,6 +198,11 @@ class MlpHalf:
     def norms(self) -> list[Norm]:
         """Its norms."""
         return [norm for norm in (self.norm, self.post_norm) if norm is not None]
+
+    @staticmethod
+    def norm_names(spec: LayerSpec) -> list[str]:
+        """Where they are in the layer."""
+        return [name for name in (spec.mlp_norm, spec.mlp_post_norm) if name is not None]
 
 
 class AttentionRun:
@@ -361,8 +372,7 @@ class MlpRun:
         return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
     def _noise(self, piece: slice) -> tuple[Noise, Noise]:
-        first = 16 + 8 * piece.start  # another stream for each projection of each piece
-        return Noise(self.inputs.seed, first), Noise(self.inputs.seed, first + 4)
+        return Noise(self.inputs.seed, 16, piece.start), Noise(self.inputs.seed, 20, piece.start)
 
     def forward(self, h: torch.Tensor, kept: Kept) -> torch.Tensor:
         """h" (T, D)."""
@@ -612,6 +622,7 @@ class NormFunction(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of x and of the weight."""
         rows, rstd = ctx.saved_tensors
@@ -655,6 +666,7 @@ class LayerFunction(torch.autograd.Function):
         return out.view(hidden.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of hidden and of the parameters. Raises RuntimeError the second time: the first consumes its inputs."""
         run, kept = ctx.run, ctx.kept

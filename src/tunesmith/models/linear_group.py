@@ -36,8 +36,6 @@ def base_layer(module: nn.Module) -> nn.Linear:
 def why_not(module: Any) -> str | None:
     """Why a projection cannot be part of a fused layer; None if it can."""
     name = f"{type(module).__module__}.{type(module).__qualname__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-        return "a projection has hooks of its own, which a fused layer would not call"
     if name not in LORA_CLASSES:
         return None if name in BASE_CLASSES else f"a projection is a {name}"
     base = base_layer(module)
@@ -49,7 +47,8 @@ def why_not(module: Any) -> str | None:
         return f"its adapter is a {', '.join(variants)}, which runs in the model's own layer"
     if any(module.lora_bias.values()):
         return "its adapter has a bias on B (lora_bias)"
-    return None
+    names = _active_names(module)
+    return f"the adapters {', '.join(names)} are active together: one at a time is fused" if len(names) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +66,24 @@ class Lora:
         return self.a.shape[0]
 
 
-def active_lora(module: Any, training: bool) -> Lora | None:
-    """What PEFT would add to the base layer now; None while adapters are disabled or merged. Raises ValueError for two."""
+def _active_names(module: Any) -> list[str]:
+    """The adapters that PEFT would add to the base layer now: none while they are disabled or merged."""
     wrapped: Any = module._modules.get("lora_A")  # plain lookups: this runs for each projection in every forward
     if wrapped is None or module._disable_adapters or module.merged_adapters:
-        return None
-    names = [name for name in module.active_adapters if name in wrapped._modules]
+        return []
+    return [name for name in module.active_adapters if name in wrapped._modules]
+
+
+def active_lora(module: Any) -> Lora | None:
+    """The active adapter, if there is one. Raises ValueError for two."""
+    names = _active_names(module)
     if len(names) > 1:
         raise ValueError(f"the adapters {', '.join(names)} are active together; the fused engine runs one at a time")
     if not names:
         return None
     (name,) = names
-    probability = getattr(module.lora_dropout[name], "p", 0.0) if training else 0.0
+    dropout = module.lora_dropout[name]
+    probability = getattr(dropout, "p", 0.0) if dropout.training else 0.0
     return Lora(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], probability)
 
 
@@ -119,7 +124,7 @@ class LinearGroup:
         weights = [base.weight for base in self.bases]
         if any(hasattr(w, "quant_state") or w.dtype != self.dtype or type(w) is not nn.Parameter for w in weights):
             return
-        loras = [active_lora(module, False) for module in self.modules]
+        loras = [active_lora(module) for module in self.modules]
         rows = self.num_out + len(self.modules) * _slot(loras)
         stack = torch.zeros(rows, self.num_in, dtype=self.dtype, device=weights[0].device)
         for weight, part in zip(weights, stack[: self.num_out].split(self.sizes), strict=True):
@@ -136,15 +141,31 @@ class LinearGroup:
         self.stack = None
         self._states.clear()
 
-    def state(self, training: bool) -> GroupState:
+    def state(self) -> GroupState:
         """The group as it is now: which adapter is active, and where its operands are."""
-        loras = [active_lora(module, training) for module in self.modules]
+        loras = [active_lora(module) for module in self.modules]
         stacked = self._stacked()
-        key = (stacked, *((id(lora.a), id(lora.b), lora.scale, lora.dropout) if lora else None for lora in loras))
+        device = base_layer(self.modules[0]).weight.device  # `to` moves parameters without a change of identity
+        adapters = ((id(lora.a), id(lora.b), lora.scale, lora.dropout) if lora else None for lora in loras)
+        key = (stacked, device, *adapters)
         if key not in self._states:
+            self._forget_deleted()
             with torch.inference_mode(False):  # its operands are written again in training
                 self._states[key] = GroupState(self, loras, stacked)
         return self._states[key]
+
+    def _forget_deleted(self) -> None:
+        """Drop the states of adapters that the modules no longer have."""
+        held = {id(parameter) for module in self.modules for parameter in module.parameters()}
+        self._states = {
+            key: state
+            for key, state in self._states.items()
+            if all(lora is None or id(lora.a) in held for lora in state.loras)
+        }
+
+    def holds(self, state: GroupState) -> bool:
+        """Whether `state` may be asked for again."""
+        return any(state is known for known in self._states.values())
 
     def _stacked(self) -> bool:
         """Whether the parameters are (still) the rows of the stack; `merge`, FSDP or a user may have moved them.
@@ -311,7 +332,7 @@ class GroupState:
             if lora is None:
                 into.zero_()
             else:
-                torch.mm(dropout(x, lora.dropout, noise.seed, noise.stream + index), self.slot_of_a(index).T, out=into)
+                torch.mm(noise.drop(x, lora.dropout, index), self.slot_of_a(index).T, out=into)
 
     def _add_low_rank(self, buffer: torch.Tensor) -> None:
         """Y_p += S_p B_pᵀ in place."""
@@ -361,7 +382,7 @@ class GroupState:
         for index, (lora, part) in enumerate(zip(self.loras, ds.split(self.slot, 1), strict=True)):
             if lora is not None:
                 inner = torch.mm(part, self.slot_of_a(index))
-                dropout_backward_add(dx, inner, lora.dropout, noise.seed, noise.stream + index)
+                noise.add_kept(dx, inner, lora.dropout, index)
 
     def weight_gradients(
         self,
@@ -419,17 +440,26 @@ class GroupState:
                     rows = da[slot]
                 else:
                     assert x is not None
-                    rows = mm_wide(ds[:, slot].T, dropout(x, lora.dropout, noise.seed, noise.stream + index))
+                    rows = mm_wide(ds[:, slot].T, noise.drop(x, lora.dropout, index))
                 grads.add(lora.a, rows[: lora.rank])
             start += size
 
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Where dropout draws its mask from: a seed, and a stream for each projection from `stream` on."""
+    """Where dropout draws its mask from: a seed, a stream for each projection from `stream` on, and the first row in it."""
 
     seed: int = 0
     stream: int = 0
+    row: int = 0
+
+    def drop(self, x: torch.Tensor, probability: float, index: int) -> torch.Tensor:
+        """`x` (T, K) without what projection `index` drops of it."""
+        return dropout(x, probability, self.seed, self.stream + index, first_row=self.row)
+
+    def add_kept(self, dx: torch.Tensor, inner: torch.Tensor, probability: float, index: int) -> None:
+        """dx += the gradient `inner` (T, K) of what `drop` returned, as it goes on to x."""
+        dropout_backward_add(dx, inner, probability, self.seed, self.stream + index, first_row=self.row)
 
 
 def write_weight(base: nn.Linear, out: torch.Tensor) -> None:

@@ -10,8 +10,26 @@ from functools import cache
 
 import torch
 
-_spare: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
-"""Pinned host tensors that nobody uses. Pinning takes milliseconds, and is not allowed while a graph is captured."""
+_spare: list[torch.Tensor] = []
+"""Pinned bytes on the host that nobody uses. Pinning takes milliseconds, and is not allowed while a graph is captured."""
+
+_in_graphs: set[int] = set()
+"""Addresses of those that a captured graph copies to and from. They are never freed."""
+
+
+def _take(num_bytes: int) -> torch.Tensor:
+    """Pinned memory of at least `num_bytes`, used before if possible. What proved too small makes room for it."""
+    fitting = [index for index, memory in enumerate(_spare) if memory.numel() >= num_bytes]
+    if fitting:
+        memory = _spare.pop(min(fitting, key=lambda index: _spare[index].numel()))
+    else:
+        free = [index for index, memory in enumerate(_spare) if memory.data_ptr() not in _in_graphs]
+        if free:
+            del _spare[free[0]]
+        memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    if torch.cuda.is_current_stream_capturing():
+        _in_graphs.add(memory.data_ptr())
+    return memory
 
 
 class HostCopy:
@@ -26,8 +44,9 @@ class HostCopy:
         self.back: torch.Tensor | None = None
         if not tensor.is_cuda:
             return
-        spare = _spare.setdefault((tensor.shape, tensor.dtype), [])
-        self.host = spare.pop() if spare else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        num_bytes = tensor.numel() * tensor.element_size()
+        self.memory = _take(num_bytes)
+        self.host = self.memory[:num_bytes].view(tensor.dtype).view(tensor.shape)
         stream = _copy_stream(tensor.device)
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
@@ -61,7 +80,7 @@ class HostCopy:
         assert tensor is not None
         self.source = self.back = None
         if tensor.is_cuda:
-            _spare[tensor.shape, tensor.dtype].append(self.host)
+            _spare.append(self.memory)
         return tensor
 
 

@@ -57,7 +57,10 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, model: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
 ) -> TrainState:
-    """Restore weights, optimizer, scaler and random generators; returns the state. Raises RunError if it is damaged."""
+    """Restore weights, optimizer, scaler and random generators; returns the state.
+
+    Raises RunError if it is damaged, or was written by an optimizer over other parameters.
+    """
     try:
         saved = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         load_weights(model, folder)
@@ -65,6 +68,7 @@ def load_checkpoint(
         rng = load_file(folder / "rng.safetensors")
         whole = optimizer.state_dict()
         whole["state"] = _unflatten(tensors, saved["optimizer"])
+        _refuse_other_parameters(folder, whole["state"], optimizer)
         optimizer.load_state_dict(whole)
         if saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
@@ -78,6 +82,25 @@ def load_checkpoint(
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all([rng[f"cuda.{i}"] for i in range(torch.cuda.device_count()) if f"cuda.{i}" in rng])
     return state
+
+
+MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}
+"""What PyTorch's and bitsandbytes' AdamW call a parameter's two moments; each has as many values as the parameter."""
+
+
+def _refuse_other_parameters(folder: Path, state: dict[int, dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+    """Raise RunError unless each saved moment fits its parameter: PyTorch's kernels would read past its end."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entry in state.items():
+        size = parameters[index].numel() if index < len(parameters) else 0
+        for moments in (entry, *(inner for inner in entry.values() if isinstance(inner, dict))):  # bitsandbytes nests
+            for name in moments.keys() & MOMENTS:
+                if moments[name].numel() != size:
+                    raise RunError(
+                        f"{folder}: its optimizer trained other tensors ({name} of parameter {index} has "
+                        f"{moments[name].numel():,} values where {size:,} are trained now): it is from another version of "
+                        f"tunesmith. Start a run from its weights instead: adapter.init_from={folder / 'adapter'}"
+                    )
 
 
 def save_weights(model: Any, folder: Path) -> None:

@@ -16,7 +16,7 @@ ALIGNMENT = 256
 
 
 class FlatParameter:
-    """fp32 parameters laid end to end in `value`, one trainable parameter, of which each becomes a view.
+    """Parameters of one type laid end to end in `value`, one trainable parameter, of which each becomes a view.
 
     Names, shapes and autograd are untouched: gradients still arrive at each tensor, and `collect` moves them; whoever has
     them at hand gives them to `sink` at once. `reached` are the tensors that ever had a gradient, by identity:

@@ -1,8 +1,8 @@
 """A micro-batch's forward and backward as one CUDA graph, where launching its kernels takes longer than running them.
 
 A small model or a short micro-batch keeps the GPU waiting for Python: thousands of launches of some microseconds each. A
-graph replays them without. It needs shapes that come again, so micro-batches are widened to a few of them (data/batches.py).
-A shape is captured after it was seen WARM_UPS times, if Python was the slower one; until then, and for other shapes, it runs
+graph replays them without. It needs shapes that come again, so micro-batches are widened to a few of them (data/batches.py),
+as long as that pays for one of them. A shape is captured after it was seen WARM_UPS times, if Python was the slower one; until then, and for other shapes, it runs
 launch by launch. Graphs write gradients to where the optimizer reads them, which therefore stay in place.
 """
 
@@ -24,9 +24,6 @@ from tunesmith.types import Batch, EventSink
 
 WARM_UPS, FIRST_WARM_UPS = 1, 3
 """Times that a shape, and the first one, run launch by launch: libraries choose and kernels are compiled."""
-
-LENGTH_STEP = 128
-"""Tokens: rows are widened to a multiple of it, or to the token budget of a micro-batch where there is one."""
 
 PAYS_FROM = 0.4
 """Share of a micro-batch's time that launching takes from which on it is captured: after every wait (a log line, an
@@ -52,8 +49,7 @@ def micro_batch_graphs(
     capturable = engine is not None and engine.capturable and bool(engine.sinks) and not _rotates_by_length(forward)
     if not config.training.cuda_graphs or not forward.device.startswith("cuda") or not capturable:
         return None
-    length_step = config.training.micro_batch_tokens or LENGTH_STEP
-    return GraphedMicroBatches(forward, objective, optimizer, scaler, log, length_step)
+    return GraphedMicroBatches(forward, objective, optimizer, scaler, log)
 
 
 def _rotates_by_length(forward: ModelForward) -> bool:
@@ -102,9 +98,7 @@ class GraphedMicroBatches:
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         log: EventSink,
-        length_step: int = LENGTH_STEP,
     ):
-        self.length_step = length_step
         self.runs = 0
         self.forward, self.objective, self.optimizer, self.scaler = forward, objective, optimizer, scaler
         self.log = log
@@ -112,6 +106,11 @@ class GraphedMicroBatches:
         self._pool: Any = None
         self._stream = torch.cuda.Stream(forward.device)
         self._inverse: dict[str, torch.Tensor] = {}
+
+    @property
+    def pay(self) -> bool:
+        """Whether a graph may still be worth its shape: before anything is known, or of a shape that was seen."""
+        return self.runs <= FIRST_WARM_UPS or any(known.pays for known in self.known.values())
 
     def set_counts(self, counts: dict[str, int]) -> None:
         """The counts of the step that begins: what its terms are divided by."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import StepOrder, deal, micro_batches, split
+from tunesmith.data.batches import StepOrder, deal, few_lengths, micro_batches, split
 from tunesmith.errors import ConfigError, Interrupted, VerificationError
 from tunesmith.hardware import memory_in_use_gb
 from tunesmith.models.forward import ModelForward
@@ -157,13 +157,13 @@ def accumulate_gradients(
     `parts` are the examples of each micro-batch. Returns this rank's part of the loss, a detached fp32 scalar on the
     device; both parts, summed over the ranks, are those of the whole step. Changes nothing but gradients (and, with
     dropout, the random generator): after `zero_grad` it can be called again with smaller parts. `graphs` replays the
-    micro-batches whose shape it knows.
+    micro-batches whose shape it knows, as long as that pays.
     """
     counts = global_counts(objective.counts(example for part in parts for example in part))
     loss = torch.zeros((), device=forward.device)
-    if graphs is not None:
+    if graphs is not None and graphs.pay:
         graphs.set_counts(counts)
-        for batch in micro_batches(parts, packing, pad_id, forward.device, graphs.length_step):
+        for batch in micro_batches(parts, packing, pad_id, forward.device, few_lengths):
             loss += graphs.run(batch)
         return loss
     for batch in micro_batches(parts, packing, pad_id, forward.device):

@@ -37,7 +37,7 @@ class SupervisedFineTuning:
         return {"nll": sum(example.supervised for example in examples)}
 
     def terms(self, forward: ModelForward, batch: Batch) -> list[Term]:
-        """One term, `nll`. The head runs on the N supervised rows only, in chunks whose logits are recomputed."""
+        """One term, `nll`. The head runs on the N supervised rows only, in chunks: not all logits exist at once."""
         hidden_BTD = forward.hidden(batch)
         rows_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]).index_select(0, batch.supervised)
         return [Term("nll", cross_entropy_sum(forward, rows_ND, batch.supervised_labels), batch.num_supervised)]

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import largest_micro_batch
+from tunesmith.data.batches import few_lengths, largest_micro_batch
 from tunesmith.errors import ConfigError, MachineError
 from tunesmith.hardware import Hardware, free_memory_gb, no_fused_engine
 from tunesmith.memory.policy import plan_memory
@@ -27,7 +27,11 @@ def plan_run(
     """What each layer keeps, recomputes or offloads so that a run on `examples` fits: `memory.limit_gb`, or what is free."""
     shape = forward.base.config.get_text_config()
     training, packing = config.training, config.data.packing
-    tokens = largest_micro_batch([len(example) for example in examples], training, packing)
+    engine = _engine(config, forward, hardware)
+    graphs = training.cuda_graphs and hardware.type == "cuda" and engine == "fused"  # training/graphs.py widens rows
+    tokens = largest_micro_batch(
+        [len(example) for example in examples], training, packing, few_lengths if graphs else None
+    )
     supervised = largest_micro_batch([example.supervised for example in examples], training, packing=True)
     trainable, _ = count_parameters(forward.model)
     return plan_memory(
@@ -39,7 +43,7 @@ def plan_run(
         static_gb=weights_gb(forward.model) + trainable * (4 + STATE_BYTES[config.optimizer.name]) / GB,
         budget_gb=config.memory.limit_gb or free_memory_gb(hardware) + (weights_gb(forward.model)),
         num_layers=shape.num_hidden_layers,
-        engine=_engine(config, forward, hardware),
+        engine=engine,
         rank=config.adapter.r if config.method != "full" else 0,
         expanded=config.method != "lora",
     )
