@@ -26,10 +26,14 @@ def _take(num_bytes: int) -> torch.Tensor:
         free = [index for index, memory in enumerate(_spare) if memory.data_ptr() not in _in_graphs]
         if free:
             del _spare[free[0]]
-        memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        memory = _pinned(num_bytes)
     if torch.cuda.is_current_stream_capturing():
         _in_graphs.add(memory.data_ptr())
     return memory
+
+
+def _pinned(num_bytes: int) -> torch.Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
 
 
 class HostCopy:
