@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tunesmith.hardware import compute_dtype, probe, torch_dtype
-from tunesmith.models.adapters import count_parameters, keep_trainable_in_fp32
+from tunesmith.models.adapters import count_parameters
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
 from tunesmith.training.loop import accumulate_gradients
@@ -36,8 +36,7 @@ def run(row: Row, engine: str) -> dict[str, Any]:
     config = configuration(row, engine)
     config.method = "full"
     config.optimizer.lr = 1e-4
-    model = random_model(row, "fp32", hardware.device, quantize=False).train()
-    keep_trainable_in_fp32(model)
+    model = random_model(row, "fp32", hardware.device, quantize=False).train().requires_grad_()
     forward = ModelForward(model, hardware.device, dtype)
     examples = documents(row, row.documents)
     plan = plan_run(config, forward, hardware, examples)
@@ -81,7 +80,7 @@ def main() -> None:
     first, second = (row["losses"] for row in rows)
     if any(abs(a - b) > 0.02 * a for a, b in zip(first, second, strict=True)):
         raise SystemExit(f"the engines' losses differ: {first} and {second}")
-    options.out.write_text(json.dumps({"workload": row.workload, "rows": rows}, indent=1) + "\n")
+    options.out.write_text(json.dumps({"workload": row.workload.replace("lora", "full"), "rows": rows}, indent=1) + "\n")
     print(f"| {options.model}, {options.batch} x {options.seq} tokens | tokens/s | peak GB | loss |\n|---|---|---|---|")
     for result in rows:
         losses = result["losses"]
