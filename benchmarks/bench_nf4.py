@@ -60,14 +60,15 @@ class Weight:
     def __init__(self, shape: tuple[int, int], device: torch.device):
         weight = torch.randn(shape, device=device).mul_(0.02).to(torch.bfloat16)
         self.packed, self.state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-        self.operand = torch.zeros(shape[0] + 4 * RANK, shape[1], dtype=torch.bfloat16, device=device)
+        operand = torch.zeros(shape[0] + 4 * RANK, shape[1], dtype=torch.bfloat16, device=device)
+        self.rows = operand[: shape[0]]
         self.num_bytes = weight.numel() * (0.5 + 2 + 1 / 64) + self.state.state2.absmax.numel() * 4
         self.write()
-        ours, theirs = self.operand[: shape[0]].view(torch.int16), self.theirs().view(torch.int16)
+        ours, theirs = self.rows.view(torch.int16), self.theirs().view(torch.int16)
         require(torch.equal(ours, theirs), f"dequantization of {shape}")
 
     def write(self) -> None:
-        nf4.dequantize_4bit(self.packed, self.state, self.operand)
+        nf4.dequantize_4bit(self.packed, self.state, self.rows)
 
     def theirs(self) -> torch.Tensor:
         return bnb.dequantize_4bit(self.packed, self.state)

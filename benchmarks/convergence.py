@@ -5,7 +5,7 @@
 
 MODEL is a .gguf file or a folder; FILE is plain text or rows (Banking77's train.jsonl, hf_course_en.jsonl). Each case
 (lora or qlora, in bf16 or fp16) trains once with each engine through `tunesmith.train`, rank 16, rate 5e-4, constant.
-Prints a Markdown table; writes OUT/convergence.json (both curves, settings, metadata) and OUT/convergence.png. With d the
+Prints a Markdown table; writes OUT/convergence.json (both curves, versions, hardware) and OUT/convergence.png. With d the
 relative difference of the losses of a step, (fused - reference) / reference:
 
     difference   mean |d| over all steps: below 0.5%
@@ -148,7 +148,8 @@ def main() -> None:
             result[engine] = losses(case, engine, options.model, options.data, run, options.steps, options.more)
             result[f"{engine}_seconds"] = time.perf_counter() - began
             folder = RunFolder.open(run)
-            result["settings"], result["metadata"] = folder.config.model_dump(mode="json"), folder.metadata
+            result["versions"] = folder.metadata["packages"]
+            result["hardware"] = {name: folder.metadata["hardware"][name] for name in ("name", "memory_gb")}
         result |= compare(result["reference"], result["fused"])
         results.append(result)
         (out / "convergence.json").write_text(json.dumps(results, indent=1))

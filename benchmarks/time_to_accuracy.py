@@ -183,7 +183,7 @@ def measure(engine: str, model: str, data: Path, out: Path, more: list[str], row
     began = time.perf_counter()
     changes = {"max_rows": rows} if rows else {}
     result = evaluate(run, data / "test.jsonl", device=config.model.device, changes=changes)
-    accuracy = result["metrics"]["accuracy"]
+    accuracy, metadata = result["metrics"]["accuracy"], RunFolder.open(run).metadata
     return {
         "engine": engine,
         **figures,
@@ -191,8 +191,11 @@ def measure(engine: str, model: str, data: Path, out: Path, more: list[str], row
         "stderr": accuracy["stderr"],
         "test_rows": result["n"],
         "evaluate_seconds": time.perf_counter() - began,
-        "settings": config.model_dump(mode="json"),
-        "metadata": RunFolder.open(run).metadata,
+        "settings": {
+            part: getattr(config, part).model_dump(mode="json") for part in ("adapter", "optimizer", "training")
+        },
+        "versions": metadata["packages"],
+        "hardware": {name: metadata["hardware"][name] for name in ("name", "memory_gb")},
     }
 
 

@@ -62,7 +62,7 @@ class ModelConfig(Section):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     engine: Literal["auto", "reference", "fused"] = "auto"
-    """`reference` runs the model's own modules, `fused` our decoder layers; `auto` is `fused` for adapters (LoRA, QLoRA) on an NVIDIA GPU, of the families that it knows."""
+    """`reference` runs the model's own modules, `fused` our decoder layers; `auto` is `fused` on an NVIDIA GPU for the families that it knows."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of the reference engine. `sdpa` means `eager` for models that soft-cap attention scores (Gemma 2), which transformers' `sdpa` would leave out."""
     trust_remote_code: bool = False

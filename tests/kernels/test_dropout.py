@@ -16,6 +16,13 @@ SEED = 0xFEDCBA9876543210
 CPU = torch.device("cpu")
 
 
+def mask_of_words(rows: range, num_columns: int, stream: int) -> torch.Tensor:
+    """The mask of SEED and p = 0.5 in these rows, from Philox's words; a multiple of four columns."""
+    group, row = torch.meshgrid(torch.arange(num_columns // 4), torch.tensor(rows), indexing="xy")
+    words = philox_ref((group, row & 0xFFFFFFFF, row >> 32, torch.full_like(group, stream)), SEED)
+    return torch.stack(words, 2).flatten(1) >= 2**31
+
+
 @pytest.mark.parametrize(
     ("rounds", "counter", "key", "words"),
     [
@@ -136,7 +143,12 @@ def test_masks_and_their_neighbours_are_uncorrelated() -> None:
         assert abs((mask[lag:] * mask[:-lag]).mean()) < 5 / math.sqrt(n * (1 - lag / rows)), f"rows {lag} apart"
 
 
-def test_pieces_of_the_rows_have_the_mask_of_the_whole(dtype: torch.dtype, device: torch.device) -> None:
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+def test_pieces_of_the_rows_have_the_mask_of_the_whole(
+    implementation: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if implementation == "reference":
+        monkeypatch.setattr("tunesmith.kernels.dropout.use_triton", lambda _: False)
     x, dx = (torch.randn(70, 37, device=device).to(dtype) for _ in range(2))
     whole, pieces = dx.clone(), dx.clone()
     dropout_backward_add(whole, x, 0.4, SEED, 1)
@@ -148,10 +160,14 @@ def test_pieces_of_the_rows_have_the_mask_of_the_whole(dtype: torch.dtype, devic
     assert not torch.equal(dropout(x[33:], 0.4, SEED, 1), forward[1])
 
 
-def test_rows_past_2_to_the_32(device: torch.device) -> None:
-    first = 2**32 - 2
-    kept = dropout(torch.ones(5, 8, device=device), 0.5, SEED, 1, first_row=first) != 0
-    assert torch.equal(kept.cpu(), keep_mask_ref(5, 8, 0.5, SEED, 1, CPU, first))
+@pytest.mark.parametrize("first", [2**31 - 2, 2**32 - 2, 2**61], ids=["2^31", "2^32", "2^61"])
+def test_rows_past_a_word(first: int, device: torch.device) -> None:
+    ones, dx = torch.ones(5, 8, device=device), torch.zeros(5, 8, device=device)
+    kept = dropout(ones, 0.5, SEED, 1, first_row=first) != 0
+    dropout_backward_add(dx, ones, 0.5, SEED, 1, first_row=first)
+    assert torch.equal(kept.cpu(), mask_of_words(range(first, first + 5), 8, 1))
+    assert torch.equal(dx != 0, kept)
+    assert torch.equal(keep_mask_ref(5, 8, 0.5, SEED, 1, device, first), kept)
     assert not torch.equal(kept[2:].cpu(), keep_mask_ref(3, 8, 0.5, SEED, 1, CPU)), "the upper word counts"
 
 
@@ -186,10 +202,14 @@ def test_refuses_what_it_cannot_do() -> None:
 )
 def test_more_than_2_to_the_31_elements() -> None:
     rows, columns = 2**19 + 3, 4096
-    y = dropout(torch.ones(rows, columns, dtype=torch.bfloat16, device="cuda"), 0.5, SEED, 0)
-    for row in (0, rows - 1):
-        words = philox_ref(
-            (torch.arange(columns // 4), torch.full((1,), row), torch.zeros(1).long(), torch.zeros(1).long()), SEED
-        )
-        keep = torch.stack(torch.broadcast_tensors(*words), 1).flatten() >= 2**31
-        assert torch.equal(y[row].cpu() != 0, keep)
+    x = torch.ones(rows, columns, dtype=torch.bfloat16, device="cuda")
+    y = dropout(x, 0.5, SEED, 0)
+    ends = [range(2), range(rows - 5, rows)]  # the last three lie beyond 2^31 elements
+    for end in ends:
+        part = slice(end.start, end.stop)
+        assert torch.equal(y[part].cpu() == 2, mask_of_words(end, columns, 0))
+        assert torch.equal(dropout(x[part], 0.5, SEED, 0, first_row=end.start), y[part])
+    dropout_backward_add(x, y, 0.5, SEED, 0)
+    for end in ends:
+        part = slice(end.start, end.stop)
+        assert torch.equal(x[part], 1 + 2 * y[part])

@@ -132,7 +132,28 @@ def test_the_references_backward_is_autograds(size: tuple[int, int, int, int, in
         torch.testing.assert_close(da, given["ds_down"].T @ y.detach(), rtol=1e-10, atol=1e-10)
 
 
-def test_a_slot_that_the_kernels_cannot_take_is_refused(device: torch.device) -> None:
-    given = problem(4, 16, 128, 2, 0, torch.float32, device)
-    with pytest.raises(ValueError, match="slot is 128: expected 16 to 64"):
-        glu(given["buffer"], given["b"], 16, 128, 2, "silu")
+def test_what_the_kernels_cannot_add_is_refused(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(slot: int) -> None:
+        given = problem(4, 16, slot, 2, 0, torch.float32, device)
+        glu(given["buffer"], given["b"], 16, slot, 2, "silu")
+
+    def backward(slot: int, down: int) -> None:
+        given = problem(4, 16, slot, 2, down, torch.float32, device)
+        adapters = given["b"], 16, slot, 2, "silu", given["a_down"], given["ds_down"]
+        glu_backward(given["dact"], given["buffer"], *adapters)
+
+    with pytest.raises(ValueError, match="of b has depth 128, above 64: add it with addmm and pass b=None"):
+        forward(128)
+    for slot in (8, 48):
+        with pytest.raises(ValueError, match=f"of b has depth {slot}: expected a power of two from 16 to 64; pad it"):
+            forward(slot)
+    with pytest.raises(ValueError, match="of b has depth 128, above 64"):
+        backward(128, 0)
+    with pytest.raises(ValueError, match="of a_down has depth 48: expected a power of two from 16 to 64"):
+        backward(16, 48)
+    monkeypatch.setattr("tunesmith.kernels.launch.has_tensor_cores", lambda device: False)
+    with pytest.raises(ValueError, match="no tensor cores for the low-rank term of b: add it with addmm"):
+        forward(16)
+    with pytest.raises(ValueError, match=r"no tensor cores for the low-rank term of a_down: .* pass a_down=None"):
+        backward(0, 16)
+    forward(0)

@@ -257,10 +257,12 @@ def test_what_does_not_fit_is_refused(device: torch.device, monkeypatch: pytest.
     with pytest.raises(ValueError, match="wants raw_TNR with q_norm_d and k_norm_d, and not without them"):
         qkv_epilogue_backward(*t.grads, out, t.b, t.cos, t.sin, *shape, **t.options, raw_TNR=t.buf)
     wide = make(replace(case, slot=80), torch.float32, device)
-    with pytest.raises(ValueError, match="depth 80, above 64: add it with addmm and pass b_NS=None"):
+    with pytest.raises(ValueError, match="of b_NS has depth 80, above 64: add it with addmm and pass b_NS=None"):
         qkv_epilogue(wide.buf, wide.b, wide.cos, wide.sin, *shape, **wide.options)
-    monkeypatch.setattr("tunesmith.kernels.qkv.has_tensor_cores", lambda device: False)
-    with pytest.raises(ValueError, match="no tensor cores for the low-rank term"):
+    monkeypatch.setattr("tunesmith.kernels.launch.has_tensor_cores", lambda device: False)
+    with pytest.raises(
+        ValueError, match="no tensor cores for the low-rank term of b_NS: add it with addmm and pass b_NS=None"
+    ):
         qkv_epilogue(t.buf, t.b, t.cos, t.sin, *shape, **t.options)
 
 

@@ -73,10 +73,12 @@ def test_what_cannot_be_added_is_refused(device: torch.device, monkeypatch: pyte
         add_low_rank(None, y, s, None)
     with pytest.raises(ValueError, match="got b_NS without s_TS"):
         add_low_rank(base, y, None, b)
-    with pytest.raises(ValueError, match="depth 80, above 64: add it with addmm and pass b_NS=None"):
+    with pytest.raises(ValueError, match="of b_NS has depth 80, above 64: add it with addmm and pass b_NS=None"):
         add_low_rank(base, y, s, b)
-    monkeypatch.setattr("tunesmith.kernels.residual.has_tensor_cores", lambda device: False)
-    with pytest.raises(ValueError, match="no tensor cores for the low-rank term"):
+    monkeypatch.setattr("tunesmith.kernels.launch.has_tensor_cores", lambda device: False)
+    with pytest.raises(
+        ValueError, match="no tensor cores for the low-rank term of b_NS: add it with addmm and pass b_NS=None"
+    ):
         add_low_rank(base, y, s[:, :16], b[:, :16])
     assert torch.equal(add_low_rank(base, y, s, None), base + y)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from safetensors.torch import load_file
 from tiny import make_tiny_model
 from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError, VerificationError
+from tunesmith.hardware import Hardware
 from tunesmith.models import linear_group
 from tunesmith.models.fuse import FusedLayer, engine_of
 from tunesmith.runs import RunFolder
 from tunesmith.training.prepare import check_fused
 from tunesmith.types import LAYER_TENSORS, LayerPolicy
+from tunesmith.workflows import plan as planning
 from tunesmith.workflows.train import TrainingSession, restart, start
 
 Session = Callable[..., TrainingSession]
@@ -250,6 +253,18 @@ def test_auto_is_the_reference_engine_on_the_cpu(session: Session) -> None:
     assert run.config.model.engine == "auto"
     assert events(run.run, "start")[0]["engine"] == "reference"
     assert engine_of(run.forward.model) is None
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("triton", [True, False])
+def test_auto_is_the_fused_engine_on_a_gpu_with_triton(
+    session: Session, monkeypatch: pytest.MonkeyPatch, method: str, triton: bool
+) -> None:
+    run = session(f"method={method}")
+    card = Hardware("cuda:0", "a card", 80.0, True, (9, 0))
+    if not triton:
+        monkeypatch.setitem(sys.modules, "triton", None)
+    assert planning._engine(run.config, run.forward, card) == ("fused" if triton else "reference")
 
 
 @pytest.mark.parametrize(

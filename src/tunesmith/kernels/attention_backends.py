@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tunesmith.kernels.launch import wide
+
 aten = torch.ops.aten
 _CAUSAL_FROM_TOP_LEFT = 1  # PyTorch's name for the efficient kernels' mask type
 
@@ -142,22 +144,18 @@ def _scores(q_LHd: Tensor, k_LGd: Tensor, spec: AttentionSpec) -> tuple[Tensor, 
     return torch.softmax(scores.masked_fill(~visible, float("-inf")), dim=-1), scores
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, spec: AttentionSpec) -> Tensor:
     """o (T, H, d) in plain PyTorch, sequence by sequence, computed in fp32 (fp64 for fp64) and rounded once.
 
     Needs memory for a few (H, L, L) arrays of the longest sequence.
     """
-    o, start, wide = torch.empty(q.shape, dtype=q.dtype, device=q.device), 0, _accumulator(q.dtype)
+    o, start = torch.empty(q.shape, dtype=q.dtype, device=q.device), 0
     # Inside a caller's autocast the products would be rounded to its dtype.
     with torch.autocast(q.device.type, enabled=False):
         for length in layout.lengths:
             tokens = slice(start, start := start + length)
-            p, _ = _scores(q[tokens].to(wide), k[tokens].to(wide), spec)
-            o[tokens] = torch.einsum("grij,jgd->igrd", p, v[tokens].to(wide)).flatten(1, 2)
+            p, _ = _scores(wide(q[tokens]), wide(k[tokens]), spec)
+            o[tokens] = torch.einsum("grij,jgd->igrd", p, wide(v[tokens])).flatten(1, 2)
     return o
 
 
@@ -169,11 +167,11 @@ def attention_backward_ref(
     rowsum(do * o) is taken as rowsum(P * dP), which equals it, without the rounding of o.
     """
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    start, wide, num_kv_heads = 0, _accumulator(q.dtype), k.shape[1]
+    start, num_kv_heads = 0, k.shape[1]
     with torch.autocast(q.device.type, enabled=False):
         for length in layout.lengths:
             tokens = slice(start, start := start + length)
-            q_LHd, k_LGd, v_LGd, do_LHd = (t[tokens].to(wide) for t in (q, k, v, do))
+            q_LHd, k_LGd, v_LGd, do_LHd = (wide(t[tokens]) for t in (q, k, v, do))
             q_igrd, do_igrd = (t.unflatten(1, (num_kv_heads, -1)) for t in (q_LHd, do_LHd))
             p, capped = _scores(q_LHd, k_LGd, spec)
             dv[tokens] = torch.einsum("grij,igrd->jgd", p, do_igrd)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import torch
 
-from tunesmith.kernels.launch import use_triton
+from tunesmith.kernels.launch import use_triton, wide
 
 try:
     import triton
@@ -62,15 +62,15 @@ def dropout_ref(x_TK: torch.Tensor, p: float, seed: int, stream: int, first_row:
     """See `dropout`; computed in fp32 (fp64 stays fp64), rounded once. Differentiable."""
     num_rows, num_columns = x_TK.shape
     keep = keep_mask_ref(num_rows, num_columns, p, seed, stream, x_TK.device, first_row)
-    return (_wide(x_TK) * keep * (1 / (1 - p))).to(x_TK.dtype)
+    return (wide(x_TK) * keep * (1 / (1 - p))).to(x_TK.dtype)
 
 
 def dropout(x_TK: torch.Tensor, p: float, seed: int, stream: int, first_row: int = 0) -> torch.Tensor:
     """x · m / (1 - p), contiguous, in x's dtype; x itself if p is 0. Has no gradient: see `dropout_backward_add`.
 
     `x_TK` has unit column stride and any row stride. The mask m depends on 0 <= seed < 2^64, 0 <= stream < 2^32, p and the
-    row and column of an element, and on nothing else. `first_row` is the row of x's first one in the whole, of which x is
-    a part. Raises ValueError for values outside of these, or of 0 <= p < 1.
+    row and column of an element, and on nothing else. `first_row` numbers x's first row: x[a:b] with first_row=a gets rows
+    a to b of the mask of x. Raises ValueError for values outside of these, or of 0 <= p < 1.
     """
     _check(x_TK, p, seed, stream, first_row)
     if p == 0:
@@ -87,7 +87,8 @@ def dropout_backward_add(
 ) -> None:
     """dx += g · m / (1 - p) in place, with the mask of `dropout`; summed in fp32 (fp64 stays fp64), rounded once.
 
-    Both have unit column stride, any row stride and any floating dtype. Raises ValueError as `dropout` does.
+    Both have unit column stride, any row stride and any floating dtype; `first_row` is their first row's number. Raises
+    ValueError as `dropout` does.
     """
     _check(dx_TK, p, seed, stream, first_row)
     _check(g_TK, p, seed, stream, first_row)
@@ -100,7 +101,7 @@ def dropout_backward_add(
     elif use_triton(dx_TK) and use_triton(g_TK):
         _launch(g_TK, dx_TK, dx_TK, p, seed, stream, first_row)
     else:
-        dx_TK.copy_(_wide(dx_TK) + dropout_ref(_wide(g_TK), p, seed, stream, first_row))
+        dx_TK.copy_(wide(dx_TK) + dropout_ref(wide(g_TK), p, seed, stream, first_row))
 
 
 def _launch(
@@ -164,10 +165,6 @@ def _product(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
     low = a * b & WORD
     high = ((a >> 16) * b + ((a & 0xFFFF) * b >> 16)) >> 16
     return high, low
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 if triton is not None:

@@ -24,7 +24,8 @@ from typing import Literal
 
 import torch
 
-from tunesmith.kernels.launch import num_multiprocessors, use_triton
+from tunesmith.kernels.launch import MAX_SLOT as MAX_SLOT  # models.linear_group reads glu.MAX_SLOT
+from tunesmith.kernels.launch import check_low_rank, num_multiprocessors, use_triton, wide
 
 try:
     import triton
@@ -36,9 +37,6 @@ Activation = Literal["silu", "gelu_tanh"]
 
 SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 GELU_CUBIC = 0.044715
-
-MAX_SLOT = 64
-"""Widest slot that the kernels take: beyond it the small products are not small, and cuBLAS does them better."""
 
 
 def glu_ref(
@@ -63,43 +61,39 @@ def glu_backward_ref(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """(dB, dA_down) in plain PyTorch, `buffer` in place. See `glu_backward`."""
     g, u = _gate_up(buffer, b, features, slot, num_slots)
-    da = _wide(dact)
+    da = wide(dact)
     if a_down is not None and ds_down is not None:
-        da = da + _wide(ds_down) @ _wide(a_down)
+        da = da + wide(ds_down) @ wide(a_down)
     act, slope = _activation(g, activation)
     y = act * u
     if act_out is not None:
         act_out.copy_(y)
-    s = _wide(buffer[:, 2 * features :]).clone()
+    s = wide(buffer[:, 2 * features :]).clone()
     # Rounded as they are stored: what the products below read.
     buffer[:, :features] = da * u * slope
     buffer[:, features : 2 * features] = da * act
     db = da_down = None
     if b is not None:
-        dgate, dup = _wide(buffer[:, :features]), _wide(buffer[:, features : 2 * features])
+        dgate, dup = wide(buffer[:, :features]), wide(buffer[:, features : 2 * features])
         up_slot = slice(slot, 2 * slot) if num_slots == 2 else slice(0, slot)
         db = torch.cat((dgate.T @ s[:, :slot], dup.T @ s[:, up_slot]))
-        ds_gate, ds_up = dgate @ _wide(b[:features]), dup @ _wide(b[features:])
+        ds_gate, ds_up = dgate @ wide(b[:features]), dup @ wide(b[features:])
         ds = torch.cat((ds_gate, ds_up), 1) if num_slots == 2 else ds_gate + ds_up
         buffer[:, 2 * features : 2 * features + num_slots * slot] = ds
     if ds_down is not None and a_down is not None:
-        da_down = _wide(ds_down).T @ _wide(y.to(buffer.dtype))
+        da_down = wide(ds_down).T @ wide(y.to(buffer.dtype))
     return db, da_down
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _gate_up(
     buffer: torch.Tensor, b: torch.Tensor | None, features: int, slot: int, num_slots: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    g, u = _wide(buffer[:, :features]), _wide(buffer[:, features : 2 * features])
+    g, u = wide(buffer[:, :features]), wide(buffer[:, features : 2 * features])
     if b is not None:
-        s = _wide(buffer[:, 2 * features :])
+        s = wide(buffer[:, 2 * features :])
         s_up = s[:, slot : 2 * slot] if num_slots == 2 else s[:, :slot]
-        g = g + s[:, :slot] @ _wide(b[:features]).T
-        u = u + s_up @ _wide(b[features:]).T
+        g = g + s[:, :slot] @ wide(b[:features]).T
+        u = u + s_up @ wide(b[features:]).T
     return g, u
 
 
@@ -291,12 +285,13 @@ def glu(
     """y = act(gate + S_g B_gᵀ) · (up + S_u B_uᵀ), (T, F) contiguous.
 
     `buffer` (T, 2F + R) with unit column stride holds [gate | up | S]. `b` (2F, slot) is None where there is nothing to
-    add. `num_slots` is 2, or 1 where gate and up share their slot. Raises ValueError for a slot above MAX_SLOT.
+    add. `num_slots` is 2, or 1 where gate and up share their slot. Raises ValueError for a slot that is no power of two
+    from 16 to MAX_SLOT, or with `b` on a card without tensor cores.
     """
     tokens = buffer.shape[0]
     if not use_triton(buffer):
         return glu_ref(buffer, b, features, slot, num_slots, activation)
-    _check_slot(b, slot)
+    _check_slot("b", b, slot)
     out = torch.empty((tokens, features), dtype=buffer.dtype, device=buffer.device)
     block_m, block_n = 32, 128
     grid = (triton.cdiv(tokens, block_m), triton.cdiv(features, block_n))
@@ -337,16 +332,16 @@ def glu_backward(
     `dact` (T, F) is the part of y's gradient that came through the down projection's base weight; with `ds_down`
     (T, slot') and `a_down` (slot', F) its adapter's part is added. dB is not multiplied by the adapter's scale. With
     `b` None the S columns are left as they are and dB is None; without `a_down` dA_down is None. `act_out` (T, F), if
-    given, receives y. Raises ValueError for a slot above MAX_SLOT.
+    given, receives y. Raises ValueError as `glu` does, for slot' too.
     """
     if not use_triton(buffer):
         return glu_backward_ref(
             dact, buffer, b, features, slot, num_slots, activation, a_down, ds_down, act_out=act_out
         )
-    _check_slot(b, slot)
+    _check_slot("b", b, slot)
     tokens, device = buffer.shape[0], buffer.device
     down_slot = 0 if a_down is None or ds_down is None else a_down.shape[0]
-    _check_slot(a_down, down_slot)
+    _check_slot("a_down", a_down, down_slot)
     block_m, block_n, stages = _blocks(buffer, max(slot, down_slot))
     num_blocks = triton.cdiv(features, block_n)
     # Four programs a multiprocessor, but no fewer than eight steps each: their sums are written once a program.
@@ -423,9 +418,12 @@ def _blocks(buffer: torch.Tensor, slot: int) -> tuple[int, int, int]:
     return (64, 64, 3) if slot <= 16 else (64, 32, 3) if slot == 32 else (32, 32, 2)
 
 
-def _check_slot(matrix: torch.Tensor | None, slot: int) -> None:
-    if matrix is not None and not 16 <= slot <= MAX_SLOT:
-        raise ValueError(f"slot is {slot}: expected 16 to {MAX_SLOT}, a power of two; add the low-rank term before")
+def _check_slot(name: str, matrix: torch.Tensor | None, slot: int) -> None:
+    """As `check_low_rank`; besides, these kernels read slots without masks, in the sizes of `tl.dot`."""
+    check_low_rank(name, matrix, slot)
+    if matrix is not None and (slot < 16 or slot & (slot - 1)):
+        expected = f"a power of two from 16 to {MAX_SLOT}"
+        raise ValueError(f"the low-rank term of {name} has depth {slot}: expected {expected}; pad it with zeros")
 
 
 def _precision(tensor: torch.Tensor) -> str:

@@ -1,4 +1,7 @@
-"""Where a kernel runs: Triton on a GPU (or, in tests, in Triton's interpreter), its reference everywhere else."""
+"""Where a kernel runs: Triton on a GPU (or, in tests, in Triton's interpreter), its reference everywhere else.
+
+And what kernels have in common: the type that they compute in, and the low-rank terms that they take.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,9 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+
+MAX_SLOT = 64
+"""Largest depth of a low-rank term (the columns of a slot): beyond it the product is not small, cuBLAS does it better."""
 
 _interpreted = False
 
@@ -33,6 +39,30 @@ def has_tensor_cores(device: torch.device) -> bool:
 def num_multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 1 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What values of `dtype` are computed and summed in: fp32, or fp64 if `dtype` is that."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` in its `wide_dtype`: how a reference begins."""
+    return x.to(wide_dtype(x.dtype))
+
+
+def check_low_rank(name: str, matrix: torch.Tensor | None, depth: int) -> None:
+    """Raise ValueError where a kernel cannot add a low-rank term of this depth on the device of its factor `matrix`.
+
+    `name` is what the caller calls `matrix`; None, for no term, is always right.
+    """
+    if matrix is None:
+        return
+    instead = f"add it with addmm and pass {name}=None"
+    if depth > MAX_SLOT:
+        raise ValueError(f"the low-rank term of {name} has depth {depth}, above {MAX_SLOT}: {instead}")
+    if not has_tensor_cores(matrix.device):
+        raise ValueError(f"{matrix.device} has no tensor cores for the low-rank term of {name}: {instead}")
 
 
 @contextmanager

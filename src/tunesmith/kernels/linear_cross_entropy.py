@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from tunesmith.kernels.launch import use_triton
+from tunesmith.kernels.launch import use_triton, wide, wide_dtype
 
 try:
     import triton
@@ -104,7 +104,7 @@ def _logits_ref(
 ) -> torch.Tensor:
     """z (N, V), the product in the rows' dtype and the rest in fp32 at least."""
     bias = None if bias_V is None else bias_V.to(rows_ND.dtype)
-    u = scale * _wide(F.linear(rows_ND, weight_VD.to(rows_ND.dtype), bias))
+    u = scale * wide(F.linear(rows_ND, weight_VD.to(rows_ND.dtype), bias))
     return u if softcap is None else softcap * torch.tanh(u / softcap)
 
 
@@ -331,15 +331,6 @@ def _padded(vocabulary: int) -> int:
     return math.ceil(vocabulary / ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What losses and sums are kept in: fp32, or fp64 if `dtype` is that."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(_wide_dtype(tensor.dtype))
-
-
 def _compute_dtype(rows_ND: torch.Tensor) -> torch.dtype:
     """The dtype of the head's products: autocast's where it is on (it leaves fp64 alone), else that of the rows."""
     kind = rows_ND.device.type
@@ -385,11 +376,11 @@ def _chunked(
     The head's product is in `dtype`, `size` rows at a time. Call it without grad mode.
     """
     num_rows, hidden = rows_ND.shape
-    vocabulary, device, wide = len(weight_VD), rows_ND.device, _wide_dtype(dtype)
+    vocabulary, device, sum_dtype = len(weight_VD), rows_ND.device, wide_dtype(dtype)
     drows = torch.empty((num_rows, hidden), dtype=rows_ND.dtype, device=device) if needs[0] else None
-    dweight = torch.zeros((vocabulary, hidden), dtype=wide, device=device) if needs[1] else None
-    dbias = torch.zeros(vocabulary, dtype=wide, device=device) if needs[2] else None
-    losses_N = torch.empty(num_rows, dtype=wide, device=device)
+    dweight = torch.zeros((vocabulary, hidden), dtype=sum_dtype, device=device) if needs[1] else None
+    dbias = torch.zeros(vocabulary, dtype=sum_dtype, device=device) if needs[2] else None
+    losses_N = torch.empty(num_rows, dtype=sum_dtype, device=device)
     buffer_CV = torch.empty((min(size, num_rows), _padded(vocabulary)), dtype=dtype, device=device)[:, :vocabulary]
 
     with torch.autocast(device.type, enabled=False):
@@ -417,7 +408,7 @@ def _chunked(
             if dweight is not None:
                 _product(logits_CV.t(), x_CD, dweight, add=True)
             if dbias is not None:
-                dbias += logits_CV.sum(0, dtype=wide)
+                dbias += logits_CV.sum(0, dtype=sum_dtype)
     return losses_N, [drows, dweight, dbias]
 
 

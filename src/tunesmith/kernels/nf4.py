@@ -114,11 +114,11 @@ def dequantize_4bit_ref(packed: torch.Tensor, state: QuantState) -> torch.Tensor
     return values.to(state.dtype).view(num_rows, num_columns)
 
 
-def dequantize_4bit(packed: torch.Tensor, state: QuantState, out_NK: torch.Tensor, row_start: int = 0) -> None:
-    """Write the weight (N, K) = `state.shape` into rows row_start ... row_start + N - 1 of `out_NK`.
+def dequantize_4bit(packed: torch.Tensor, state: QuantState, out_NK: torch.Tensor) -> None:
+    """Write the weight (N, K) = `state.shape` into `out_NK`.
 
-    `packed` and `state` are a `Params4bit`'s `data` and `quant_state`; never transposed. `out_NK` has K columns, unit
-    column stride and any row stride; other rows, and what lies between rows, keep their values. The bits are those of
+    `packed` and `state` are a `Params4bit`'s `data` and `quant_state`; never transposed. `out_NK` is (N, K), of unit
+    column stride and any row stride; what lies between its rows keeps its values. The bits are those of
     `bitsandbytes.functional.dequantize_4bit(packed, state).to(out_NK.dtype)` on a GPU.
 
     Raises ValueError for a state that `supports` denies, and for sizes, types or devices that do not fit.
@@ -130,10 +130,8 @@ def dequantize_4bit(packed: torch.Tensor, state: QuantState, out_NK: torch.Tenso
         )
     num_rows, num_columns = state.shape
     numel = num_rows * num_columns
-    if out_NK.dim() != 2 or out_NK.shape[1] != num_columns or not 0 <= row_start <= len(out_NK) - num_rows:
-        raise ValueError(
-            f"a weight of {num_rows} x {num_columns} at row {row_start} does not fit a buffer of {tuple(out_NK.shape)}"
-        )
+    if out_NK.shape != (num_rows, num_columns):
+        raise ValueError(f"a weight of {num_rows} x {num_columns} does not fit a buffer of {tuple(out_NK.shape)}")
     if out_NK.stride(1) != 1 or not out_NK.is_floating_point():
         raise ValueError(
             f"out_NK must hold floating-point numbers side by side in a row; got {out_NK.dtype}, strides {out_NK.stride()}"
@@ -144,13 +142,12 @@ def dequantize_4bit(packed: torch.Tensor, state: QuantState, out_NK: torch.Tenso
         raise ValueError(
             f"packed is on {packed.device}, its state on {state.absmax.device}, out_NK on {out_NK.device}: move them together"
         )
-    out = out_NK[row_start : row_start + num_rows]
-    if not use_triton(out):
-        out.copy_(dequantize_4bit_ref(packed, state))
+    if not use_triton(out_NK):
+        out_NK.copy_(dequantize_4bit_ref(packed, state))
         return
     if numel == 0:
         return
-    run = 16 // out.element_size()
+    run = 16 // out_NK.element_size()
     nested = state.state2
     _dequantize_kernel[(triton.cdiv(numel, TILE),)](
         _bytes(packed),
@@ -159,10 +156,10 @@ def dequantize_4bit(packed: torch.Tensor, state: QuantState, out_NK: torch.Tenso
         state.absmax if nested is None else nested.absmax,
         state.code if nested is None else nested.code,
         state.code if nested is None else state.offset,
-        out,
+        out_NK,
         numel,
         num_columns,
-        out.stride(0),
+        out_NK.stride(0),
         BLOCKSIZE=state.blocksize,
         BLOCKSIZE2=0 if nested is None else nested.blocksize,
         FP4=state.quant_type == "fp4",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tunesmith.kernels.launch import use_triton
+from tunesmith.kernels.launch import use_triton, wide
 
 try:
     import triton
@@ -89,9 +89,7 @@ class PackTable:
 def pack_ref(entry: PackEntry) -> None:
     """One entry in plain PyTorch, computed in fp32 (fp64 stays fp64)."""
     rows, cols = entry.source.shape
-    source = entry.source.detach()
-    wide = source if source.dtype == torch.float64 else source.float()
-    entry.destination[:rows, :cols].copy_(wide * entry.scale)
+    entry.destination[:rows, :cols].copy_(wide(entry.source.detach()) * entry.scale)
 
 
 class _Loop:

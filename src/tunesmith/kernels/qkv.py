@@ -22,16 +22,13 @@ from __future__ import annotations
 
 import torch
 
-from tunesmith.kernels.launch import has_tensor_cores, use_triton
+from tunesmith.kernels.launch import check_low_rank, use_triton, wide
 
 try:
     import triton
     import triton.language as tl
 except ImportError:  # CPU installations
     triton = None
-
-MAX_SLOT = 64
-"""Largest slot width: beyond it the low-rank product is not small, and cuBLAS does it better."""
 
 
 def qkv_epilogue_ref(
@@ -54,8 +51,8 @@ def qkv_epilogue_ref(
     """(T, N) in plain PyTorch, computed in fp32 (fp64 stays fp64). See `qkv_epilogue`."""
     q, k, v = _projections(buf_TNR, b_NS, H, G, d, slot, num_slots, bias_N)
     if q_norm_d is not None and k_norm_d is not None:
-        q = q * _rstd(q, eps) * (norm_offset + _wide(q_norm_d))
-        k = k * _rstd(k, eps) * (norm_offset + _wide(k_norm_d))
+        q = q * _rstd(q, eps) * (norm_offset + wide(q_norm_d))
+        k = k * _rstd(k, eps) * (norm_offset + wide(k_norm_d))
     q, k = _rotate(q, cos_PR, sin_PR), _rotate(k, cos_PR, sin_PR)
     return torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), 1).to(buf_TNR.dtype)
 
@@ -87,13 +84,9 @@ def qkv_epilogue_backward_ref(
         q, k, _ = _projections(raw_TNR, b_NS, H, G, d, slot, num_slots, bias_N)
         dq_THd, dq_norm = _norm_backward(dq_THd, q, q_norm_d, eps, norm_offset)
         dk_TGd, dk_norm = _norm_backward(dk_TGd, k, k_norm_d, eps, norm_offset)
-    dv_TGd = _wide(dv.reshape(-1, G, d))
+    dv_TGd = wide(dv.reshape(-1, G, d))
     dy_TN = torch.cat((dq_THd.flatten(1), dk_TGd.flatten(1), dv_TGd.flatten(1)), 1).to(dq.dtype)
     return dy_TN, dq_norm, dk_norm
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _projections(
@@ -108,13 +101,13 @@ def _projections(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q (T, H, d), k and v (T, G, d) with bias and low-rank term, before norm and rotation."""
     T, N = buf_TNR.shape[0], (H + 2 * G) * d
-    parts = list(_wide(buf_TNR[:, :N]).split((H * d, G * d, G * d), 1))
+    parts = list(wide(buf_TNR[:, :N]).split((H * d, G * d, G * d), 1))
     if b_NS is not None:
         for p, b in enumerate(b_NS.split((H * d, G * d, G * d))):
             first = N + (p * slot if num_slots == 3 else 0)
-            parts[p] = parts[p] + _wide(buf_TNR[:, first : first + slot]) @ _wide(b).T
+            parts[p] = parts[p] + wide(buf_TNR[:, first : first + slot]) @ wide(b).T
     if bias_N is not None:
-        parts = [y + bias for y, bias in zip(parts, _wide(bias_N).split((H * d, G * d, G * d)), strict=True)]
+        parts = [y + bias for y, bias in zip(parts, wide(bias_N).split((H * d, G * d, G * d)), strict=True)]
     return parts[0].view(T, H, d), parts[1].view(T, G, d), parts[2].view(T, G, d)
 
 
@@ -127,7 +120,7 @@ def _norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rstd = _rstd(x_THd, eps)
     normed = x_THd * rstd
-    g = dn_THd * (offset + _wide(weight_d))
+    g = dn_THd * (offset + wide(weight_d))
     dx = rstd * (g - normed * (g * normed).mean(2, keepdim=True))
     return dx, (dn_THd * normed).sum((0, 1))
 
@@ -135,7 +128,7 @@ def _norm_backward(
 def _tables(x_THd: torch.Tensor, cos_PR: torch.Tensor, sin_PR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of every row, (T, 1, rot): row t of the tables repeated is t % P."""
     repeats = x_THd.shape[0] // cos_PR.shape[0]
-    return _wide(cos_PR).repeat(repeats, 1)[:, None], _wide(sin_PR).repeat(repeats, 1)[:, None]
+    return wide(cos_PR).repeat(repeats, 1)[:, None], wide(sin_PR).repeat(repeats, 1)[:, None]
 
 
 def _rotate(x_THd: torch.Tensor, cos_PR: torch.Tensor, sin_PR: torch.Tensor) -> torch.Tensor:
@@ -147,7 +140,7 @@ def _rotate(x_THd: torch.Tensor, cos_PR: torch.Tensor, sin_PR: torch.Tensor) -> 
 
 def _unrotate(dy_THd: torch.Tensor, cos_PR: torch.Tensor, sin_PR: torch.Tensor) -> torch.Tensor:
     (cos, sin), rot = _tables(dy_THd, cos_PR, sin_PR), cos_PR.shape[1]
-    dy = _wide(dy_THd)
+    dy = wide(dy_THd)
     u1, u2 = (dy[..., :rot] * sin).chunk(2, 2)
     return torch.cat((dy[..., :rot] * cos + torch.cat((u2, -u1), 2), dy[..., rot:]), 2)
 
@@ -331,15 +324,6 @@ if triton is not None:
             _store_head(out + head * D, token * out_stride, row_ok, half, rest, g_1, g_2, g_3, D, ROT)
 
 
-def _check_slot(b_NS: torch.Tensor | None, slot: int) -> None:
-    if b_NS is None:
-        return
-    if slot > MAX_SLOT:
-        raise ValueError(f"the low-rank term has depth {slot}, above {MAX_SLOT}: add it with addmm and pass b_NS=None")
-    if not has_tensor_cores(b_NS.device):
-        raise ValueError("this card has no tensor cores for the low-rank term: add it with addmm and pass b_NS=None")
-
-
 def _blocks(buf: torch.Tensor, H: int, G: int, d: int, rot: int, slot: int, narrow_rows: int) -> dict[str, int]:
     """Tile sizes and warps for heads of d features; `narrow_rows` is the number of tokens where 16-bit heads are narrow.
 
@@ -390,7 +374,8 @@ def qkv_epilogue(
     out       (T, N), unit column stride, any row stride. Families with a qk-norm need it: the backward reads the raw
               projections.
 
-    Raises ValueError for shapes that do not fit, a slot above 64, or a low-rank term on a card without tensor cores.
+    Raises ValueError for shapes that do not fit, a slot above `launch.MAX_SLOT`, or a low-rank term on a card without
+    tensor cores.
     """
     _check(buf_TNR, b_NS, cos_PR, sin_PR, H, G, d, slot, num_slots, q_norm_d, k_norm_d)
     if out is None:
@@ -401,7 +386,7 @@ def qkv_epilogue(
             q_norm_d=q_norm_d, k_norm_d=k_norm_d, eps=eps, norm_offset=norm_offset,
         )  # fmt: skip
         return out.copy_(result)
-    _check_slot(b_NS, slot)
+    check_low_rank("b_NS", b_NS, slot)
     T, (P, rot) = buf_TNR.shape[0], cos_PR.shape
     blocks = _blocks(buf_TNR, H, G, d, rot, slot, narrow_rows=64)
     _qkv_kernel[(triton.cdiv(T, blocks["BLOCK_M"]) * (H + 2 * G) // blocks["HEADS"],)](
@@ -477,7 +462,7 @@ def qkv_epilogue_backward(
         )  # fmt: skip
         out_TNR[:, : (H + 2 * G) * d] = dy_TN
         return (dq_norm, dk_norm) if norm_grads else (None, None)
-    _check_slot(b_NS, slot)
+    check_low_rank("b_NS", b_NS, slot)
     T, (P, rot), norm = out_TNR.shape[0], cos_PR.shape, raw_TNR is not None
     blocks = _blocks(out_TNR, H, G, d, rot, slot, narrow_rows=32)
     num_blocks = triton.cdiv(T, blocks["BLOCK_M"])

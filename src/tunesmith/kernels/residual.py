@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from tunesmith.kernels.launch import has_tensor_cores, use_triton
+from tunesmith.kernels.launch import check_low_rank, use_triton, wide
 
 try:
     import triton
@@ -19,24 +19,17 @@ try:
 except ImportError:  # CPU installations
     triton = None
 
-MAX_SLOT = 64
-"""Largest depth S of the low-rank term: beyond it the product is not small, and cuBLAS does it better."""
-
 
 def add_low_rank_ref(
     base_TN: torch.Tensor | None, y_TN: torch.Tensor, s_TS: torch.Tensor | None, b_NS: torch.Tensor | None
 ) -> torch.Tensor:
     """base + y + s bᵀ in plain PyTorch, summed in fp32 (fp64 stays fp64). See `add_low_rank`."""
-    total = _wide(y_TN)
+    total = wide(y_TN)
     if s_TS is not None and b_NS is not None:
-        total = total + _wide(s_TS) @ _wide(b_NS).T
+        total = total + wide(s_TS) @ wide(b_NS).T
     if base_TN is not None:
-        total = total + _wide(base_TN)
+        total = total + wide(base_TN)
     return total.to(y_TN.dtype)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 if triton is not None:
@@ -93,7 +86,8 @@ def add_low_rank(
 
     All tensors have unit column stride, any row stride and one dtype. `base_TN` None leaves it out; `b_NS` None leaves the
     low-rank term out, and `s_TS` is not read then. `out` may be the very memory of `base_TN` or `y_TN`, but no part of
-    `s_TS`. Raises ValueError where there is nothing to add, for S above 64, or with `b_NS` on a card without tensor cores.
+    `s_TS`. Raises ValueError where there is nothing to add, for S above `launch.MAX_SLOT`, or with `b_NS` on a card without
+    tensor cores.
     """
     if base_TN is None and b_NS is None:
         raise ValueError("add_low_rank got neither base_TN nor b_NS: there is nothing to add")
@@ -104,10 +98,7 @@ def add_low_rank(
         return total if out is None else out.copy_(total)
     T, N = y_TN.shape
     slot = 0 if b_NS is None else b_NS.shape[1]
-    if slot > MAX_SLOT:
-        raise ValueError(f"the low-rank term has depth {slot}, above {MAX_SLOT}: add it with addmm and pass b_NS=None")
-    if slot and not has_tensor_cores(y_TN.device):
-        raise ValueError("this card has no tensor cores for the low-rank term: add it with addmm and pass b_NS=None")
+    check_low_rank("b_NS", b_NS, slot)
     if out is None:
         out = torch.empty((T, N), dtype=y_TN.dtype, device=y_TN.device)
     # 64 x 64 is what four warps multiply in one wgmma: 5 barriers and 63 registers on sm_90, 25 and 72 for 32 x 128. fp32

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from tunesmith.kernels.launch import num_multiprocessors, use_triton
+from tunesmith.kernels.launch import num_multiprocessors, use_triton, wide
 
 try:
     import triton
@@ -32,9 +32,9 @@ def rms_norm_ref(
     x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, offset: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, rstd) in plain PyTorch, computed in fp32 (fp64 stays fp64). See `rms_norm`."""
-    x = _wide(x_TD)
+    x = wide(x_TD)
     rstd = torch.rsqrt(x.square().mean(1) + eps)
-    return (x * rstd[:, None] * (offset + _wide(weight_D))).to(x_TD.dtype), rstd
+    return (x * rstd[:, None] * (offset + wide(weight_D))).to(x_TD.dtype), rstd
 
 
 def rms_norm_backward_ref(
@@ -46,17 +46,13 @@ def rms_norm_backward_ref(
     residual_TD: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, y, dweight) in plain PyTorch, computed in fp32 (fp64 stays fp64). See `rms_norm_backward`."""
-    dy, rstd, weight = _wide(dy_TD), rstd_T[:, None], offset + _wide(weight_D)
-    normed = _wide(x_TD) * rstd
+    dy, rstd, weight = wide(dy_TD), rstd_T[:, None], offset + wide(weight_D)
+    normed = wide(x_TD) * rstd
     g = dy * weight
     dx = rstd * (g - normed * (g * normed).mean(1, keepdim=True))
     if residual_TD is not None:
-        dx = dx + _wide(residual_TD)
+        dx = dx + wide(residual_TD)
     return dx.to(x_TD.dtype), (normed * weight).to(x_TD.dtype), (dy * normed).sum(0)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 if triton is not None:

@@ -87,7 +87,7 @@ def examine() -> tuple[list[Fact], dict[str, Any]]:
 
 
 def _engine(hardware: Hardware, dtype: ComputeDType) -> tuple[dict[str, Any], list[Fact]]:
-    """The engine that LoRA and QLoRA run on by default here, and which kernels, for the report and as facts."""
+    """The engine that runs by default here, and which kernels, for the report and as facts."""
     if reason := no_fused_engine(hardware):
         return {"engine": "reference"}, [
             Fact("engine", "reference", "ok", f"runs the model's own modules; not fused: {reason}")
@@ -96,7 +96,7 @@ def _engine(hardware: Hardware, dtype: ComputeDType) -> tuple[dict[str, Any], li
     from tunesmith.models.families import SPECS
 
     families = dict.fromkeys(spec.family for spec in SPECS.values())
-    facts = [Fact("engine", "fused", "ok", f"for LoRA and QLoRA of {', '.join(families)}; else reference")]
+    facts = [Fact("engine", "fused", "ok", f"for {', '.join(families)}; else reference")]
     spec = AttentionSpec(scale=HEAD_DIM**-0.5)
     attention = {
         kind: describe_backend(hardware.device, torch_dtype(dtype), HEAD_DIM, kind, spec)

@@ -50,13 +50,10 @@ def plan_run(
 
 
 def _engine(config: RunConfig, forward: ModelForward, hardware: Hardware) -> Literal["reference", "fused"]:
-    """What `model.engine` means here. Raises ConfigError where `fused` was asked for and no layer fits.
-
-    `auto` leaves full fine-tuning to the reference engine: its weights would be cast for every product.
-    """
+    """What `model.engine` means here. Raises ConfigError where `fused` was asked for and no layer fits."""
     if config.model.engine == "reference":
         return "reference"
-    if config.model.engine == "auto" and (no_fused_engine(hardware) or config.method == "full"):
+    if config.model.engine == "auto" and no_fused_engine(hardware):
         return "reference"
     reasons = why_not_fused(forward.model)
     if all(reasons) and config.model.engine == "fused":
