@@ -24,8 +24,7 @@ from typing import Literal
 
 import torch
 
-from tunesmith.kernels.launch import MAX_SLOT as MAX_SLOT  # models.linear_group reads glu.MAX_SLOT
-from tunesmith.kernels.launch import check_low_rank, num_multiprocessors, use_triton, wide
+from tunesmith.kernels.launch import MAX_SLOT, check_low_rank, num_multiprocessors, use_triton, wide
 
 try:
     import triton

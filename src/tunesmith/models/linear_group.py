@@ -19,9 +19,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from tunesmith.kernels import glu, nf4
+from tunesmith.kernels import nf4
 from tunesmith.kernels.dropout import dropout, dropout_backward_add
-from tunesmith.kernels.launch import has_tensor_cores
+from tunesmith.kernels.launch import MAX_SLOT, has_tensor_cores, wide_dtype
 from tunesmith.kernels.pack import PackEntry
 
 LORA_CLASSES = {"peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit"}
@@ -208,7 +208,7 @@ class GroupState:
         self.rank = self.slot * self.num_slots
         device = group.bases[0].weight.device
         self.dropout = any(lora is not None and lora.dropout > 0 for lora in loras)
-        self.folded = self.slot > 0 and self.slot <= glu.MAX_SLOT and has_tensor_cores(device)
+        self.folded = self.slot > 0 and self.slot <= MAX_SLOT and has_tensor_cores(device)
         self.stacked = stacked
         self.joined = False
         if stacked and group.stack is not None and len(group.stack) == self.num_out + self.rank:
@@ -405,7 +405,7 @@ class GroupState:
             self._adapter_gradients(grads, dy, ds, x, s, noise, db, da)
         for base, part in zip(self.group.bases, dy.split(self.group.sizes, 1), strict=True):
             if base.bias is not None and base.bias.requires_grad:
-                grads.add(base.bias, part.sum(0, dtype=_sum_type(part)))
+                grads.add(base.bias, part.sum(0, dtype=wide_dtype(part.dtype)))
             if base.weight.requires_grad:
                 assert x is not None
                 grads.add(base.weight, mm_wide(part.T, x))
@@ -483,10 +483,6 @@ def mm_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
-
-
-def _sum_type(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 Sink = Callable[[torch.Tensor, torch.Tensor, float], bool]
