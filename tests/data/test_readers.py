@@ -258,9 +258,9 @@ def test_a_fault_in_every_row_costs_no_more_than_the_rows(tmp_path: Path, name: 
     if name.endswith(".json"):
         content = b"[" + content[: content.rindex(b",")] + b"]"
     path = written(tmp_path, name, content)
-    start = time.perf_counter()
+    start = time.process_time()  # others may use the cores meanwhile
     found = inspect_file(path)
-    assert time.perf_counter() - start < 4, "0.5 s, where the time grows with the file and not with its square"
+    assert time.process_time() - start < 4, "0.5 s, where the time grows with the file and not with its square"
     assert (found.rows, sum(finding.line is not None for finding in found.findings)) == (number, number)
 
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
 import pytest
 import torch
 
@@ -68,6 +75,146 @@ def test_what_a_graph_copies_to_is_never_freed(pool: list[torch.Tensor], monkeyp
     a_step(pool, 2, 9000)
     assert sorted(memory.numel() for memory in pool) == [100, 100, 9000, 9000]
     assert of_graph <= {memory.data_ptr() for memory in pool}
+
+
+# -- with a stand-in for a device whose copies wait -------------------------------------------------------------------
+
+
+class Event:
+    """Everything that a stream had to do when it was recorded."""
+
+    def __init__(self, work: list[Callable[[], None]]):
+        self.work = work
+
+    def wait(self) -> None:
+        while self.work:
+            self.work.pop(0)()
+
+
+class Stream:
+    """Does nothing before somebody waits for it. The compute stream is the exception: it is never behind."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], None]] = []
+        self.knows_compute = False
+
+    def wait_stream(self, other: Any) -> None:
+        self.knows_compute = True
+
+    def wait_event(self, event: Event) -> None:
+        event.wait()
+
+    def record_event(self) -> Event:
+        self.knows_compute = False
+        event, self.work = Event(self.work), []
+        return event
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a GPU. Copies from and to it are done when the running stream comes to them."""
+
+    is_cuda = True
+    device = torch.device("cuda:0")
+    running: ClassVar[list[Stream]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = partial(super().__torch_function__, func, types, args, kwargs or {})
+        if func is not torch.Tensor.copy_:
+            return call()
+        assert len(cls.running) == 2, "a copy goes beside the compute"
+        stream = cls.running[-1]
+        if not stream.knows_compute:  # what it reads is not there yet, or what it writes is still in use
+            args[0].fill_(float("nan"))
+        else:
+            stream.work.append(call)
+        return args[0]
+
+
+@pytest.fixture
+def device(pool: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[torch.Tensor], OnDevice]]:
+    """Takes a tensor to the device. Memory on the device is full of NaN at first."""
+    compute, copies = Stream(), Stream()
+
+    @contextmanager
+    def within(stream: Stream) -> Iterator[None]:
+        OnDevice.running.append(stream)
+        yield
+        OnDevice.running.pop()
+
+    def empty(shape: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        assert device == OnDevice.device
+        return torch.full(shape, float("nan"), dtype=dtype).as_subclass(OnDevice)
+
+    cuda = SimpleNamespace(
+        stream=within,
+        current_stream=lambda _: OnDevice.running[-1],
+        is_current_stream_capturing=lambda: False,
+    )
+    monkeypatch.setattr(offload, "torch", SimpleNamespace(cuda=cuda, empty=empty))
+    monkeypatch.setattr(offload, "_copy_stream", lambda _: copies)
+    monkeypatch.setattr(OnDevice, "running", [compute])
+    yield lambda tensor: tensor.clone().as_subclass(OnDevice)
+    assert OnDevice.running == [compute]
+    assert copies.work == [], "nothing is begun that nobody waits for"
+
+
+SIZES = [(7, 12), (9, 12), (1, 1), (7, 12), (30, 5)]
+
+
+def forward_and_backward(originals: list[torch.Tensor], device: Callable[[torch.Tensor], OnDevice]) -> None:
+    """What fused layers do: each lets go of the input before its own, and fetches the next one while it works."""
+    copies: list[HostCopy] = []
+    inputs: list[OnDevice] = []
+    for original in originals:
+        inputs.append(device(original))
+        if copies:
+            copies[-1].release()
+            assert copies[-1].source is None, "or its memory is not free"
+            inputs[-2].fill_(float("nan"))
+        copies.append(HostCopy(inputs[-1]))
+    for number in reversed(range(len(copies))):
+        if number:
+            copies[number - 1].prefetch()
+        back = copies[number].fetch()
+        assert torch.equal(back, originals[number]), number
+        assert back.dtype == originals[number].dtype
+        assert copies[number].source is copies[number].back is None
+        back.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_values_come_back_bit_for_bit(
+    pool: list[torch.Tensor], device: Callable[[torch.Tensor], OnDevice], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    held: set[int] = set()
+    for _ in range(3):
+        originals = [torch.randn(size).to(dtype) for size in SIZES]
+        forward_and_backward(originals, device)
+        memory = {each.data_ptr() for each in pool}
+        assert len(memory) == len(pool) == len(SIZES)
+        assert held in (set(), memory), "the same memory again"
+        held = memory
+    assert sum(each.numel() for each in pool) == sum(map(math.prod, SIZES)) * dtype.itemsize, "no more than is needed"
+
+
+def test_it_is_fetched_once_whenever_it_was_prefetched(device: Callable[[torch.Tensor], OnDevice]) -> None:
+    values = torch.arange(6.0).view(2, 3)
+    for prefetches in (0, 1, 2):
+        hidden = device(values)
+        copy = HostCopy(hidden)
+        copy.release()
+        hidden.fill_(float("nan"))
+        begun = set()
+        for _ in range(prefetches):
+            copy.prefetch()
+            begun.add(id(copy.back))
+        assert len(begun) == min(prefetches, 1), "it is copied back once"
+        assert torch.equal(copy.fetch(), values), prefetches
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
 @needs_gpu

@@ -5,9 +5,10 @@ On the CPU a stand-in for CUDA's graphs runs the captured function at every repl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,16 @@ from tunesmith.training import graphs as module
 from tunesmith.training import loop
 from tunesmith.training.graphs import (
     FIRST_WARM_UPS,
+    PAYS_FROM,
     GraphedMicroBatches,
     Shape,
     copy_batch,
     copy_of,
     micro_batch_graphs,
 )
+from tunesmith.training.loop import accumulate_gradients
 from tunesmith.training.objectives import SupervisedFineTuning
-from tunesmith.types import Batch, Event, TokenizedExample
+from tunesmith.types import Batch, Event, Term, TokenizedExample
 from tunesmith.workflows.train import TrainingSession
 
 Session = Callable[..., TrainingSession]
@@ -305,6 +308,253 @@ def test_the_counts_of_a_step_reach_a_graph(session: Session, stand_in: type[Sta
     assert losses == pytest.approx([losses[0]] * 6, rel=1e-6)
 
 
+# -- when a shape is captured, and what that needs --------------------------------------------------------------------
+
+
+def graphs_of(
+    run: TrainingSession, log: list[Event], objective: Any = None, scaler: torch.amp.GradScaler | None = None
+) -> GraphedMicroBatches:
+    run.optimizer.connect(engine_of(run.forward.model))
+    return GraphedMicroBatches(
+        run.forward,
+        objective or SupervisedFineTuning(),
+        run.optimizer,
+        scaler or torch.amp.GradScaler("cpu", enabled=False),
+        log.append,
+    )
+
+
+@pytest.mark.parametrize(
+    ("rope_type", "by_length"),
+    [
+        ("default", False),
+        ("llama3", False),
+        ("yarn", False),
+        ("dynamic", True),
+        ("longrope", True),
+        ({"full_attention": "linear", "sliding_attention": "default"}, False),
+        ({"full_attention": "longrope", "sliding_attention": "default"}, True),
+        (None, False),
+    ],
+)
+def test_rotations_that_depend_on_the_longest_position(rope_type: Any, by_length: bool) -> None:
+    embedding = None if rope_type is None else SimpleNamespace(rope_type=rope_type)
+    forward: Any = SimpleNamespace(decoder=SimpleNamespace(rotary_emb=embedding))
+    assert module._rotates_by_length(forward) == by_length
+
+
+def test_a_shape_is_captured_after_its_warm_up_and_the_first_ones(session: Session, stand_in: type[StandIn]) -> None:
+    graphs = graphs_of(session(FUSED), [])
+    graphs.set_counts({"nll": 1})
+    captured = []
+    for length in (16, 16, 16, 16, 16, 32, 32, 32):
+        batch = batch_of(length)
+        graphs.run(batch)
+        captured.append(graphs.known[Shape.of(batch)].graph is not None)
+    assert captured == [False, False, False, True, True, False, True, True]
+
+
+@pytest.mark.parametrize(("share", "pays"), [(PAYS_FROM - 0.01, False), (PAYS_FROM + 0.01, True)])
+def test_a_graph_pays_from_a_share_of_launching(
+    session: Session, monkeypatch: pytest.MonkeyPatch, stand_in: type[StandIn], share: float, pays: bool
+) -> None:
+    """Launching takes `share` of a second, the GPU a second; and before it begins, it is busy with something else."""
+    graphs = graphs_of(session(FUSED), [])
+    now, done = 0.0, 7.0
+
+    def launch(batch: Batch) -> torch.Tensor:
+        nonlocal now, done
+        done = max(now, done) + 1.0
+        now += share
+        return torch.zeros(())
+
+    def synchronize(device: Any) -> None:
+        nonlocal now
+        now = max(now, done)
+
+    monkeypatch.setattr(graphs, "_forward_backward", launch)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(module, "PAYS_FROM", PAYS_FROM)
+    graphs.run(batch_of(16))
+    assert graphs.known[Shape.of(batch_of(16))].pays == pays
+    assert (now, done) == (8.0, 8.0)
+
+
+def test_graphs_share_memory_and_begin_with_what_is_free(
+    session: Session, monkeypatch: pytest.MonkeyPatch, stand_in: type[StandIn]
+) -> None:
+    calls: list[Any] = []
+    capture = torch.cuda.graph
+
+    def noted(graph: StandIn, pool: Any, stream: Any) -> Any:
+        calls.append((pool, stream))
+        graph.pool = lambda number=len(calls): f"pool {number}"  # type: ignore[method-assign,misc]
+        return capture(graph, pool, stream)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.cuda, "graph", noted)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"stream on {device}")
+    graphs = graphs_of(session(FUSED), [])
+    graphs.set_counts({"nll": 1})
+    for _ in range(3):
+        graphs.run(batch_of(16))
+    for owner, name in (
+        (torch.cuda, "synchronize"),
+        (torch._C, "_cuda_clearCublasWorkspaces"),
+        (torch.cuda, "empty_cache"),
+    ):
+        monkeypatch.setattr(owner, name, lambda *_, name=name: calls.append(name), raising=False)
+    graphs.run(batch_of(16))
+    emptied = ["synchronize", "_cuda_clearCublasWorkspaces", "empty_cache"]
+    assert calls == [*emptied, (None, "stream on cpu")]
+    for length in (32, 48):
+        calls.clear()
+        graphs.run(batch_of(length))
+        graphs.run(batch_of(length))
+        assert calls == ["synchronize", "synchronize", *emptied, ("pool 4", "stream on cpu")]
+
+
+class TwoTerms:
+    """The usual loss, and a quarter of it again by a count of its own."""
+
+    inner = SupervisedFineTuning()
+
+    def counts(self, examples: Iterable[TokenizedExample]) -> dict[str, int]:
+        examples = list(examples)
+        return {**self.inner.counts(examples), "rows": len(examples)}
+
+    def terms(self, forward: Any, batch: Batch) -> list[Term]:
+        (term,) = self.inner.terms(forward, batch)
+        return [term, Term("rows", 3 * term.sum, batch.num_examples, weight=0.25)]
+
+
+def gradients_of(run: TrainingSession) -> torch.Tensor:
+    """All gradients, those not collected yet too; and none afterwards."""
+    run.optimizer.collect()
+    (flat,) = run.optimizer.flats
+    assert flat.value.grad is not None
+    found = flat.value.grad.clone()
+    run.optimizer.zero_grad()
+    return found
+
+
+STEPS = [[(16, 12), (30, 30)], [(14, 10), (31, 25)], [(15, 16), (28, 32)], [(16, 9), (32, 20)], [(12, 16), (29, 31)]]
+"""Lengths of the examples of each micro-batch: two shapes of padded rows, with other values in each step."""
+
+
+def two_ways(
+    run: TrainingSession, graphs: GraphedMicroBatches, objective: Any, scaler: torch.amp.GradScaler, packing: bool
+) -> None:
+    """Losses and gradients of STEPS with `graphs` are those without."""
+    for number, parts in enumerate(STEPS):
+        examples = [[example(length, 10 * number + length) for length in part] for part in parts]
+        arguments = (run.forward, objective, examples, packing, 0, scaler)
+        expected_loss = float(accumulate_gradients(*arguments))
+        expected = gradients_of(run)
+        loss = float(accumulate_gradients(*arguments, graphs))
+        found = gradients_of(run)
+        assert loss == pytest.approx(expected_loss, rel=1e-6), number
+        assert expected.norm() > 0
+        assert (found - expected).norm() < 1e-6 * expected.norm(), number
+
+
+def test_weights_counts_and_a_scaler_are_those_of_a_run_without(session: Session, stand_in: type[StandIn]) -> None:
+    run, log, objective = session(FUSED), list[Event](), TwoTerms()
+    with torch.no_grad():  # at its zero, A has no gradient
+        for name, parameter in run.forward.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(len(name)))
+    scaler = torch.amp.GradScaler("cpu", enabled=True, init_scale=256.0)
+    two_ways(run, graphs_of(run, log, objective, scaler), objective, scaler, False)
+    assert [event["message"] for event in log] == [
+        "CUDA graph for micro-batches of 2 x 32 tokens",
+        "CUDA graph for micro-batches of 2 x 16 tokens",
+    ]
+
+
+class Spying:
+    """The usual loss, and the sum of one of the adapter's tensors, whose gradient comes from autograd itself."""
+
+    inner = SupervisedFineTuning()
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+        self.autocast: list[bool] = []
+
+    def counts(self, examples: Iterable[TokenizedExample]) -> dict[str, int]:
+        return self.inner.counts(examples)
+
+    def terms(self, forward: Any, batch: Batch) -> list[Term]:
+        self.autocast.append(torch.is_autocast_enabled("cpu"))
+        return [*self.inner.terms(forward, batch), Term("nll", self.tensor.float().sum(), 1)]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_what_a_graph_holds_besides_the_layers(session: Session, stand_in: type[StandIn], dtype: str) -> None:
+    """The run's precision, the counts where `set_counts` writes them, and what moves gradients to the optimizer."""
+    run = session(FUSED, f"model.dtype={dtype}")
+    tensor = next(p for name, p in run.forward.model.named_parameters() if "lora_A" in name)
+    objective = Spying(tensor)
+    graphs = graphs_of(run, [], objective)
+    places = set()
+    for count in (2, 4, 8, 8, 8):
+        graphs.set_counts({"nll": count})
+        places.add(graphs._inverse["nll"].data_ptr())
+        graphs.run(batch_of(16))
+        assert tensor.grad is None, "it is where the optimizer reads it"
+    assert len(places) == 1
+    assert objective.autocast == [dtype == "bf16"] * 5
+    (flat,) = run.optimizer.flats
+    # Its B is zero, so that the loss gives it no gradient.
+    assert flat.gradient_views()[id(tensor)].unique().tolist() == [1 / 2 + 1 / 4 + 3 / 8]
+
+
+def test_a_captured_batch_is_not_the_callers(session: Session, stand_in: type[StandIn]) -> None:
+    """A replay must not write to a batch that somebody else holds."""
+    graphs = graphs_of(session(FUSED), [])
+    graphs.set_counts({"nll": 1})
+    first = batch_of(16)
+    before = {name: tensor.clone() for name, tensor in tensors(first).items()}
+    for batch in (first, first, first, first, batch_of(16, seed=5)):
+        graphs.run(batch)
+    assert graphs.known[Shape.of(first)].graph is not None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors(first).items())
+
+
+def test_a_capture_that_breaks_off_in_its_backward_leaves_no_gradient(
+    session: Session, monkeypatch: pytest.MonkeyPatch, stand_in: type[StandIn]
+) -> None:
+    """What was captured never ran: the gradients it left behind are whatever was in that memory."""
+    run, log = session(FUSED), list[Event]()
+    graphs = graphs_of(run, log)
+    graphs.set_counts({"nll": 10})
+    batch = batch_of(16)
+    losses, gradients = [], []
+
+    @contextmanager
+    def breaks_off(graph: StandIn, pool: Any, stream: Any) -> Iterator[None]:
+        StandIn.captured = graph
+        yield
+        StandIn.captured = None
+        for flat in run.optimizer.flats:
+            for tensor in flat.tensors:
+                tensor.grad = torch.full_like(tensor, float("nan"))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", breaks_off)
+    for _ in range(5):
+        losses.append(float(graphs.run(batch)))
+        gradients.append(gradients_of(run))
+    assert losses == [losses[0]] * 5
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    assert [event["message"] for event in log] == [
+        "no CUDA graph, micro-batches go launch by launch: CUDA out of memory. Tried to allocate 2 GiB"
+    ]
+    known = graphs.known[Shape.of(batch)]
+    assert (known.pays, known.batch, known.loss, known.graph) == (False, None, None, None)
+    assert not graphs.pay
+
+
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
@@ -337,3 +587,26 @@ def test_real_graphs_with_layer_inputs_in_host_memory(session: Session) -> None:
         run.train()
     assert offloaded.plan.policies[0].offload_input
     assert outcome(offloaded)[0] == pytest.approx(outcome(kept)[0], rel=1e-4)
+
+
+@needs_gpu
+@pytest.mark.parametrize("ways", [(), PACKED], ids=["padded", "packed"])
+def test_real_graphs_change_nothing_that_widening_does_not(
+    session: Session, monkeypatch: pytest.MonkeyPatch, ways: tuple[str, ...]
+) -> None:
+    """The same widened micro-batches, once with graphs and once launch by launch, so that the kernels are the same too."""
+    settings = (*SHORT, *ways, "model.device=cuda", "model.dtype=fp32", "training.max_steps=6", "training.epochs=6")
+    monkeypatch.setattr(module, "PAYS_FROM", 0.0)
+    graphed, plain = session(*settings), session(*settings)
+    graphed.train()
+    own = GraphedMicroBatches._forward_backward
+    monkeypatch.setattr(GraphedMicroBatches, "_capture", lambda self, batch, known: own(self, batch))
+    plain.train()
+    messages = [[event.get("message", "") for event in run.run.events()] for run in (graphed, plain)]
+    captured = [[text for text in each if text.startswith("CUDA graph for micro-batches")] for each in messages]
+    assert len(captured[0]) > 1
+    assert captured[1] == []
+    assert len(outcome(plain)[0]) == 6
+    assert outcome(graphed)[0] == pytest.approx(outcome(plain)[0], rel=1e-6)
+    for name, value in outcome(plain)[1].items():
+        assert (outcome(graphed)[1][name] - value).norm() <= 1e-6 * value.norm(), name

@@ -77,8 +77,8 @@ class HostCopy:
 
     def fetch(self) -> torch.Tensor:
         """The tensor on its device again, ready for the current stream. Once: the copy lets go of it."""
-        if self.source is None:
-            self.prefetch()
+        self.prefetch()
+        if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).wait_event(self.copied)
         tensor = self.source if self.source is not None else self.back
         assert tensor is not None

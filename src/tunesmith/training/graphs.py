@@ -154,9 +154,6 @@ class GraphedMicroBatches:
         return loss
 
     def _capture(self, batch: Batch, known: Known) -> torch.Tensor:
-        captured = [shape for shape, entry in self.known.items() if entry.graph is not None]
-        for shape in captured[: max(0, len(captured) - MAX_GRAPHS + 1)]:
-            del self.known[shape]
         known.batch = copy_of(batch)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.forward.device)
@@ -169,12 +166,15 @@ class GraphedMicroBatches:
                 known.loss = self._forward_backward(known.batch)
         except RuntimeError as error:  # out of memory, or an operation that cannot be captured: nothing has run yet
             known.pays, known.batch, known.loss = False, None, None
-            reason = str(error).splitlines()[0]
+            reason = str(error).partition("\n")[0]
             self.log({"event": "warning", "message": f"no CUDA graph, micro-batches go launch by launch: {reason}"})
             self.optimizer.forget()
             return self._forward_backward(batch)
         self._pool = self._pool or graph.pool()
         known.graph = graph
+        captured = [shape for shape, entry in self.known.items() if entry.graph is not None]
+        for shape in captured[: max(0, len(captured) - MAX_GRAPHS)]:
+            del self.known[shape]
         rows, length = batch.input_ids.shape
         self.log({"event": "decision", "message": f"CUDA graph for micro-batches of {rows} x {length} tokens"})
         graph.replay()
