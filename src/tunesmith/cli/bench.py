@@ -114,12 +114,16 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if row["runner"] == "tunesmith" and row["engine_used"] == "reference":
             lines.append(f"{row['label']}: ran the reference engine ({row['plan']})")
         if check := row.get("check_result"):
-            lines.append(
+            line = (
                 f"{row['label']}: gradients of {check['tensors']} adapter tensors: in fp32 every norm within "
-                f"{check['fp32']['norm_difference']:.3%} of the reference engine's; in {row['compute_dtype']} the whole norm "
-                f"within {check['total_norm_difference']:.2%}, and {check['error']:.2%} from fp32 where the reference "
-                f"engine's are {check['reference_error']:.2%}"
+                f"{check['fp32']['norm_difference']:.3%} of the reference engine's"
             )
+            if row["compute_dtype"] != "fp32":
+                line += (
+                    f"; in {row['compute_dtype']} the whole norm within {check['total_norm_difference']:.2%}, and "
+                    f"{check['error']:.2%} from fp32 where the reference engine's are {check['reference_error']:.2%}"
+                )
+            lines.append(line)
     return lines
 
 
