@@ -20,6 +20,7 @@ from models_of import FAMILIES, family_model
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from tunesmith.kernels.attention import SequenceLayout
 from tunesmith.models import fused_layer
 from tunesmith.models.fuse import (
     OWN_CALL,
@@ -32,6 +33,8 @@ from tunesmith.models.fuse import (
     why_not_fused,
 )
 from tunesmith.types import LayerPolicy
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
 TOLERANCE = 1e-5
 """Of relative errors in fp32 through two layers: sums in another order, and gradients that partly cancel."""
@@ -1089,6 +1092,54 @@ def test_a_frozen_model_needs_no_backward() -> None:
     assert ours is not None
     assert embeddings.grad is not None
     assert error(ours, embeddings.grad) < TOLERANCE
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(family: str, policy: LayerPolicy) -> tuple[Any, Callable[[], dict[str, torch.Tensor]]]:
+    """A fused bf16 model, and a step on two rows that gives its adapter's gradients."""
+    base = family_model(family, hidden_size=64, intermediate_size=128, head_dim=16).to("cuda", torch.bfloat16)
+    model = adapted(base)
+    quietly(model, policy)
+    engine, ids = engine_of(model), IDS[:2].cuda()
+    assert engine is not None
+    engine.decoder.config.use_cache = False
+    layout = SequenceLayout.dense(*ids.shape)
+
+    def step_() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        engine.given_layout = layout
+        model(input_ids=ids).logits.float().square().mean().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    return model, step_
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_in_deterministic_mode_policies_do_not_change_a_bit(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    keep = frozenset({"qkv", "attention"})
+    policies = [LayerPolicy(), LayerPolicy(keep=keep), LayerPolicy(keep=frozenset(), offload_input=True)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = [on_gpu(family, policy)[1]() for policy in policies]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(found[0]) == 28
+    assert all(same_state(gradients, found[0]) for gradients in found[1:])
+
+
+@needs_gpu
+def test_a_step_does_not_wait_for_the_gpu() -> None:
+    _, step_ = on_gpu("llama", LayerPolicy())
+    step_()  # libraries choose, kernels are compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step_()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # -- several processes ------------------------------------------------------------------------------------------------

@@ -527,8 +527,8 @@ class FusedLayer(nn.Module):
         self._look_for_calls()
 
     def refresh(self) -> list[GroupState]:
-        """`states`, and remember them for the forward that begins."""
-        self.__dict__["_current"] = current = self.states()
+        """`states` for the forward that begins, which `has_own_calls` has looked at, and remember them."""
+        self.__dict__["_current"] = current = [group.state() for group in self.groups]
         return current
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

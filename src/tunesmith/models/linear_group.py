@@ -82,8 +82,8 @@ def active_lora(module: Any) -> Lora | None:
     if not names:
         return None
     (name,) = names
-    dropout = module.lora_dropout[name]
-    probability = getattr(dropout, "p", 0.0) if dropout.training else 0.0
+    dropped = module.lora_dropout[name]
+    probability = getattr(dropped, "p", 0.0) if dropped.training else 0.0
     return Lora(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name], probability)
 
 

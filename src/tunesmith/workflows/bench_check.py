@@ -2,8 +2,9 @@
 
 1. In fp32, where rounding is nothing, every adapter tensor's gradient is the reference engine's.
 2. In the row's own type, the norm of all of them together is.
-3. In the row's own type each tensor carries rounding noise, in either engine: through 32 layers of random weights some 3%
-   in bf16. So both are measured against the fp32 gradients, and ours may be no farther from them than the other.
+3. In the row's own type each tensor carries rounding noise, in either engine: in bf16, through the layers of random weights,
+   7% (Qwen2.5-3B) to 15% (Llama-3.1-8B). So both are measured against the fp32 gradients, and ours may be a tenth farther
+   from them than the other at most.
 """
 
 from __future__ import annotations
