@@ -496,6 +496,22 @@ def zip_of(name: str) -> bytes:
         (b"some\0bytes", "a file of bytes, not of text: a NUL byte at offset 4; expected JSON Lines"),
         (gzip.compress(b""), "the file is empty; expected rows to train on"),
     ],
+    ids=[  # archives hold the time they were made: their bytes are no name for a test
+        "utf-16",
+        "zip",
+        "excel",
+        "pdf",
+        "zip-in-gzip",
+        "parquet-without-footer",
+        "arrow-without-schema",
+        "parquet-cut",
+        "arrow-cut",
+        "gzip-cut",
+        "gzip-header-only",
+        "arrow-wild-offset",
+        "nul-byte",
+        "gzip-of-nothing",
+    ],
 )
 def test_files_that_are_something_else(tmp_path: Path, content: bytes, problem: str) -> None:
     (finding,) = inspect_file(written(tmp_path, "a.dat", content)).findings
