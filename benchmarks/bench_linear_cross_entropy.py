@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 
 from tunesmith.kernels import linear_cross_entropy as module
+from tunesmith.kernels.chunks import chunk_rows
 from tunesmith.kernels.linear_cross_entropy import (
-    chunk_rows,
     linear_cross_entropy,
     linear_cross_entropy_ref,
     linear_log_probabilities,

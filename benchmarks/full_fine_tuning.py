@@ -27,7 +27,7 @@ from tunesmith.training.optimizers import make_optimizer
 from tunesmith.training.prepare import prepare
 from tunesmith.workflows.bench import Row
 from tunesmith.workflows.bench_step import configuration, documents, measure, random_model, versions
-from tunesmith.workflows.plan import plan_run
+from tunesmith.workflows.run_plan import plan_run
 
 
 def run(row: Row, engine: str) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def run(row: Row, engine: str) -> dict[str, Any]:
     model = random_model(row, "fp32", hardware.device, quantize=False).train().requires_grad_()
     forward = ModelForward(model, hardware.device, dtype)
     examples = documents(row, row.documents)
-    plan = plan_run(config, forward, hardware, examples)
+    plan = plan_run(config, forward, hardware, examples).memory
     forward.loss_rows = plan.loss_rows
     prepare(model, plan, torch_dtype(dtype))
     optimizer = make_optimizer(model, config.optimizer, config.lr)

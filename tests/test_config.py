@@ -101,8 +101,9 @@ def test_resolved_early_stopping_mode_follows_the_metric(metric: str, mode: str)
 @pytest.mark.parametrize(("batch", "micro"), [(2, 2), (4, 4), (16, 4)])
 def test_the_default_micro_batch_is_no_larger_than_the_batch(batch: int, micro: int) -> None:
     config = load_config(overrides=[f"training.batch_size={batch}"])
-    assert config.resolved().training.micro_batch_size == micro
-    assert config.training.micro_batch_size == 4
+    assert config.training.micro_batch_size == "auto"
+    assert config.training.micro_batch == micro
+    assert config.resolved().training.micro_batch_size == "auto", "the plan decides, not the defaults"
 
 
 # -- YAML and back ----------------------------------------------------------------------------------------------------

@@ -39,6 +39,9 @@ FormatName = Literal[
     "kto",
 ]
 
+PLAIN_MICRO_BATCH = 4
+"""Examples in a micro-batch where no card is known to choose for."""
+
 DEFAULT_LR: dict[Method, float] = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
 
 
@@ -194,6 +197,8 @@ class OptimizerConfig(Section):
     """Share of all steps over which the rate rises from zero."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 0.3
     """Clip the global gradient norm to this."""
+    skip_spikes: bool = True
+    """Take no step whose gradient norm is more than ten times the median of the last 64 steps', and ten times `max_grad_norm`. A step whose loss or gradient is not finite is never taken."""
 
 
 class EarlyStoppingConfig(Section):
@@ -218,8 +223,8 @@ class TrainingConfig(Section):
     """Stop after this many optimizer steps, whatever `epochs` says."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Effective batch: examples in one optimizer step. Packing and micro-batches never change it."""
-    micro_batch_size: Annotated[int, Field(ge=1)] = 4
-    """Examples in one forward and backward pass; gradients are accumulated over batch_size / micro_batch_size of them."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Examples in one forward and backward pass; gradients are accumulated over batch_size / micro_batch_size of them. `auto`: what takes the least time within the memory there is (with `data.packing` a token budget, `micro_batch_tokens`); the run's config.yaml says what it was."""
     micro_batch_tokens: Annotated[int, Field(ge=8)] | None = None
     """Token budget of a micro-batch: examples are packed into it best-fit, however many they are (needs `data.packing`; replaces `micro_batch_size`)."""
     batch_tokens: Annotated[int, Field(ge=8)] | None = None
@@ -238,14 +243,22 @@ class TrainingConfig(Section):
     """How many checkpoints to keep (the best one is kept besides)."""
     early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
 
+    @property
+    def micro_batch(self) -> int:
+        """Examples in a micro-batch: as set, or as long as nothing was planned 4, and never more than `batch_size`."""
+        size = PLAIN_MICRO_BATCH if self.micro_batch_size == "auto" else self.micro_batch_size
+        return min(size, self.batch_size)
+
 
 class MemoryConfig(Section):
     """How much memory training may take, and what is given up for it."""
 
     mode: Literal["auto", "min", "fast"] = "auto"
-    """`auto`: recompute activations only if the card is too small to keep them; `min`: always; `fast`: never."""
+    """`auto`: the least time within the memory there is: activations are kept as far as they fit, else computed again; `min`: the least memory; `fast`: keep all activations, or refuse to start."""
     limit_gb: Annotated[float, Field(gt=0)] | None = None
-    """Cap in GB (2^30 bytes). On CUDA it is enforced."""
+    """Cap in GB (2^30 bytes). On CUDA it is enforced. Default: what is free when the run starts, other processes' use counted."""
+    calibrate: bool = True
+    """Run one forward and backward on the largest micro-batch before training, and plan again if it takes more or less memory than predicted (GPU)."""
 
 
 class EvaluationConfig(Section):
@@ -285,10 +298,7 @@ class RunConfig(Section):
         """A copy in which every default that depends on another setting is written out."""
         copy = self.model_copy(deep=True)
         copy.optimizer.lr = self.lr
-        training = copy.training
-        if training.micro_batch_tokens is None and training.micro_batch_size == TrainingConfig().micro_batch_size:
-            training.micro_batch_size = min(training.micro_batch_size, training.batch_size)
-        early = training.early_stopping
+        early = copy.training.early_stopping
         if early.metric and early.mode is None:
             early.mode = "min" if early.metric.endswith(("loss", "perplexity")) else "max"
         return copy
@@ -400,7 +410,7 @@ def contradictions(config: RunConfig) -> dict[str, str]:
             "quantization.double_quant has no effect with quantization.scheme: int8; remove it, or set scheme: nf4 or fp4"
         )
     training = config.training
-    if training.micro_batch_size > training.batch_size and "micro_batch_size" in _changed(training):
+    if training.micro_batch_size != "auto" and training.micro_batch_size > training.batch_size:
         found["training.micro_batch_size"] = (
             f"training.micro_batch_size {training.micro_batch_size} has no effect beyond training.batch_size "
             f"{training.batch_size}; lower it, or raise training.batch_size"

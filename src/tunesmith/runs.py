@@ -141,8 +141,8 @@ class RunFolder:
     def events(self) -> list[Event]:
         """All events in order, as one uninterrupted run would have logged them.
 
-        After a resume from step s, the steps beyond s that the killed process had already logged are left out: they
-        were done again. A last line that was cut off is ignored.
+        After a resume from step s, or a return to it, the steps beyond s that were logged before are left out: they are
+        done again. What was said of steps that were skipped stays. A last line that was cut off is ignored.
         """
         if not self.events_path.exists():
             return []
@@ -152,9 +152,9 @@ class RunFolder:
                 event = json.loads(line)
             except ValueError:
                 raise RunError(f"{self.events_path}:{number}: not a JSON event; the run folder is damaged") from None
-            if event.get("event") == "resume":
+            if event.get("event") in ("resume", "rollback"):
                 start = event["step"]
-                events = [kept for kept in events if kept.get("step") is None or kept["step"] <= start]
+                events = [kept for kept in events if not _undone(kept, start)]
             events.append(event)
         return events
 
@@ -222,6 +222,11 @@ def default_run_path(config: RunConfig, root: Path = Path("runs")) -> Path:
     """`runs/<model>-<method>-<date>-<time>`: a new name for a run."""
     model = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model.name).name) or "model"
     return root / f"{model}-{config.method}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _undone(event: Event, start: int) -> bool:
+    """Whether going on from step `start` makes the event one of another past."""
+    return event.get("step") is not None and event["step"] > start and event.get("event") != "skipped"
 
 
 def _append(file: IO[str], event: Event) -> None:

@@ -173,6 +173,7 @@ class Batch:
     supervised_labels: torch.Tensor  # (N,) int64, the labels of those positions
     layout: SequenceLayout  # how the tokens are divided into sequences, for kernels that look at no mask
     rows: tuple[str, ...] = ()  # `file:line` of the examples, in order
+    dropout_rows: torch.Tensor | None = None  # (B * T,) int64, each slot's row in dropout masks; None: nothing asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +265,8 @@ class MemoryPlan:
     `recompute_layers` decoder layers (the first ones) compute activations again: all of them under the reference engine's
     checkpointing, those that `policies` say, one for each layer, in the fused engine. `reason` says why, for the log.
     `predicted_peak_gb` is arithmetic, not a measurement; None where nothing was predicted. `loss_rows` are the supervised
-    rows whose logits exist at once (None: as many as are fast).
+    rows whose logits exist at once (None: as many as are fast). `breakdown` is the predicted peak by kind, as
+    memory/estimate.py's Breakdown has it.
     """
 
     mode: Literal["auto", "min", "fast"]
@@ -276,6 +278,7 @@ class MemoryPlan:
     engine: Literal["reference", "fused"] = "reference"
     policies: tuple[LayerPolicy, ...] = ()
     loss_rows: int | None = None
+    breakdown: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

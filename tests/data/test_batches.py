@@ -6,6 +6,7 @@ import itertools
 import random
 import time
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -637,3 +638,49 @@ def test_micro_batches_are_widened_too() -> None:
     batches = list(micro_batches([[ONE], [THREE, TWO]], True, PAD, "cpu", multiples_of(16)))
     assert [batch.input_ids.shape for batch in batches] == [(1, 16), (1, 16)]
     assert [len(batch.layout.lengths) for batch in batches] == [2, 3]
+
+
+# -- rows of dropout masks ---------------------------------------------------------------------------------------------
+
+
+def dropout_rows(examples: list[TokenizedExample], packing: bool, widen: Any = None) -> list[list[int]]:
+    """The numbers of each row of the batch."""
+    batch = make_batch(examples, packing, PAD, "cpu", widen, dropout_rows=True)
+    assert batch.dropout_rows is not None
+    assert batch.dropout_rows.dtype == torch.int64
+    assert batch.dropout_rows.shape == (batch.input_ids.numel(),)
+    return batch.dropout_rows.view(batch.input_ids.shape).tolist()
+
+
+def test_tokens_have_the_same_row_in_every_batch() -> None:
+    (one,), (two,), (three,) = (dropout_rows([example], True) for example in (ONE, TWO, THREE))
+    for numbers in (one, two, three):
+        assert [number & 0xFFFFFFFF for number in numbers] == list(range(len(numbers)))
+        assert len({number >> 32 for number in numbers}) == 1
+        assert all(0 <= number < 2**63 for number in numbers)
+    assert len({numbers[0] >> 32 for numbers in (one, two, three)}) == 3
+    assert dropout_rows([THREE, ONE, TWO], True) == [[*three, *one, *two]]
+    assert dropout_rows([TWO, ONE], False) == [[*two, 0, 0], one]
+    assert dropout_rows([TWO, ONE], True, multiples_of(8)) == [[*two, *one, 0, 0]]
+    assert dropout_rows([TWO, ONE], False, multiples_of(8)) == [[*two, *[0] * 6], [*one, *[0] * 4]]
+
+
+def test_rows_are_of_the_line_and_the_tokens_and_not_of_the_path() -> None:
+    ((first, *_),) = dropout_rows([ONE], True)
+    for other, same in (
+        (replace(ONE, file="elsewhere/b.jsonl"), True),
+        (replace(ONE, loss_mask=~ONE.loss_mask), True),
+        (replace(ONE, line=ONE.line + 1), False),
+        (replace(ONE, input_ids=ONE.input_ids + 1), False),
+    ):
+        assert (dropout_rows([other], True)[0][0] == first) == same
+
+
+def test_rows_are_numbered_only_when_asked() -> None:
+    assert make_batch([ONE], True, PAD, "cpu").dropout_rows is None
+    assert [batch.dropout_rows for batch in micro_batches([[ONE], [TWO]], True, PAD, "cpu")] == [None, None]
+    found = micro_batches([[ONE], [TWO]], True, PAD, "cpu", dropout_rows=True)
+    assert [batch.dropout_rows.tolist() for batch in found if batch.dropout_rows is not None] == [
+        dropout_rows([ONE], True)[0],
+        dropout_rows([TWO], True)[0],
+    ]

@@ -16,7 +16,7 @@ SEED = 0xFEDCBA9876543210
 CPU = torch.device("cpu")
 
 
-def mask_of_words(rows: range, num_columns: int, stream: int) -> torch.Tensor:
+def mask_of_words(rows: range | list[int], num_columns: int, stream: int) -> torch.Tensor:
     """The mask of SEED and p = 0.5 in these rows, from Philox's words; a multiple of four columns."""
     group, row = torch.meshgrid(torch.arange(num_columns // 4), torch.tensor(rows), indexing="xy")
     words = philox_ref((group, row & 0xFFFFFFFF, row >> 32, torch.full_like(group, stream)), SEED)
@@ -171,6 +171,51 @@ def test_rows_past_a_word(first: int, device: torch.device) -> None:
     assert not torch.equal(kept[2:].cpu(), keep_mask_ref(3, 8, 0.5, SEED, 1, CPU)), "the upper word counts"
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("implementation", ["kernel", "reference"])
+def test_a_numbered_row_has_its_mask_wherever_it_lies(
+    implementation: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if implementation == "reference":
+        monkeypatch.setattr("tunesmith.kernels.dropout.use_triton", lambda _: False)
+    generator = torch.Generator().manual_seed(0)
+    x, dx = (torch.randn(shape[0], shape[1] + 3, generator=generator).to(device, dtype)[:, :-3] for _ in range(2))
+    numbers = torch.randint(2**62, shape[:1], generator=generator).to(device)
+    y, added = dropout(x, 0.4, SEED, 1, rows=numbers), dx.clone()
+    dropout_backward_add(added, x, 0.4, SEED, 1, rows=numbers)
+    order = torch.randperm(shape[0], generator=generator).to(device)
+    for chosen in (order, order[: shape[0] // 2], order[shape[0] // 2 :]):  # shuffled, and in two batches
+        assert torch.equal(dropout(x[chosen], 0.4, SEED, 1, rows=numbers[chosen]), y[chosen])
+        part = dx[chosen]
+        dropout_backward_add(part, x[chosen], 0.4, SEED, 1, rows=numbers[chosen])
+        assert torch.equal(part, added[chosen])
+    # A row alone, counted from its number on, is the same row.
+    for place, number in enumerate(numbers[:4].tolist()):
+        assert torch.equal(dropout(x[place : place + 1], 0.4, SEED, 1, first_row=number)[0], y[place])
+    assert torch.equal(dropout(x, 0.4, SEED, 1, rows=torch.arange(shape[0], device=device)), dropout(x, 0.4, SEED, 1))
+
+
+def test_numbers_count_with_all_their_bits(device: torch.device) -> None:
+    numbers = [5, 6, 5 + 2**31, 5 + 2**32, 5 + 2**62, 6 + 2**32, 2**63 - 1, 5]
+    ones, dx = torch.ones(len(numbers), 64, device=device), torch.zeros(len(numbers), 64, device=device)
+    rows = torch.tensor(numbers, device=device)
+    kept = dropout(ones, 0.5, SEED, 1, rows=rows) != 0
+    dropout_backward_add(dx, ones, 0.5, SEED, 1, rows=rows)
+    assert torch.equal(kept.cpu(), mask_of_words(numbers, 64, 1))
+    assert torch.equal(keep_mask_ref(len(numbers), 64, 0.5, SEED, 1, device, rows=rows), kept)
+    assert torch.equal(dx != 0, kept)
+    assert torch.equal(kept[0], kept[-1])
+    assert len(kept[:-1].unique(dim=0)) == len(numbers) - 1
+    lowest = torch.full((1,), -(2**63), device=device)
+    found = dropout(ones[:1], 0.5, SEED, 1, rows=lowest) != 0
+    assert torch.equal(found, keep_mask_ref(1, 64, 0.5, SEED, 1, device, rows=lowest))
+    assert not torch.equal(found, dropout(ones[:1], 0.5, SEED, 1, first_row=0) != 0), "the sign is a bit, too"
+
+
 def test_same_seed_same_bits_other_seed_others(device: torch.device) -> None:
     x = torch.randn(9, 50, device=device)
     first = dropout(x, 0.5, 3, 4)
@@ -189,6 +234,13 @@ def test_refuses_what_it_cannot_do() -> None:
             dropout(x, 0.1, seed, stream)
     with pytest.raises(ValueError, match="first_row is -1: expected the number of a row, from 0"):
         dropout(x, 0.1, 0, 0, first_row=-1)
+    with pytest.raises(ValueError, match="first_row is 2, and there are numbers for all rows: pass one of the two"):
+        dropout(x, 0.1, 0, 0, first_row=2, rows=torch.arange(2))
+    for rows in (torch.arange(3), torch.arange(2)[:, None], torch.arange(2).int(), torch.arange(4)[::2]):
+        with pytest.raises(
+            ValueError, match=r"expected a number for each row, \(2,\) of torch.int64 on cpu, contiguous"
+        ):
+            dropout_backward_add(x, x, 0.1, 0, 0, rows=rows)
     with pytest.raises(ValueError, match=r"side by side in a row; got \(3, 2\) of torch.float32, strides \(1, 3\)"):
         dropout(x.T, 0.1, 0, 0)
     with pytest.raises(ValueError, match=r"got \(6,\)"):

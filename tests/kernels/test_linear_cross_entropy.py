@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels.numerics import assert_close_to_fp64
-from tunesmith.kernels import launch
+from tunesmith.kernels import chunks, launch
 from tunesmith.kernels import linear_cross_entropy as module
+from tunesmith.kernels.chunks import chunk_rows
 from tunesmith.kernels.linear_cross_entropy import (
-    chunk_rows,
     linear_cross_entropy,
     linear_cross_entropy_ref,
     linear_log_probabilities,
@@ -377,8 +377,8 @@ def test_one_chunk_of_logits_exists_at_a_time(device: torch.device, monkeypatch:
         return tensor
 
     monkeypatch.setattr(torch, "empty", spy)
-    monkeypatch.setattr(module, "CHUNK_MULTIPLE", 8)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 8 * 320 * 4)
+    monkeypatch.setattr(chunks, "CHUNK_MULTIPLE", 8)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 8 * 320 * 4)
     linear_cross_entropy(p.rows.requires_grad_(), p.weight, p.labels).backward()
     assert sorted(made) == [(8, 320), (20,), (20, 2)]
 

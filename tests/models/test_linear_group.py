@@ -298,6 +298,9 @@ def test_dropout_is_drawn_for_each_projection_by_seed_and_stream() -> None:
         y = F.linear(x, getattr(base, name).base_layer.weight)
         assert torch.allclose(part, y + 1.5 * dropped @ lora.a.T @ lora.b.T)
     assert not torch.allclose(out, output(state, x, Noise(seed=8, stream=3)))
+    order = torch.randperm(T, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(output(state, x, Noise(seed=7, stream=3, rows=torch.arange(T))), out)
+    assert torch.allclose(output(state, x[order], Noise(seed=7, stream=3, rows=order)), out[order])
     # dX and the gradients of A and B are those of the masks that the forward drew.
     dy = torch.randn(T, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     masks = [dropout(torch.ones_like(x.detach()), 0.5, 7, 3 + index) for index in range(3)]

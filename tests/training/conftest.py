@@ -35,7 +35,6 @@ def configure(tiny_model: Path, tmp_path: Path) -> Configure:
             "model.device": "cpu",
             "data.path": str(data),
             "training.batch_size": 8,
-            "training.micro_batch_size": 4,
             "optimizer.lr": 1e-2,
         }
         return load_config(None, overrides, values)

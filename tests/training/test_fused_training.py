@@ -21,7 +21,7 @@ from tunesmith.models.fuse import FusedLayer, engine_of
 from tunesmith.runs import RunFolder
 from tunesmith.training.prepare import check_fused
 from tunesmith.types import LAYER_TENSORS, LayerPolicy
-from tunesmith.workflows import plan as planning
+from tunesmith.workflows import run_plan as planning
 from tunesmith.workflows.train import TrainingSession, restart, start
 
 Session = Callable[..., TrainingSession]

@@ -255,8 +255,8 @@ def test_nothing_is_captured_or_widened_where_it_does_not_pay(
     widths: list[int] = []
     own = loop.micro_batches
 
-    def spy(*arguments: Any) -> Iterator[Batch]:
-        for batch in own(*arguments):
+    def spy(*arguments: Any, **options: Any) -> Iterator[Batch]:
+        for batch in own(*arguments, **options):
             widths.append(batch.input_ids.shape[1] - batch.num_tokens)
             yield batch
 

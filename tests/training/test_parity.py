@@ -195,6 +195,7 @@ def test_accumulation_does_not_change_the_gradient(
 def test_loss_of_many_rows_is_chunked_exactly(
     session: Callable[..., TrainingSession], monkeypatch: pytest.MonkeyPatch, head: str
 ) -> None:
+    from tunesmith.kernels import chunks as chunking
     from tunesmith.kernels import linear_cross_entropy
     from tunesmith.training import objectives
 
@@ -207,8 +208,8 @@ def test_loss_of_many_rows_is_chunked_exactly(
     whole = gradients(run.forward.model)
     run.forward.model.zero_grad()
     monkeypatch.setattr(objectives, "LOSS_ROWS", 7)
-    monkeypatch.setattr(linear_cross_entropy, "CHUNK_MULTIPLE", 8)
-    monkeypatch.setattr(linear_cross_entropy, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunking, "CHUNK_MULTIPLE", 8)
+    monkeypatch.setattr(chunking, "CHUNK_BYTES", 1)
     chunks = []
     chunk_loss = linear_cross_entropy._cross_entropy
     monkeypatch.setattr(

@@ -23,8 +23,8 @@ from tunesmith.runs import RunFolder
 from tunesmith.training import checkpoint
 from tunesmith.training.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from tunesmith.training.guards import StopRequest
-from tunesmith.training.loop import Window
 from tunesmith.training.optimizers import make_optimizer
+from tunesmith.training.window import Window
 from tunesmith.workflows.train import TrainingSession, restart, start
 
 Configure = Callable[..., RunConfig]
@@ -98,9 +98,9 @@ def test_a_packed_run_goes_on_at_the_exact_document(
     seen: list[list[str]] = []
     original = Window.add
 
-    def add(self: Window, loss: torch.Tensor, step: Any) -> None:
-        seen.append([example.where for part in step for example in part])
-        original(self, loss, step)
+    def add(self: Window, step: int, parts: Any, *scalars: torch.Tensor) -> None:
+        seen.append([example.where for part in parts for example in part])
+        original(self, step, parts, *scalars)
 
     monkeypatch.setattr(Window, "add", add)
     reference = start(config, tmp_path / "whole")

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from tunesmith.cli.advise import advise
 from tunesmith.cli.bench import bench
 from tunesmith.cli.data import app as data_app
+from tunesmith.cli.plan import plan
 from tunesmith.errors import TunesmithError
 from tunesmith.version import __version__
 
@@ -313,6 +315,8 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(3)
 
 
+app.command()(advise)
+app.command()(plan)
 app.command()(bench)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
@@ -81,7 +82,7 @@ def split(lengths: Sequence[int], training: TrainingConfig, packing: bool) -> li
     """
     if training.micro_batch_tokens is not None:
         return best_fit(lengths, training.micro_batch_tokens)
-    size = training.micro_batch_size
+    size = training.micro_batch
     longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if not packing:
         return [longest_first[start : start + size] for start in range(0, len(lengths), size)]
@@ -111,9 +112,22 @@ def largest_micro_batch(
         most = len(lengths) if training.batch_tokens is not None else training.batch_size
         rows, width = 1, min(training.micro_batch_tokens, sum(sorted(lengths)[-most:]))
     else:
-        longest = sorted(lengths)[-training.micro_batch_size :]
+        longest = sorted(lengths)[-training.micro_batch :]
         rows, width = (1, sum(longest)) if packing else (len(longest), longest[-1])
     return rows * (widen(width) if widen else width)
+
+
+def largest_batch(lengths: Sequence[int], training: TrainingConfig, packing: bool) -> list[int]:
+    """Examples, as indices into `lengths`, of the largest micro-batch that training on them can give."""
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    if training.micro_batch_tokens is None:
+        return longest_first[: training.micro_batch]
+    chosen, room = [], training.micro_batch_tokens
+    for index in longest_first:
+        if lengths[index] <= room:
+            chosen.append(index)
+            room -= lengths[index]
+    return chosen[: len(lengths) if training.batch_tokens is not None else training.batch_size]
 
 
 Widen = Callable[[int], int]
@@ -141,12 +155,16 @@ def make_batch(
     pad_id: int,
     device: torch.device | str,
     widen: Widen | None = None,
+    dropout_rows: bool = False,
 ) -> Batch:
     """One micro-batch on `device`: packed end to end, or padded on the right.
 
     With `widen` its sizes are rounded up, so that they come again: rows to `widen(length)` tokens, documents of
     a packed row to a multiple of DOCUMENT_STEP (by some of padding and empty ones), the longest document to a power of
     two, supervised positions to an eighth of all (by ones without a label). Nothing that counts sees what is added.
+
+    With `dropout_rows` each token has the number of its row in dropout masks, `_mask_key` · 2^32 + position, which does
+    not depend on the batch that it is in. Padding has 0.
     """
     import numpy as np
     import torch
@@ -179,6 +197,12 @@ def make_batch(
     room = min(_up(len(supervised), max(64, height * width // 8)), height * width) if widen else len(supervised)
     spare = room - len(supervised)
 
+    numbers: np.ndarray | None = None
+    if dropout_rows:
+        keys = np.array([_mask_key(example) for example in examples], dtype=np.int64)
+        numbers = np.zeros(height * width, dtype=np.int64)
+        numbers[slots] = np.repeat(keys << 32, lengths) | positions
+
     def on_device(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
 
@@ -197,7 +221,16 @@ def make_batch(
         if packing
         else _dense_layout(height, width),
         rows=tuple(example.where for example in examples),
+        dropout_rows=None if numbers is None else on_device(numbers),
     )
+
+
+def _mask_key(example: TokenizedExample) -> int:
+    """31 bits that stand for an example: of its line and token ids, so that rows of equal text have masks of their own.
+
+    Not of its file's path: a run is the same wherever its data lie.
+    """
+    return zlib.crc32(example.input_ids.tobytes(), zlib.crc32(str(example.line).encode())) & 0x7FFFFFFF
 
 
 def _up(value: int, step: int) -> int:
@@ -238,7 +271,8 @@ def micro_batches(
     pad_id: int,
     device: torch.device | str,
     widen: Widen | None = None,
+    dropout_rows: bool = False,
 ) -> Iterator[Batch]:
     """The batch of each part of a step, or of an evaluation, one after the other: one is on the device at a time."""
     for examples in parts:
-        yield make_batch(examples, packing, pad_id, device, widen)
+        yield make_batch(examples, packing, pad_id, device, widen, dropout_rows)

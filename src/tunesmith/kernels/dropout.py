@@ -10,6 +10,8 @@ bijection of 128-bit counters; 7 rounds are the fewest that pass all of BigCrush
 64 bits (two words of the counter), `stream` the fourth word: one seed serves as many masks as there are streams. p is kept
 to 2^-32. Only 32-bit integers in wrap-around arithmetic: the mask is the same on every device, whatever T and K are.
 
+t is a row's number: its place in x, or what the caller calls it (`rows`), so that a row keeps its mask wherever it lies.
+
 A program handles a tile of whole rows, or part of one row; it moves 2 T K values forward and 3 T K backward.
 """
 
@@ -49,49 +51,69 @@ def philox_ref(
 
 
 def keep_mask_ref(
-    num_rows: int, num_columns: int, p: float, seed: int, stream: int, device: torch.device, first_row: int = 0
+    num_rows: int,
+    num_columns: int,
+    p: float,
+    seed: int,
+    stream: int,
+    device: torch.device,
+    first_row: int = 0,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """m (T, K) as bool, in plain PyTorch, for the T rows from `first_row` on."""
+    """m (T, K) as bool, in plain PyTorch, for the T rows from `first_row` on, or those that `rows` (T,) numbers."""
     group = torch.arange(-(-num_columns // 4), device=device).expand(num_rows, -1)
-    row = torch.arange(first_row, first_row + num_rows, device=device)[:, None].expand_as(group)
-    words = philox_ref((group, row & WORD, row >> 32, torch.full_like(group, stream)), seed)
+    if rows is None:
+        rows = torch.arange(first_row, first_row + num_rows, device=device)
+    row = rows[:, None].expand_as(group)
+    words = philox_ref((group, row & WORD, row >> 32 & WORD, torch.full_like(group, stream)), seed)
     return torch.stack(words, 2).flatten(1)[:, :num_columns] >= _threshold(p)
 
 
-def dropout_ref(x_TK: torch.Tensor, p: float, seed: int, stream: int, first_row: int = 0) -> torch.Tensor:
+def dropout_ref(
+    x_TK: torch.Tensor, p: float, seed: int, stream: int, first_row: int = 0, rows: torch.Tensor | None = None
+) -> torch.Tensor:
     """See `dropout`; computed in fp32 (fp64 stays fp64), rounded once. Differentiable."""
     num_rows, num_columns = x_TK.shape
-    keep = keep_mask_ref(num_rows, num_columns, p, seed, stream, x_TK.device, first_row)
+    keep = keep_mask_ref(num_rows, num_columns, p, seed, stream, x_TK.device, first_row, rows)
     return (wide(x_TK) * keep * (1 / (1 - p))).to(x_TK.dtype)
 
 
-def dropout(x_TK: torch.Tensor, p: float, seed: int, stream: int, first_row: int = 0) -> torch.Tensor:
+def dropout(
+    x_TK: torch.Tensor, p: float, seed: int, stream: int, first_row: int = 0, rows: torch.Tensor | None = None
+) -> torch.Tensor:
     """x · m / (1 - p), contiguous, in x's dtype; x itself if p is 0. Has no gradient: see `dropout_backward_add`.
 
     `x_TK` has unit column stride and any row stride. The mask m depends on 0 <= seed < 2^64, 0 <= stream < 2^32, p and the
     row and column of an element, and on nothing else. `first_row` numbers x's first row: x[a:b] with first_row=a gets rows
-    a to b of the mask of x. Raises ValueError for values outside of these, or of 0 <= p < 1.
+    a to b of the mask of x. `rows` (T,) int64 instead numbers each row, with all of its 64 bits. Raises ValueError for
+    values outside of these, or of 0 <= p < 1, and for both kinds of numbers.
     """
-    _check(x_TK, p, seed, stream, first_row)
+    _check(x_TK, p, seed, stream, first_row, rows)
     if p == 0:
         return x_TK
     if not use_triton(x_TK):
-        return dropout_ref(x_TK.detach(), p, seed, stream, first_row)
+        return dropout_ref(x_TK.detach(), p, seed, stream, first_row, rows)
     out = torch.empty(x_TK.shape, dtype=x_TK.dtype, device=x_TK.device)
-    _launch(x_TK, None, out, p, seed, stream, first_row)
+    _launch(x_TK, None, out, p, seed, stream, first_row, rows)
     return out
 
 
 def dropout_backward_add(
-    dx_TK: torch.Tensor, g_TK: torch.Tensor, p: float, seed: int, stream: int, first_row: int = 0
+    dx_TK: torch.Tensor,
+    g_TK: torch.Tensor,
+    p: float,
+    seed: int,
+    stream: int,
+    first_row: int = 0,
+    rows: torch.Tensor | None = None,
 ) -> None:
     """dx += g · m / (1 - p) in place, with the mask of `dropout`; summed in fp32 (fp64 stays fp64), rounded once.
 
-    Both have unit column stride, any row stride and any floating dtype; `first_row` is their first row's number. Raises
-    ValueError as `dropout` does.
+    Both have unit column stride, any row stride and any floating dtype; `first_row` is their first row's number, `rows`
+    are those of all. Raises ValueError as `dropout` does.
     """
-    _check(dx_TK, p, seed, stream, first_row)
-    _check(g_TK, p, seed, stream, first_row)
+    _check(dx_TK, p, seed, stream, first_row, rows)
+    _check(g_TK, p, seed, stream, first_row, rows)
     if dx_TK.shape != g_TK.shape or dx_TK.device != g_TK.device:
         raise ValueError(
             f"dx_TK is {tuple(dx_TK.shape)} on {dx_TK.device}, g_TK {tuple(g_TK.shape)} on {g_TK.device}: they must match"
@@ -99,13 +121,20 @@ def dropout_backward_add(
     if p == 0:
         dx_TK.add_(g_TK)
     elif use_triton(dx_TK) and use_triton(g_TK):
-        _launch(g_TK, dx_TK, dx_TK, p, seed, stream, first_row)
+        _launch(g_TK, dx_TK, dx_TK, p, seed, stream, first_row, rows)
     else:
-        dx_TK.copy_(wide(dx_TK) + dropout_ref(wide(g_TK), p, seed, stream, first_row))
+        dx_TK.copy_(wide(dx_TK) + dropout_ref(wide(g_TK), p, seed, stream, first_row, rows))
 
 
 def _launch(
-    x: torch.Tensor, base: torch.Tensor | None, out: torch.Tensor, p: float, seed: int, stream: int, first_row: int
+    x: torch.Tensor,
+    base: torch.Tensor | None,
+    out: torch.Tensor,
+    p: float,
+    seed: int,
+    stream: int,
+    first_row: int,
+    rows: torch.Tensor | None,
 ) -> None:
     num_rows, num_columns = x.shape
     if x.numel() == 0:
@@ -117,6 +146,7 @@ def _launch(
         x,
         x if base is None else base,
         out,
+        rows,
         num_rows,
         num_columns,
         across,
@@ -130,6 +160,7 @@ def _launch(
         _signed(_threshold(p)),
         1 / (1 - p),
         ADD=base is not None,
+        NUMBERED=rows is not None,
         NUM_ROUNDS=NUM_ROUNDS,
         HEIGHT=height,
         WIDTH=width,
@@ -137,7 +168,7 @@ def _launch(
     )
 
 
-def _check(x: torch.Tensor, p: float, seed: int, stream: int, first_row: int) -> None:
+def _check(x: torch.Tensor, p: float, seed: int, stream: int, first_row: int, rows: torch.Tensor | None) -> None:
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability is {p}; it must be at least 0 and less than 1")
     if not 0 <= seed < 2**64 or not 0 <= stream < 2**32:
@@ -148,6 +179,15 @@ def _check(x: torch.Tensor, p: float, seed: int, stream: int, first_row: int) ->
         raise ValueError(
             f"dropout takes matrices of floating-point numbers side by side in a row; got {tuple(x.shape)} of {x.dtype}, "
             f"strides {x.stride()}"
+        )
+    if rows is None:
+        return
+    if first_row:
+        raise ValueError(f"first_row is {first_row}, and there are numbers for all rows: pass one of the two")
+    if rows.shape != x.shape[:1] or rows.dtype != torch.int64 or rows.device != x.device or not rows.is_contiguous():
+        raise ValueError(
+            f"rows is {tuple(rows.shape)} of {rows.dtype} on {rows.device}, strides {rows.stride()}: expected a number for "
+            f"each row, ({x.shape[0]},) of torch.int64 on {x.device}, contiguous"
         )
 
 
@@ -174,6 +214,7 @@ if triton is not None:
         x,
         base,
         out,
+        rows,
         num_rows,
         num_columns,
         across,
@@ -187,6 +228,7 @@ if triton is not None:
         threshold,
         factor,
         ADD: tl.constexpr,
+        NUMBERED: tl.constexpr,
         NUM_ROUNDS: tl.constexpr,
         HEIGHT: tl.constexpr,
         WIDTH: tl.constexpr,
@@ -198,7 +240,7 @@ if triton is not None:
 
         group = first // 4 + tl.arange(0, WIDTH // 4)[None, :]
         c0 = (group + tl.zeros([HEIGHT, 1], tl.int32)).to(tl.uint32)
-        place = row + first_row
+        place = tl.load(rows + row, mask=row < num_rows, other=0) if NUMBERED else row + first_row
         c1 = (place & 0xFFFFFFFF).to(tl.uint32)
         c2 = (place >> 32).to(tl.uint32)
         c3 = stream.to(tl.uint32)

@@ -36,6 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from tunesmith.kernels.chunks import chunk_rows, padded
 from tunesmith.kernels.launch import use_triton, wide, wide_dtype
 
 try:
@@ -43,15 +44,6 @@ try:
     import triton.language as tl
 except ImportError:  # CPU installations
     triton = None
-
-CHUNK_BYTES = 2**29
-"""Most bytes of logits that exist at once. Wide enough for the matrix products: 2,048 rows of 128k values in 16 bits."""
-
-CHUNK_MULTIPLE = 128
-"""Chunks are multiples of this many rows, the height of a matrix product's tile."""
-
-ROW_MULTIPLE = 64
-"""Rows of the logits' buffer are padded to this many values: an odd vocabulary keeps 16-byte loads and stores."""
 
 FP16_FACTOR = 256.0
 """The gradient of fp16 logits is held times this until the backward: probabilities under 6e-5 lose bits in fp16, and those
@@ -235,7 +227,7 @@ def _cross_entropy(
 ) -> None:
     """Write the losses of a chunk and, with `gradient`, turn its logits a into factors · factor · dloss/da in place.
 
-    In memory, rows of logits are padded to a multiple of ROW_MULTIPLE; what pads them is overwritten.
+    In memory, rows of logits are padded to a multiple of 64 values (chunks.py); what pads them is overwritten.
     """
     if not use_triton(logits_CV):
         _cross_entropy_plain(
@@ -316,21 +308,6 @@ def _cross_entropy_plain(
 # -- all chunks -------------------------------------------------------------------------------------------------------
 
 
-def chunk_rows(num_rows: int, vocabulary: int, bytes_per_value: int = 2) -> int:
-    """Rows of a chunk: as even as multiples of 128 allow, with at most CHUNK_BYTES of logits (or 128 rows) at once.
-
-    `bytes_per_value` is that of the compute dtype. 8,192 rows of 128,256 values in 16 bits are 4 chunks of 2,048 rows.
-    """
-    fitting = CHUNK_BYTES // (_padded(vocabulary) * bytes_per_value) // CHUNK_MULTIPLE * CHUNK_MULTIPLE
-    num_chunks = max(1, math.ceil(num_rows / max(CHUNK_MULTIPLE, fitting)))
-    even = math.ceil(num_rows / num_chunks)
-    return max(1, min(num_rows, math.ceil(even / CHUNK_MULTIPLE) * CHUNK_MULTIPLE))
-
-
-def _padded(vocabulary: int) -> int:
-    return math.ceil(vocabulary / ROW_MULTIPLE) * ROW_MULTIPLE
-
-
 def _compute_dtype(rows_ND: torch.Tensor) -> torch.dtype:
     """The dtype of the head's products: autocast's where it is on (it leaves fp64 alone), else that of the rows."""
     kind = rows_ND.device.type
@@ -381,7 +358,7 @@ def _chunked(
     dweight = torch.zeros((vocabulary, hidden), dtype=sum_dtype, device=device) if needs[1] else None
     dbias = torch.zeros(vocabulary, dtype=sum_dtype, device=device) if needs[2] else None
     losses_N = torch.empty(num_rows, dtype=sum_dtype, device=device)
-    buffer_CV = torch.empty((min(size, num_rows), _padded(vocabulary)), dtype=dtype, device=device)[:, :vocabulary]
+    buffer_CV = torch.empty((min(size, num_rows), padded(vocabulary)), dtype=dtype, device=device)[:, :vocabulary]
 
     with torch.autocast(device.type, enabled=False):
         weight_VD = weight_VD.to(dtype)  # an fp32 master weight is cast once, not once a chunk

@@ -1,86 +1,25 @@
-"""Keep or recompute activations: arithmetic on the model's shape against the memory there is.
+"""What each layer keeps of its forward, computes again, or sends to host memory: the least that fits a budget.
 
-The fused engine keeps by tensor (`fused_tensors`), so that its plan can fill the card: what costs the least time for its
-memory goes first.
-
-The reference engine keeps, for every token and decoder layer, what PyTorch's autograd saves of transformers' own
-modules: about 2 bytes x (16 hidden + 6 kv + 5 intermediate) with 16-bit compute, and twice that in fp32 (norms save fp32
-copies, SwiGLU its gate, up, activation and product). Recomputing keeps the layer's input, 2 bytes x hidden, and one
-layer's activations at a time.
+The reference engine recomputes whole layers (activation checkpointing), the first ones first. The fused engine gives up tensor
+by tensor, so that its plan can fill the card: what costs the least time for its memory goes first.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Literal
 
-from tunesmith.types import GB, LAYER_TENSORS, LayerPolicy, LayerTensor, MemoryPlan
+from tunesmith.memory.estimate import Breakdown, Estimate
+from tunesmith.types import LAYER_TENSORS, LayerPolicy, LayerTensor, MemoryPlan
+
+Mode = Literal["auto", "min", "fast"]
 
 HEADROOM = 0.9
-"""Share of the budget that a plan may fill: fragmentation and workspaces take the rest."""
+"""Share of the budget that a plan may fill: a cap bounds what PyTorch reserves, which is 1% to 20% more than it allocates."""
 
 LOSS_ROWS = 2048
-"""Supervised rows whose logits exist at once (training/objectives.py)."""
-
-
-def activation_gb(config: Any, tokens: int, bytes_per_value: int) -> tuple[float, float]:
-    """Activations of one decoder layer for `tokens` tokens in GB: (kept, recomputed).
-
-    `config` is a transformers text config (hidden_size, intermediate_size, num_attention_heads, ...).
-    """
-    hidden = config.hidden_size
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    intermediate = getattr(config, "intermediate_size", 4 * hidden)
-    kept = tokens * bytes_per_value * (16 * hidden + 6 * kv + 5 * intermediate)
-    return kept / GB, tokens * bytes_per_value * hidden / GB
-
-
-def plan_memory(
-    config: Any,
-    *,
-    mode: Literal["auto", "min", "fast"],
-    tokens: int,
-    supervised: int,
-    bytes_per_value: int,
-    static_gb: float,
-    budget_gb: float | None,
-    num_layers: int,
-    engine: Literal["reference", "fused"] = "reference",
-    rank: int = 0,
-    expanded: bool = False,
-) -> MemoryPlan:
-    """Choose how many decoder layers recompute their activations.
-
-    `tokens` is the largest micro-batch and `supervised` its supervised tokens, `static_gb` weights, gradients and optimizer state, `budget_gb` what may be used
-    (None: no bound known). `auto` recomputes the fewest layers whose predicted peak fits 90% of the budget. For the fused
-    engine `rank` is the adapter's, and `expanded` says that base weights are dequantized or cast for each product.
-    """
-    if engine == "fused":
-        return _plan_fused(
-            config, mode, tokens, supervised, bytes_per_value, static_gb, budget_gb, num_layers, rank, expanded
-        )
-    kept, recomputed = activation_gb(config, tokens, bytes_per_value)
-    logits = min(supervised, LOSS_ROWS) * config.vocab_size * 4 * 3 / GB  # fp32 logits, their gradient, the softmax
-
-    def peak(recompute_layers: int) -> float:
-        stored = (num_layers - recompute_layers) * kept + recompute_layers * recomputed
-        return static_gb + stored + max(logits, kept if recompute_layers else 0.0)
-
-    if mode == "fast":
-        layers, reason = 0, "memory.mode fast: keep all activations"
-    elif mode == "min":
-        layers, reason = num_layers, "memory.mode min: recompute every layer"
-    elif budget_gb is None:
-        layers, reason = 0, "no memory bound known: keep all activations"
-    else:
-        room = HEADROOM * budget_gb
-        layers = next((count for count in range(num_layers + 1) if peak(count) <= room), num_layers)
-        reason = (
-            f"predicted peak {peak(layers):.1f} GB of {budget_gb:.1f} GB: recompute {layers} of {num_layers} layers"
-        )
-    return MemoryPlan(mode, layers, num_layers, budget_gb, peak(layers), reason)
-
+"""Supervised rows whose logits exist at once, where the head is not a plain matrix (training/objectives.py)."""
 
 DROP_ORDER: tuple[tuple[LayerTensor, ...], ...] = (
     ("gate_up", "mlp_output"),
@@ -91,116 +30,117 @@ DROP_ORDER: tuple[tuple[LayerTensor, ...], ...] = (
 """What is recomputed first. One product brings back each byte of the first three for as many operations (its inner width);
 gate_up has the fewest elementwise passes besides. Attention costs more for a byte from about 1,000 tokens a sequence on."""
 
-MLP_ROWS, MLP_PIECES = 4096, 4
-"""Under `min` the MLP takes a quarter of the tokens at a time, but no fewer than 4,096: pieces share their dequantized
-weights, which are as large as the activations of so many tokens."""
-
-WORKSPACE_GB = 0.3
-"""Workspaces of cuBLAS and cuDNN, rounding of blocks, batches: measured beside the arithmetic on an H100."""
-
 TIGHT_LOSS_ROWS = 512
 """Rows of logits at once where memory is short: 131 MB for a vocabulary of 128,256 in 16 bits."""
 
-GLU_BLOCK = 64
-"""Columns of the GLU backward's programs (kernels/glu.py): each leaves its part of dS."""
+
+def plan_memory(estimate: Estimate, mode: Mode, budget_gb: float | None, correction_gb: float = 0.0) -> MemoryPlan:
+    """The plan for a setup under a load: `auto` gives up the least whose predicted peak fits 90% of `budget_gb`.
+
+    Without a budget, and in mode `fast`, everything is kept; in mode `min` everything is given up. `correction_gb` is added to
+    every prediction: what a measurement found above (or below) the arithmetic.
+    """
+    room = None if budget_gb is None else HEADROOM * budget_gb
+    choose = _plan_fused if estimate.setup.engine == "fused" and estimate.shape.can_fuse else _plan_reference
+    return choose(estimate, mode, budget_gb, room, correction_gb)
 
 
-def fused_tensors(config: Any, rank: int, bytes_per_value: int) -> dict[str, int]:
-    """Bytes a token of what a fused layer can keep, and of its input (`hidden`), by name."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    slot = max(16, 1 << (rank - 1).bit_length()) if rank else 0
-    wide = {
-        "hidden": hidden,
-        "qkv": (heads + 2 * groups) * head_dim + 3 * slot,
-        "attention": heads * head_dim,
-        "middle": hidden,
-        "gate_up": 2 * getattr(config, "intermediate_size", 4 * hidden) + 2 * slot,
-        "slots": 2 * slot,
-    }
-    if str(getattr(config, "model_type", "")).startswith(("gemma2", "gemma3")):
-        wide |= {"attention_output": hidden + slot, "mlp_output": hidden + slot}  # with the S beside them
-    found = {name: values * bytes_per_value for name, values in wide.items()}
-    found["attention"] += 4 * heads  # the softmax's logsumexp
-    return found
+def fits(plan: MemoryPlan) -> bool:
+    """Whether the predicted peak is within the plan's share of its budget, or there is no budget."""
+    if plan.budget_gb is None or plan.predicted_peak_gb is None:
+        return True
+    return plan.predicted_peak_gb <= HEADROOM * plan.budget_gb + 1e-9
+
+
+def _first_that_fits(count: int, peak: Callable[[int], float], room: float) -> int:
+    """The smallest number in 0 ... count - 1 whose peak is within `room`, else the last; peaks fall with the number."""
+    low, high = 0, count - 1
+    while low < high:
+        middle = (low + high) // 2
+        if peak(middle) <= room:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _plan_reference(
+    estimate: Estimate, mode: Mode, budget_gb: float | None, room: float | None, correction_gb: float
+) -> MemoryPlan:
+    fused = estimate.setup.engine == "fused"  # half-fused layers recompute nothing
+    num_layers = estimate.shape.num_layers
+    layers = num_layers if mode == "min" and not fused else 0
+    if mode == "auto" and room is not None and not fused:
+        layers = _first_that_fits(num_layers + 1, lambda count: estimate.reference(count).peak_gb + correction_gb, room)
+    found = estimate.reference(layers)
+    what = f"recompute {layers} of {num_layers} layers" if layers else "keep all activations"
+    policies = (LayerPolicy(),) * num_layers if fused else ()
+    return _plan(estimate, mode, budget_gb, correction_gb, found, what, layers, policies)
 
 
 def _plan_fused(
-    config: Any,
-    mode: Literal["auto", "min", "fast"],
-    tokens: int,
-    supervised: int,
-    bytes_per_value: int,
-    static_gb: float,
-    budget_gb: float | None,
-    num_layers: int,
-    rank: int,
-    expanded: bool,
+    estimate: Estimate, mode: Mode, budget_gb: float | None, room: float | None, correction_gb: float
 ) -> MemoryPlan:
-    sizes = fused_tensors(config, rank, bytes_per_value)
-    always = tokens * (sizes["hidden"] + sizes["slots"])
-    intermediate = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    operand = 3 * intermediate * config.hidden_size * bytes_per_value if expanded else 0
+    num_layers, tokens = estimate.shape.num_layers, estimate.load.tokens
+    pieces = estimate.mlp_rows()
+    # What is given up, from nothing to everything: tensors layer by layer, then short pieces, then host memory.
+    last = len(DROP_ORDER) * num_layers + 2
 
-    def mlp_bytes(rows: int) -> int:
-        """What an MLP's backward over `rows` at a time holds besides the layer's hidden states."""
-        ds_parts = -(-intermediate // GLU_BLOCK) * sizes["slots"]
-        piece = rows * (sizes["gate_up"] * 3 // 2 + 2 * sizes["hidden"] + ds_parts)
-        return piece + (operand if rows < tokens else operand * 2 // 3)  # pieces hold both operands, else one by one
+    def policies(given_up: int) -> tuple[LayerPolicy, ...]:
+        drops = min(given_up, last - 2)
+        counts = [min(num_layers, max(0, drops - index * num_layers)) for index in range(len(DROP_ORDER))]
+        gone = {name: count for names, count in zip(DROP_ORDER, counts, strict=True) for name in names}
+        found = []
+        kinds: dict[frozenset[LayerTensor], LayerPolicy] = {}  # one object for layers that are alike
+        for layer in range(num_layers):
+            keep = frozenset(name for name in LAYER_TENSORS if layer >= gone[name])
+            if keep not in kinds:
+                rows = pieces if given_up >= last - 1 and pieces < tokens else None
+                kinds[keep] = LayerPolicy(keep, offload_input=given_up == last, mlp_rows=rows)
+            found.append(kinds[keep])
+        return tuple(found)
 
-    # Few more tokens than a piece has: its second operand costs more than it saves.
-    pieces = min(tokens, max(MLP_ROWS, -(-tokens // MLP_PIECES)), key=mlp_bytes)
+    def loss_rows(given_up: int) -> int | None:
+        return TIGHT_LOSS_ROWS if given_up >= last - 1 else None
 
-    def transient(tight: bool) -> float:
-        """One layer's backward, everything recomputed: its MLP, its attention, or the head's."""
-        loss_rows = min(supervised, TIGHT_LOSS_ROWS if tight else LOSS_ROWS)
-        head = (supervised * 2 + tokens * 2) * sizes["hidden"] + loss_rows * config.vocab_size * bytes_per_value
-        mlp = tokens * (4 * sizes["hidden"] + sizes["qkv"] + sizes["attention"])
-        mlp += mlp_bytes(pieces if tight else tokens)
-        attention = tokens * (4 * sizes["hidden"] + 3 * sizes["qkv"] + 2 * sizes["attention"])
-        return max(mlp, attention, head)
+    def peak(given_up: int) -> float:
+        return estimate.fused(policies(given_up), loss_rows(given_up)).peak_gb + correction_gb
 
-    def peak(dropped: dict[LayerTensor, int], tight: bool, offload: bool) -> float:
-        kept = sum((num_layers - dropped.get(name, 0)) * tokens * sizes.get(name, 0) for name in LAYER_TENSORS)
-        waiting = (min(2, num_layers) if offload else num_layers) * always
-        return static_gb + WORKSPACE_GB + (kept + waiting + transient(tight)) / GB
-
-    everything: dict[LayerTensor, int] = dict.fromkeys(LAYER_TENSORS, num_layers)
-    dropped: dict[LayerTensor, int] = {}
-    tight, offload = False, False
-    if mode == "min":
-        dropped, tight, offload = everything, True, True
-    elif mode == "auto" and budget_gb is not None:
-        room = HEADROOM * budget_gb
-        for names in DROP_ORDER:
-            while peak(dropped, tight, offload) > room and dropped.get(names[0], 0) < num_layers:
-                dropped |= dict.fromkeys(names, dropped.get(names[0], 0) + 1)
-        tight = peak(dropped, tight, offload) > room
-        offload = peak(dropped, tight, offload) > room
-    policies = tuple(
-        LayerPolicy(
-            keep=frozenset(name for name in LAYER_TENSORS if layer >= dropped.get(name, 0)),
-            offload_input=offload,
-            mlp_rows=pieces if tight and pieces < tokens else None,
-        )
-        for layer in range(num_layers)
-    )
-    predicted = peak(dropped, tight, offload)
-    gone = ", ".join(f"{names[0]} of {dropped[names[0]]}" for names in DROP_ORDER if dropped.get(names[0]))
+    given_up = last if mode == "min" else 0
+    if mode == "auto" and room is not None:
+        given_up = _first_that_fits(last + 1, peak, room)
+    chosen = policies(given_up)
+    found = estimate.fused(chosen, loss_rows(given_up))
+    counts = {names[0]: sum(names[0] not in policy.keep for policy in chosen) for names in DROP_ORDER}
+    gone = ", ".join(f"{name} of {count}" for name, count in counts.items() if count)
     what = f"recompute {gone} of {num_layers} layers" if gone else "keep all activations"
+    if given_up == last:
+        what += ", layer inputs in host memory"
+    return _plan(estimate, mode, budget_gb, correction_gb, found, what, counts["gate_up"], chosen, loss_rows(given_up))
+
+
+def _plan(
+    estimate: Estimate,
+    mode: Mode,
+    budget_gb: float | None,
+    correction_gb: float,
+    found: Breakdown,
+    what: str,
+    recompute_layers: int,
+    policies: Sequence[LayerPolicy],
+    loss_rows: int | None = None,
+) -> MemoryPlan:
+    predicted = found.peak_gb + correction_gb
     budget = f" of {budget_gb:.1f} GB" if budget_gb is not None else ""
-    reason = f"memory.mode {mode}: predicted peak {predicted:.1f} GB{budget}: {what}"
-    if offload:
-        reason += ", layer inputs in host memory"
     return MemoryPlan(
-        mode,
-        dropped.get("gate_up", 0),
-        num_layers,
-        budget_gb,
-        predicted,
-        reason,
-        engine="fused",
-        policies=policies,
-        loss_rows=TIGHT_LOSS_ROWS if tight else None,
+        mode=mode,
+        recompute_layers=recompute_layers,
+        num_layers=estimate.shape.num_layers,
+        budget_gb=budget_gb,
+        predicted_peak_gb=predicted,
+        reason=f"memory.mode {mode}: predicted peak {predicted:.1f} GB{budget}: {what}",
+        engine=estimate.setup.engine,
+        policies=tuple(policies),
+        loss_rows=loss_rows,
+        breakdown=asdict(found),
     )

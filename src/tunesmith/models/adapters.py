@@ -171,6 +171,11 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 
 def weights_gb(model: torch.nn.Module) -> float:
-    """Memory of all parameters and buffers as stored, in GB."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Memory of all parameters and buffers as stored, in GB, with the scales of quantized ones."""
+    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    for parameter in model.parameters():
+        state: Any = getattr(parameter, "quant_state", None)
+        while state is not None:  # with double quantization the scales have scales
+            tensors.append(state.absmax)
+            state = state.state2
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / GB

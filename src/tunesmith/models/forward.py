@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.hardware import ComputeDType, torch_dtype
 from tunesmith.models.fuse import engine_of
+from tunesmith.models.row_dropout import Draw, mask_source
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 class ModelForward:
     """Runs a causal language model (transformers, with or without PEFT) in two halves: hidden states, then logits.
 
-    `dtype` is the compute type: forwards run under autocast unless it is fp32.
+    `dtype` is the compute type: forwards run under autocast unless it is fp32. Whoever trains sets `dropout_seed` in every
+    optimizer step (`row_dropout.step_seed`): then dropout is a function of it and of the tokens, if the batches have
+    `dropout_rows`. Without (None) dropout draws from torch's generator.
     """
 
     def __init__(self, model: Any, device: str, dtype: ComputeDType):
@@ -39,6 +42,7 @@ class ModelForward:
         divisor = getattr(config, "logits_scaling", None)  # Granite divides
         self.loss_rows: int | None = None  # supervised rows whose logits exist at once; None: as fits speed
         self.scale: float = (1.0 if multiplier is None else multiplier) / (1.0 if divisor is None else divisor)
+        self.dropout_seed: int | None = None
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision context of every forward, in training, evaluation and generation alike."""
@@ -48,19 +52,32 @@ class ModelForward:
             return nullcontext()
         return torch.autocast(self.device.split(":")[0], dtype=torch_dtype(self.dtype))
 
+    @property
+    def wants_dropout_rows(self) -> bool:
+        """Whether batches need `dropout_rows`: there is a seed, and a model with dropout that draws by rows."""
+        return self.dropout_seed is not None and mask_source(self.decoder) is not None
+
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Hidden states after the final norm, (B, T, hidden). Documents of a packed batch do not see each other."""
         if (engine := engine_of(self.model)) is not None:
             engine.given_layout = batch.layout
         # A packed row has no mask and no cache: that is when transformers isolates documents by their positions.
-        output = self.decoder(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-        )
+        with self._drawing(batch):
+            output = self.decoder(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.position_ids,
+                use_cache=False,
+            )
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
+
+    def _drawing(self, batch: Batch) -> AbstractContextManager[None]:
+        """The context in which dropout knows the rows of `batch`."""
+        source = mask_source(self.decoder)
+        if source is None or self.dropout_seed is None or batch.dropout_rows is None:
+            return nullcontext()
+        return source.during(Draw(batch.dropout_rows, self.dropout_seed))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in fp32, (..., vocabulary), of hidden states (..., hidden)."""

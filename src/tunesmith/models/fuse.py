@@ -32,6 +32,7 @@ from tunesmith.models.fused_layer import (
     Norm,
 )
 from tunesmith.models.linear_group import GroupState, LinearGroup, Sink, base_layer, why_not
+from tunesmith.models.row_dropout import LAYER_STREAMS, mask_source
 from tunesmith.types import LayerPolicy
 
 RECOMPUTE_ALL = LayerPolicy(keep=frozenset())
@@ -555,14 +556,21 @@ class FusedLayer(nn.Module):
         if not self.engine.packs_all:
             for state in states:
                 state.pack()
-        # Drawn on the CPU, where nothing waits for the GPU and a checkpoint holds the generator's state.
-        seed = int(torch.randint(2**31, ())) if any(state.dropout for state in states) else 0
-        inputs = Inputs(layout, cos, sin, seed)
+        seed, rows = self._drawn() if any(state.dropout for state in states) else (0, None)
+        inputs = Inputs(layout, cos, sin, seed, LAYER_STREAMS * self.number, rows)
         policy = self.policy if torch.is_grad_enabled() else replace(self.policy, keep=frozenset(), offload_input=False)
         run = LayerRun(self.attention, self.mlp_half, states, inputs, policy, self.engine.last_run, self.engine.sinks)
         self.engine.last_run = run
         out: torch.Tensor = LayerFunction.apply(hidden, run, *run.parameters)
         return out
+
+    def _drawn(self) -> tuple[int, torch.Tensor | None]:
+        """What dropout draws its masks from: the seed, and the numbers of the tokens' rows where the forward has them."""
+        source = mask_source(self.engine.decoder)
+        if source is not None and source.draw is not None:
+            return source.draw.seed, source.draw.rows
+        # Drawn on the CPU, where nothing waits for the GPU and a checkpoint holds the generator's state.
+        return int(torch.randint(2**31, ())), None
 
     def _with_own_mlp(self, hidden: torch.Tensor) -> torch.Tensor:
         """The MLP half with the model's own modules (experts)."""

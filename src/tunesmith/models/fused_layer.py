@@ -37,6 +37,7 @@ from tunesmith.kernels.rms_norm import rms_norm, rms_norm_backward
 from tunesmith.models.families import LayerSpec
 from tunesmith.models.linear_group import Gradients, GroupState, LinearGroup, Noise, Sink
 from tunesmith.models.offload import HostCopy
+from tunesmith.models.row_dropout import DOWN_STREAM, GATE_UP_STREAM, O_STREAM, QKV_STREAM
 from tunesmith.types import LayerPolicy
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -106,13 +107,22 @@ class Norm:
 class Inputs:
     """What a forward of the whole model gives to each of its layers.
 
-    `cos` and `sin` (P, rotary) hold the rotation of row t at t % P.
+    `cos` and `sin` (P, rotary) hold the rotation of row t at t % P. Dropout draws from `seed`, in streams from `stream` on,
+    and numbers the tokens by their place in the batch, or as `rows` (T,) does.
     """
 
     layout: SequenceLayout
     cos: torch.Tensor
     sin: torch.Tensor
     seed: int
+    stream: int = 0
+    rows: torch.Tensor | None = None
+
+    def noise(self, stream: int, piece: slice) -> Noise:
+        """Dropout of a group's input, its projections' streams from `stream` of the layer on, for a piece of the tokens."""
+        if self.rows is None:
+            return Noise(self.seed, self.stream + stream, piece.start)
+        return Noise(self.seed, self.stream + stream, rows=self.rows[piece])
 
 
 Kept = dict[str, Any]
@@ -211,7 +221,8 @@ class AttentionRun:
     def __init__(self, half: AttentionHalf, states: Sequence[GroupState], inputs: Inputs, policy: LayerPolicy):
         self.half, self.inputs, self.policy = half, inputs, policy
         self.qkv, self.o = states
-        self.qkv_noise, self.o_noise = Noise(inputs.seed, 0), Noise(inputs.seed, 8)
+        whole = slice(0, None)
+        self.qkv_noise, self.o_noise = inputs.noise(QKV_STREAM, whole), inputs.noise(O_STREAM, whole)
 
     def forward(self, h: torch.Tensor, kept: Kept) -> torch.Tensor:
         """h' (T, D)."""
@@ -372,7 +383,7 @@ class MlpRun:
         return [slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows)]
 
     def _noise(self, piece: slice) -> tuple[Noise, Noise]:
-        return Noise(self.inputs.seed, 16, piece.start), Noise(self.inputs.seed, 20, piece.start)
+        return self.inputs.noise(GATE_UP_STREAM, piece), self.inputs.noise(DOWN_STREAM, piece)
 
     def forward(self, h: torch.Tensor, kept: Kept) -> torch.Tensor:
         """h" (T, D)."""

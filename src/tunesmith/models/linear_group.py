@@ -447,19 +447,23 @@ class GroupState:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Where dropout draws its mask from: a seed, a stream for each projection from `stream` on, and the first row in it."""
+    """Where dropout draws its mask from: a seed, a stream for each projection from `stream` on, and rows in it.
+
+    The rows of x are those from `row` on, or those that `rows` (T,) numbers.
+    """
 
     seed: int = 0
     stream: int = 0
     row: int = 0
+    rows: torch.Tensor | None = None
 
     def drop(self, x: torch.Tensor, probability: float, index: int) -> torch.Tensor:
         """`x` (T, K) without what projection `index` drops of it."""
-        return dropout(x, probability, self.seed, self.stream + index, first_row=self.row)
+        return dropout(x, probability, self.seed, self.stream + index, self.row, self.rows)
 
     def add_kept(self, dx: torch.Tensor, inner: torch.Tensor, probability: float, index: int) -> None:
         """dx += the gradient `inner` (T, K) of what `drop` returned, as it goes on to x."""
-        dropout_backward_add(dx, inner, probability, self.seed, self.stream + index, first_row=self.row)
+        dropout_backward_add(dx, inner, probability, self.seed, self.stream + index, self.row, self.rows)
 
 
 def write_weight(base: nn.Linear, out: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ it is pickled.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,12 @@ class TrainState:
     eval_loss: float | None = None
     stopped_early: bool = False
     unmoved: list[str] | None = None  # trainable tensors that have not changed yet; None: nobody has looked
+    halvings: int = 0  # of the micro-batches, because memory ran out
+    least_memory: bool = False  # whether everything is computed again, for the same reason
+    skipped: int = 0  # steps that were not taken (skips.py)
+    rollbacks: int = 0
+    lr_scale: float = 1.0  # what the rate is multiplied by since the run went back
+    norms: list[float] = field(default_factory=list)  # recent gradient norms, to know a spike by
 
 
 def save_checkpoint(

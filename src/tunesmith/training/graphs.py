@@ -112,6 +112,11 @@ class GraphedMicroBatches:
         """Whether a graph may still be worth its shape: before anything is known, or of a shape that was seen."""
         return self.runs <= FIRST_WARM_UPS or any(known.pays for known in self.known.values())
 
+    def clear(self) -> None:
+        """Forget all graphs, with their memory: shapes are looked at anew."""
+        self.known.clear()
+        self._pool = None
+
     def set_counts(self, counts: dict[str, int]) -> None:
         """The counts of the step that begins: what its terms are divided by."""
         for name, count in counts.items():

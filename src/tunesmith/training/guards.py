@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from types import FrameType
 import torch
 
 from tunesmith.errors import VerificationError
-from tunesmith.types import StepMetrics
 
 
 class StopRequest:
@@ -85,25 +83,3 @@ class MovementCheck:
                 for t in tensors
             ]
             return torch.stack(sums) if sums else torch.empty(0, 2)
-
-
-def refuse_not_finite(metrics: StepMetrics, rows: Sequence[str], scaler: torch.amp.GradScaler) -> str | None:
-    """Raise VerificationError if the loss or the gradient norm is NaN or infinite; `rows` (`file:line`) were seen.
-
-    With fp16 the gradient scaler skips a step whose gradients overflow and halves its scale: that is returned as a
-    warning. A scale below 1 means that the gradients themselves are not finite: no further halving can help.
-    """
-    fp16 = scaler.is_enabled()
-    if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
-        return None
-    if fp16 and math.isfinite(metrics.loss) and scaler.get_scale() >= 1:
-        return f"step {metrics.step} was skipped: gradients overflowed fp16 (loss scale now {scaler.get_scale():g})"
-    what = f"loss is {metrics.loss}"
-    if math.isfinite(metrics.loss):
-        what = f"gradient norm is {metrics.grad_norm}" + (" whatever the loss scale" if fp16 else "")
-    seen = list(dict.fromkeys(rows))  # a long row may give several examples
-    named = ", ".join(seen[:8]) + (f", and {len(seen) - 8} more" if len(seen) > 8 else "")
-    raise VerificationError(
-        f"{what} at step {metrics.step} (rows {named}); the last checkpoint is from before it. "
-        "Lower optimizer.lr, look at these rows" + (", or use bf16 or fp32 instead of fp16" if fp16 else "")
-    )

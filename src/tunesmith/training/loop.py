@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
 from tunesmith.config import RunConfig
 from tunesmith.data.batches import StepOrder, deal, few_lengths, micro_batches, split
 from tunesmith.errors import ConfigError, Interrupted, VerificationError
-from tunesmith.hardware import memory_in_use_gb
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
+from tunesmith.models.row_dropout import step_seed
 from tunesmith.runs import RunFolder
 from tunesmith.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
 from tunesmith.training.graphs import GraphedMicroBatches, micro_batch_graphs
-from tunesmith.training.guards import MovementCheck, StopRequest, refuse_not_finite
+from tunesmith.training.guards import MovementCheck, StopRequest
+from tunesmith.training.monitor import Monitor, Signal
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer, learning_rate
-from tunesmith.types import Evaluate, EventSink, StepMetrics, TokenizedExample
+from tunesmith.training.recovery import MemoryRecovery, Parts
+from tunesmith.training.skips import MAX_ROLLBACKS, ROLLBACK_FACTOR, Skips, StepJudge
+from tunesmith.training.window import Window
+from tunesmith.types import Evaluate, EventSink, TokenizedExample
 
 CHECK_MOVEMENT_AT = 10
 """Steps after which trainable tensors that have not moved are reported; at the end of the run they are an error."""
@@ -45,11 +48,15 @@ def train_loop(
     stop: StopRequest,
     evaluate: Evaluate | None = None,
     resume: bool = False,
+    tokens_per_second: float | None = None,
+    least_memory: Callable[[], bool] = lambda: False,
+    diagnose: Callable[[str, int], str] = lambda happened, halvings: happened,
 ) -> TrainState:
     """Train to the end of the configured steps, or until early stopping; returns the final state.
 
-    With `resume` the newest checkpoint is loaded first. Raises Interrupted after saving when `stop` is set, and
-    VerificationError when the loss is not finite or a trainable tensor has not moved.
+    With `resume` the newest checkpoint is loaded first. `tokens_per_second` is what was predicted; `least_memory` and
+    `diagnose` are recovery.py's, for a step that runs out of memory. Raises Interrupted after saving when `stop` is set, VerificationError when steps go wrong again and again
+    or a trainable tensor has not moved, and MachineError when memory does not suffice whatever is given up.
     """
     model, training = forward.model, config.training
     order = StepOrder([len(example) for example in examples], training, config.data.packing)
@@ -60,6 +67,7 @@ def train_loop(
     scaler = torch.amp.GradScaler(forward.device.split(":")[0], enabled=forward.dtype == "fp16")
 
     state = TrainState()
+    optimizer.allocate()
     if resume and (checkpoints := run.checkpoints()):
         state = load_checkpoint(checkpoints[-1][1], model, optimizer.inner, scaler)
         if state.best_value is not None:  # a kill may have come between the checkpoint and this mark
@@ -71,32 +79,51 @@ def train_loop(
     if world_size == 1:  # several ranks sum the gradients of the tensors themselves
         optimizer.connect(engine_of(model))
     graphs = micro_batch_graphs(config, forward, objective, optimizer, scaler, log)
+    judge = StepJudge(forward.device, config.optimizer.max_grad_norm, config.optimizer.skip_spikes, state.norms)
+    memory = MemoryRecovery(state, config.data.packing, optimizer, scaler, graphs, log, least_memory, diagnose)
+    skips = Skips()
+    monitor = Monitor(config, total_steps, first_step=state.step, predicted_tokens_per_second=tokens_per_second)
 
     while state.step < total_steps and not state.stopped_early:
         step = [[examples[index] for index in part] for part in order.step(state.step)]
-        lr = learning_rate(config.optimizer, config.lr, state.step, total_steps)
+        lr = state.lr_scale * learning_rate(config.optimizer, config.lr, state.step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        forward.dropout_seed = step_seed(training.seed, state.step)
 
-        loss = accumulate_gradients(
-            forward, objective, deal(step, rank, world_size), config.data.packing, pad_id, scaler, graphs
-        )
-        grad_norm = optimizer.step(scaler, config.optimizer.max_grad_norm)
+        def attempt(parts: Parts) -> tuple[torch.Tensor, ...]:
+            loss = accumulate_gradients(
+                forward, objective, deal(parts, rank, world_size), config.data.packing, pad_id, scaler, graphs
+            )
+            bad: list[torch.Tensor] = []
+
+            def verdict(grad_norm: torch.Tensor) -> torch.Tensor:
+                bad.append(judge.bad(loss if world_size == 1 else grad_norm, grad_norm))
+                return bad[0]
+
+            grad_norm = optimizer.step(scaler, config.optimizer.max_grad_norm, verdict)
+            return loss, grad_norm, bad[0]
+
+        loss, grad_norm, bad = memory.run(step, attempt)
 
         state.step += 1
-        window.add(loss, step)
+        window.add(state.step, step, loss, grad_norm, bad)
         last = state.step == total_steps
         eval_due = evaluate is not None and (state.step % eval_every == 0 or last)
         save_due = state.step % save_every == 0 or last
 
         if state.step % training.log_every == 0 or eval_due or save_due:
-            _report(window, state, lr, grad_norm, order.steps_per_epoch, scaler, log)
+            _report(window, state, lr, order.steps_per_epoch, scaler, skips, monitor, log)
+            if skips.repeated and roll_back(run, model, optimizer, scaler, state, skips, lr, log):
+                window.restart()
+                continue
         if state.step == CHECK_MOVEMENT_AT and (names := movement.unmoved() or optimizer.unreached(model)):
             log({"event": "warning", "step": state.step, "message": f"trainable tensors that have not moved: {names}"})
         if eval_due:
             assert evaluate is not None
             values = evaluate(state.step)
             log({"event": "eval", "step": state.step, "metrics": dict(values)})
+            say(monitor.evaluation(state.step, values), state.step, log)
             if _is_best(state, values, config):
                 save_due = True
                 log({"event": "best", "step": state.step, "metric": _tracked(config)[0], "value": state.best_value})
@@ -105,11 +132,11 @@ def train_loop(
                 training.early_stopping.metric is not None and state.evaluations_without_improvement >= patience
             )
         stopping = stop.signal  # looked at once, so that what is said below was done: a later signal waits for a step
-        if stopping is not None and window.examples:
-            _report(window, state, lr, grad_norm, order.steps_per_epoch, scaler, log)
+        if stopping is not None and window.steps:
+            _report(window, state, lr, order.steps_per_epoch, scaler, skips, monitor, log)
         state.wall_seconds = time.perf_counter() - began
         if save_due or stopping is not None or state.stopped_early:
-            state.unmoved = movement.unmoved()
+            state.unmoved, state.norms = movement.unmoved(), judge.recent()
             save_checkpoint(run.checkpoint_path(state.step), model, optimizer.inner, state, scaler)
             if state.best_step == state.step and state.best_value is not None:
                 run.mark_best(state.step, _tracked(config)[0], state.best_value)
@@ -155,9 +182,10 @@ def accumulate_gradients(
     """Add this rank's part of the gradient of one step's loss to the parameters, micro-batch by micro-batch.
 
     `parts` are the examples of each micro-batch. Returns this rank's part of the loss, a detached fp32 scalar on the
-    device; both parts, summed over the ranks, are those of the whole step. Changes nothing but gradients (and, with
-    dropout, the random generator): after `zero_grad` it can be called again with smaller parts. `graphs` replays the
-    micro-batches whose shape it knows, as long as that pays.
+    device; both parts, summed over the ranks, are those of the whole step. Changes nothing but gradients: after
+    `zero_grad` it can be called again with smaller parts. With `forward.dropout_seed` dropout is the same then, too;
+    without, it draws from the random generator. `graphs` replays the micro-batches whose shape it knows, as long as that
+    pays.
     """
     counts = global_counts(objective.counts(example for part in parts for example in part))
     loss = torch.zeros((), device=forward.device)
@@ -166,7 +194,8 @@ def accumulate_gradients(
         for batch in micro_batches(parts, packing, pad_id, forward.device, few_lengths):
             loss += graphs.run(batch)
         return loss
-    for batch in micro_batches(parts, packing, pad_id, forward.device):
+    rows = forward.wants_dropout_rows
+    for batch in micro_batches(parts, packing, pad_id, forward.device, dropout_rows=rows):
         with forward.autocast():
             terms = objective.terms(forward, batch)
             part = torch.stack([term.weight * term.sum / counts[term.name] for term in terms]).sum()
@@ -224,80 +253,76 @@ def evaluate_loss(
     return float(total)
 
 
-@dataclass
-class Window:
-    """What happened since the last log line, on all ranks together. Losses stay on the device until `close`."""
-
-    device: str
-    started: float = 0.0
-    examples: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    rows: list[str] = field(default_factory=list)  # `file:line` of the examples, in order
-    closed_rows: list[str] = field(default_factory=list)  # of the window that was closed last
-    loss_sum: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Start the clock again, after time that was not training."""
-        self.started = time.perf_counter()
-
-    def add(self, loss: torch.Tensor, step: Sequence[Sequence[TokenizedExample]]) -> None:
-        """Count one step in, given as the examples of its micro-batches."""
-        examples = [example for part in step for example in part]
-        supervised = sum(example.supervised for example in examples)
-        self.examples += len(examples)
-        self.tokens += sum(len(example) for example in examples)
-        self.supervised += supervised
-        self.rows += [example.where for example in examples]
-        weighted = loss * supervised
-        self.loss_sum = weighted if self.loss_sum is None else self.loss_sum + weighted
-
-    def close(self, state: TrainState, lr: float, grad_norm: torch.Tensor, steps_per_epoch: int) -> StepMetrics:
-        """Wait for the device, report the window, add it to `state` and begin the next one."""
-        assert self.loss_sum is not None
-        loss_sum, norm = float(self.loss_sum), float(grad_norm)
-        seconds = time.perf_counter() - self.started
-        metrics = StepMetrics(
-            step=state.step,
-            epoch=state.step / steps_per_epoch,
-            loss=loss_sum / self.supervised,
-            lr=lr,
-            grad_norm=norm,
-            examples=self.examples,
-            tokens=self.tokens,
-            supervised_tokens=self.supervised,
-            seconds=seconds,
-            memory_gb=memory_in_use_gb(self.device),
-        )
-        state.examples += self.examples
-        state.tokens += self.tokens
-        state.supervised_tokens += self.supervised
-        state.seconds += seconds
-        state.loss_sum += loss_sum
-        self.examples = self.tokens = self.supervised = 0
-        self.closed_rows, self.rows = self.rows, []
-        self.loss_sum = None
-        self.restart()
-        return metrics
-
-
 def _report(
     window: Window,
     state: TrainState,
     lr: float,
-    grad_norm: torch.Tensor,
     steps_per_epoch: int,
     scaler: torch.amp.GradScaler,
+    skips: Skips,
+    monitor: Monitor,
     log: EventSink,
 ) -> None:
-    """Log the window as a step event. Raises VerificationError if its loss or gradient is not finite."""
-    metrics = window.close(state, lr, grad_norm, steps_per_epoch)
+    """Log the window as a step event, the steps that were skipped in it, and what the monitor sees."""
+    metrics, skipped = window.close(state, lr, steps_per_epoch)
     log(metrics.event())
-    if warning := refuse_not_finite(metrics, window.closed_rows, scaler):
-        log({"event": "warning", "step": state.step, "message": warning})
+    for found in skipped:
+        if scaler.is_enabled() and math.isfinite(found.loss) and scaler.get_scale() >= 1:
+            scale = f"gradients overflowed fp16 (loss scale now {scaler.get_scale():g})"
+            log({"event": "warning", "step": found.step, "message": f"step {found.step} was skipped: {scale}"})
+            continue  # the scaler finds its scale
+        skips.add(found)
+        log(
+            {
+                "event": "skipped",
+                "step": found.step,
+                "loss": found.loss,
+                "grad_norm": found.grad_norm,
+                "rows": list(dict.fromkeys(found.rows)),
+                "message": found.message,
+            }
+        )
+    if not skipped:
+        say(monitor.step(metrics), state.step, log)
+
+
+def say(signals: Iterable[Signal], step: int, log: EventSink) -> None:
+    """Log what the monitor has to say."""
+    for signal in signals:
+        log({"event": "warning", "check": signal.check, "step": step, "message": signal.message})
+
+
+def roll_back(
+    run: RunFolder,
+    model: torch.nn.Module,
+    optimizer: Optimizer,
+    scaler: torch.amp.GradScaler,
+    state: TrainState,
+    skips: Skips,
+    lr: float,
+    log: EventSink,
+) -> bool:
+    """Go back to the newest checkpoint with half the rate; without one, go on from here with it. Returns whether it went.
+
+    Every checkpoint is good: a step that is not finite changes nothing. Raises VerificationError the third time.
+    """
+    if state.rollbacks >= MAX_ROLLBACKS:
+        skips.refuse(lr, scaler.is_enabled())
+    rollbacks, lr_scale, skipped = state.rollbacks + 1, state.lr_scale * ROLLBACK_FACTOR, state.skipped
+    halvings, least_memory = state.halvings, state.least_memory
+    step = state.step
+    if checkpoints := run.checkpoints():
+        saved = load_checkpoint(checkpoints[-1][1], model, optimizer.inner, scaler)
+        vars(state).update(vars(saved))
+    state.rollbacks, state.lr_scale, state.skipped = rollbacks, lr_scale, skipped
+    state.halvings, state.least_memory = halvings, least_memory
+    skips.went_back()
+    where = (
+        f"back to the checkpoint of step {state.step}" if checkpoints else "there is no checkpoint yet to go back to"
+    )
+    message = f"steps were skipped again and again up to step {step}: {where}; the rate is {lr_scale:g} of what it was"
+    log({"event": "rollback", "step": state.step, "from_step": step, "lr_scale": lr_scale, "message": message})
+    return bool(checkpoints)
 
 
 def _tracked(config: RunConfig) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from tunesmith.config import OptimizerConfig
 from tunesmith.errors import MachineError
 from tunesmith.models.fuse import Engine
 from tunesmith.training.flat import FlatParameter, flatten
+
+Judge = Callable[[torch.Tensor], torch.Tensor]
+"""Given the gradient norm, 1.0 on the device for a step that must not be taken, else 0.0."""
 
 
 class Optimizer:
@@ -26,6 +29,7 @@ class Optimizer:
         self.inner = inner
         self.flats = list(flats)
         self.keeps_gradients = False
+        self._unscaled = False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -56,19 +60,67 @@ class Optimizer:
         laid = {id(tensor) for flat in self.flats for tensor in flat.tensors}
         return [name for name, tensor in model.named_parameters() if id(tensor) in laid - reached]
 
-    def step(self, scaler: torch.amp.GradScaler, max_grad_norm: float) -> torch.Tensor:
+    def allocate(self) -> None:
+        """Make the optimizer's states now, as its first step would: after that a step allocates next to nothing."""
+        state = self.inner.state
+        if isinstance(self.inner, torch.optim.AdamW):
+            for parameter in self.parameters:
+                if not state[parameter]:
+                    state[parameter] = {
+                        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    }
+            return
+        inner: Any = self.inner  # bitsandbytes'
+        for group_index, group in enumerate(inner.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if not state[parameter]:
+                    inner.init_state(group, parameter, group_index, index)
+
+    def step(self, scaler: torch.amp.GradScaler, max_grad_norm: float, judge: Judge | None = None) -> torch.Tensor:
         """The end of an optimizer step: unscale the gradients, clip their norm, update, and forget them.
 
-        Returns the norm before clipping, a scalar on the device. With a gradient that is not finite `scaler` (if it is
-        enabled) leaves the parameters as they are.
+        Returns the norm before clipping, a scalar on the device. The parameters and their states stay as they are if `judge`
+        says 1 of the norm, and with a gradient that is not finite if `scaler` is enabled.
         """
         self.collect()
         scaler.unscale_(self.inner)
+        self._unscaled = scaler.is_enabled()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
-        scaler.step(self.inner)
-        scaler.update()
+        self._update(scaler, None if judge is None else judge(grad_norm))
+        self._unscaled = False
         self.zero_grad()
         return grad_norm
+
+    def _update(self, scaler: torch.amp.GradScaler, bad: torch.Tensor | None) -> None:
+        """Step, unless `bad` is 1. PyTorch's fused AdamW is told on the device; for others the device is waited for."""
+        if bad is not None and isinstance(self.inner, torch.optim.AdamW) and not scaler.is_enabled():
+            inner: Any = self.inner
+            inner.grad_scale, inner.found_inf = None, bad  # as GradScaler tells it
+            try:
+                inner.step()
+            finally:
+                del inner.grad_scale, inner.found_inf
+            return
+        if bad is None or not bad.item():
+            scaler.step(self.inner)
+        scaler.update()
+
+    def abandon(self, scaler: torch.amp.GradScaler) -> None:
+        """Forget a step that failed on its way: its gradients, and that they were unscaled."""
+        self.forget()
+        self.zero_grad()
+        if self._unscaled:
+            scaler.update(scaler.get_scale())  # the same scale; the scaler forgets what it saw
+            self._unscaled = False
+
+    def reset(self) -> None:
+        """As if no gradient had ever come."""
+        self.forget()
+        self.zero_grad()
+        for flat in self.flats:
+            flat.reached.clear()
 
     def forget(self) -> None:
         """Drop gradients that have not been collected."""

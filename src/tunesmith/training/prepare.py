@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.data.batches import make_batch
 from tunesmith.errors import ModelError
 from tunesmith.models.forward import ModelForward
-from tunesmith.models.fuse import engine_of, fuse
+from tunesmith.models.fuse import engine_of, fuse, set_policies
+from tunesmith.models.row_dropout import draw_by_row
 from tunesmith.types import MemoryPlan, TokenizedExample
 
 if TYPE_CHECKING:
@@ -23,21 +24,41 @@ def prepare(
     With the fused engine its layers are swapped for fused ones that compute in `dtype`, each with its policy, and `report`
     is told how. With the reference engine the first `recompute_layers` decoder layers run under activation checkpointing. Training runs under autocast, which
     casts what LoRA's matrices need by itself: PEFT's own cast of every input to fp32 is only copied back, and is off.
+    Dropout of adapters draws its masks by row (models/row_dropout.py).
     """
+    draw_by_row(model)
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
     if plan.engine == "fused":
         model.gradient_checkpointing_disable()
-        fuse(model, plan.policies, dtype, report)
-        return
-    if not plan.recompute_layers:
+        fuse(model, plan.policies or None, dtype, report)
+    else:
+        _checkpoint_layers(model, plan.recompute_layers)
+
+
+def apply_plan(forward: ModelForward, plan: MemoryPlan) -> None:
+    """Make a model that `prepare` has seen follow another plan, for the same engine."""
+    forward.loss_rows = plan.loss_rows
+    if plan.engine == "fused":
+        if plan.policies:
+            set_policies(forward.model, plan.policies)
+    else:
+        _checkpoint_layers(forward.model, plan.recompute_layers)
+
+
+def _checkpoint_layers(model: Any, count: int) -> None:
+    """The first `count` decoder layers under activation checkpointing, the others not."""
+    if not count:
         model.gradient_checkpointing_disable()
         return
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    options: dict[str, Any] = {"use_reentrant": False}
+    if (source := draw_by_row(model)) is not None:
+        options["context_fn"] = source.checkpoint_contexts
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", None) is True]
     blocks = [layer for layer in layers if not hasattr(layer, "layers")]
-    for block in blocks[plan.recompute_layers :]:
+    for block in blocks[count:]:
         block.gradient_checkpointing = False
 
 

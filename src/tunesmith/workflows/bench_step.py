@@ -39,7 +39,7 @@ from tunesmith.training.optimizers import Optimizer, make_optimizer
 from tunesmith.training.prepare import prepare
 from tunesmith.types import GB, IGNORE_INDEX, Event, MemoryPlan, TokenizedExample
 from tunesmith.workflows.bench_check import References
-from tunesmith.workflows.plan import limit_memory, plan_run
+from tunesmith.workflows.run_plan import limit_memory, plan_run
 
 LEARNING_RATE = 1e-3
 """High, so that a handful of steps on one batch show whether the loss falls."""
@@ -198,12 +198,12 @@ def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
     if row.check:
         slow = configuration(row, "reference")
         slow.memory.mode = "min"  # activations recomputed, so that it fits beside whatever the row needs
-        prepare(model, plan_run(slow, forward, hardware, examples))
+        prepare(model, plan_run(slow, forward, hardware, examples).memory)
         reference = References.of(forward, lambda way: adapter_gradients(row, way))
     if hardware.type == "cuda":
         torch.cuda.empty_cache()  # the plan counts what is free
 
-    plan = plan_run(config, forward, hardware, examples)
+    plan = plan_run(config, forward, hardware, examples).memory
     forward.loss_rows = plan.loss_rows
     engine_notes: list[str] = []
     # The one place where the fused engine is switched on: if the plan says so.

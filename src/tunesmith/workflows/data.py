@@ -166,7 +166,7 @@ def data_stats(config: RunConfig, progress: Progress = no_progress) -> dict[str,
         "supervised_tokens": supervised,
         "histogram": [{"from": low, "to": high, "sequences": count} for low, high, count in histogram(lengths)],
         "longer_than": {str(length): count for length, count in longer.items()},
-        "padding": asdict(padding(cut, training.micro_batch_size, training.batch_size, budget)),
+        "padding": asdict(padding(cut, training.micro_batch, training.batch_size, budget)),
     }
 
 

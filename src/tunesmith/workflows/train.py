@@ -36,6 +36,7 @@ from tunesmith.hardware import (
     probe,
     torch_dtype,
 )
+from tunesmith.memory.estimate import STATE_BYTES
 from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
@@ -45,20 +46,22 @@ from tunesmith.training.guards import stop_on_signal
 from tunesmith.training.loop import evaluate_loss, num_steps, train_loop
 from tunesmith.training.objectives import OBJECTIVES, Objective
 from tunesmith.training.optimizers import Optimizer, make_optimizer
-from tunesmith.training.prepare import check_forward, check_fused, prepare
+from tunesmith.training.prepare import apply_plan, check_forward, check_fused, prepare
 from tunesmith.types import (
     GB,
     Event,
     EventSink,
-    MemoryPlan,
     Progress,
     TrainResult,
     no_progress,
 )
 from tunesmith.version import __version__
+from tunesmith.workflows.diagnosis import diagnose
+from tunesmith.workflows.dry_step import DryStep, calibrated
 from tunesmith.workflows.load import TEMPLATE_NAME, chat_format
-from tunesmith.workflows.plan import STATE_BYTES, limit_memory, plan_run
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
+from tunesmith.workflows.rules import settings_warnings
+from tunesmith.workflows.run_plan import RunPlan, limit_memory, plan_run, refuse_what_cannot_fit
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "triton")
 
@@ -81,9 +84,10 @@ class TrainingSession:
     forward: ModelForward
     objective: Objective
     optimizer: Optimizer
-    plan: MemoryPlan
+    plan: RunPlan
     resumed: bool
     engine_notes: Sequence[str] = ()
+    calibration: Sequence[Event] = ()
 
     def train(self, sink: EventSink = no_event, progress: Progress = no_progress) -> TrainResult:
         """Train to the end, save the result, write metrics.json. Events go to events.jsonl and to `sink`."""
@@ -99,10 +103,12 @@ class TrainingSession:
             log(self._start_event())
             for file in self.data.facts["files"]:
                 log({"event": "decision", "message": "{path}: {container}, form {form}, {rows} rows".format(**file)})
-            for note in self.data.notes:
+            for note in [*self.data.notes, *self._settings_notes()]:
                 log({"event": "warning", "message": note})
             for note in self.engine_notes:
                 log({"event": "decision", "message": note})
+            for event in self.calibration:
+                log(event)
             state = train_loop(
                 config=self.config,
                 run=self.run,
@@ -115,6 +121,9 @@ class TrainingSession:
                 stop=stop,
                 evaluate=self._evaluation(progress) if self.data.eval else None,
                 resume=self.resumed,
+                tokens_per_second=self.plan.choice.tokens_per_second,
+                least_memory=self._least_memory,
+                diagnose=self._diagnose,
             )
             self._save_result()
             metrics = self._metrics(state)
@@ -122,6 +131,28 @@ class TrainingSession:
             status = "stopped_early" if state.stopped_early else "finished"
             log({"event": "end", "status": status, "step": state.step})
         return TrainResult(str(self.run.path), "stopped_early" if state.stopped_early else "finished", metrics)
+
+    def _settings_notes(self) -> list[str]:
+        """What the settings make one expect of this data."""
+        examples = self.data.train
+        tokens = sum(len(example) for example in examples)
+        supervised = sum(example.supervised for example in examples)
+        return settings_warnings(self.config, len(examples), tokens, supervised)
+
+    def _least_memory(self) -> bool:
+        """Compute everything again that can be; whether that is less than before."""
+        least = self.plan.least()
+        if least is self.plan:
+            return False
+        self.plan = least
+        apply_plan(self.forward, least.memory)
+        return True
+
+    def _diagnose(self, happened: str, halvings: int) -> str:
+        plan, lengths = self.plan, [len(example) for example in self.data.train]
+        return diagnose(
+            self.config, plan.shape, plan.memory, plan.budget_gb, self.hardware.name, lengths, happened, halvings
+        )
 
     def _evaluation(self, progress: Progress) -> Any:
         """Evaluation during training: the loss, and scored answers if the config asks for them."""
@@ -180,14 +211,18 @@ class TrainingSession:
             "steps": num_steps(self.config, order.steps_per_epoch),
             "examples": len(self.data.train),
             "method": self.config.method,
-            "engine": self.plan.engine,
+            "engine": self.plan.memory.engine,
             "device": self.hardware.name,
             "dtype": self.forward.dtype,
             "trainable_parameters": trainable,
             "total_parameters": total,
-            "memory": self.plan.reason,
-            "recompute_layers": self.plan.recompute_layers,
-            "predicted_peak_gb": self.plan.predicted_peak_gb,
+            "memory": self.plan.memory.reason,
+            "micro_batch_size": self.config.training.micro_batch_size,
+            "micro_batch_tokens": self.config.training.micro_batch_tokens,
+            "recompute_layers": self.plan.memory.recompute_layers,
+            "predicted_peak_gb": self.plan.memory.predicted_peak_gb,
+            "predicted_tokens_per_second": self.plan.choice.tokens_per_second,
+            "breakdown": dict(self.plan.memory.breakdown),
         }
 
     def _metrics(self, state: TrainState) -> dict[str, Any]:
@@ -236,6 +271,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     tokenizer = load_tokenizer(source, config.model)
     chat = chat_format(tokenizer, config, existing)
     data = tokenize_rows(config, chat, rows, progress, source.context_length)
+    refuse_what_cannot_fit(config, source.config, hardware, dtype, data.train)
     source = fetch_weights(source, config.model)
     config.model.dtype, config.model.revision = dtype, source.revision  # what `auto` and a branch meant when it began
     base_hash = weight_hash(source)
@@ -250,13 +286,16 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     forward = ModelForward(model, hardware.device, dtype)
     check_forward(forward, config.data.packing)
     plan = plan_run(config, forward, hardware, data.train)
-    forward.loss_rows = plan.loss_rows
+    forward.loss_rows = plan.memory.loss_rows
     engine_notes: list[str] = []
-    prepare(model, plan, torch_dtype(dtype), engine_notes.append)
-    if plan.engine == "fused":
+    prepare(model, plan.memory, torch_dtype(dtype), engine_notes.append)
+    if plan.memory.engine == "fused":
         check_fused(forward)
     optimizer = make_optimizer(model, config.optimizer, config.lr)
+    objective = OBJECTIVES[config.objective.name]()
     _check_disk(path, model, config)
+    dry = DryStep(config, forward, objective, optimizer, hardware, data.train, pad_token(tokenizer))
+    plan, calibration = calibrated(plan, dry)
     run = existing or RunFolder.create(
         path, config, _metadata(config, source, base_hash, chat, data, hardware, forward), chat.raw_template
     )
@@ -269,11 +308,12 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
         chat=chat,
         hardware=hardware,
         forward=forward,
-        objective=OBJECTIVES[config.objective.name](),
+        objective=objective,
         optimizer=optimizer,
         plan=plan,
         resumed=existing is not None,
         engine_notes=engine_notes,
+        calibration=calibration,
     )
 
 

@@ -1,0 +1,68 @@
+"""One dry step against the prediction: what a plan really needs on this card, and the plan again if that is another figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from tunesmith.memory.policy import HEADROOM
+from tunesmith.types import MemoryPlan
+
+CLOSE = 0.05
+"""A peak within this share of its prediction changes nothing, if it fits: predictions are that good."""
+
+MAX_STEPS = 3
+"""Dry steps at most."""
+
+RAN_OUT = 0.1
+"""What a plan that ran out of memory is taken to need beyond its prediction, as a share of the budget."""
+
+
+class Planned(Protocol):
+    """A plan of memory that can be made again for another peak."""
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """The plan."""
+
+    def corrected(self, measured_gb: float) -> Planned:
+        """The plan again, where `measured_gb` was found and another peak predicted."""
+
+
+Plan = TypeVar("Plan", bound=Planned)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A dry step: the predicted and the measured peak in GB (None: it ran out of memory)."""
+
+    predicted_gb: float
+    measured_gb: float | None
+
+
+def calibrate(
+    plan: Plan, measure: Callable[[Plan], float | None], corrected: Callable[[Plan, float], Plan]
+) -> tuple[Plan, list[Measured]]:
+    """Take dry steps until the plan fits and uses what there is; returns it, and what was measured.
+
+    `measure` runs one forward and backward as the plan says and returns its peak in GB, or None if it ran out of memory.
+    `corrected` is the plan again for that peak.
+    """
+    found: list[Measured] = []
+    for _ in range(MAX_STEPS):
+        predicted, budget = plan.memory.predicted_peak_gb, plan.memory.budget_gb
+        if predicted is None or budget is None:
+            break
+        peak = measure(plan)
+        found.append(Measured(predicted, peak))
+        if peak is not None and abs(peak - predicted) <= CLOSE * predicted and peak <= HEADROOM * budget:
+            break
+        other = corrected(plan, predicted + RAN_OUT * budget if peak is None else peak)
+        if (
+            other.memory.policies == plan.memory.policies
+            and other.memory.recompute_layers == plan.memory.recompute_layers
+        ):
+            break
+        plan = other
+    return plan, found

@@ -1,0 +1,106 @@
+"""Which micro-batch, with which plan: the least time for a step within the memory there is. Imports no PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tunesmith.cards import Card
+from tunesmith.memory.estimate import Estimate, Load, Setup
+from tunesmith.memory.policy import Mode, fits, plan_memory
+from tunesmith.memory.shape import ModelShape
+from tunesmith.memory.speed import micro_batch_seconds, optimizer_seconds
+from tunesmith.types import MemoryPlan
+
+WORTH = 0.98
+"""A larger micro-batch must take less than this share of a smaller one's time: memory is not spent on nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to divide a step. `size` is in examples or in tokens (`unit`), `count` the micro-batches of a step.
+
+    `largest` is the load that memory is planned for, `typical` the mean one, for time.
+    """
+
+    size: int
+    count: int
+    largest: Load
+    typical: Load
+    unit: Literal["examples", "tokens"] = "examples"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A candidate with its plan. `step_seconds` is predicted, None without a known card."""
+
+    candidate: Candidate
+    plan: MemoryPlan
+    step_seconds: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan is within its budget."""
+        return fits(self.plan)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Predicted tokens a second."""
+        if self.step_seconds is None:
+            return None
+        return self.candidate.count * self.candidate.typical.tokens / self.step_seconds
+
+
+def even_sizes(batch_size: int) -> list[int]:
+    """Micro-batch sizes that divide a step most evenly: ⌈batch / k⌉ examples for each number k of micro-batches."""
+    return sorted({math.ceil(batch_size / count) for count in range(1, batch_size + 1)})
+
+
+def options(
+    shape: ModelShape,
+    setup: Setup,
+    candidates: Sequence[Candidate],
+    mode: Mode,
+    budget_gb: float | None,
+    card: Card | None,
+    *,
+    graphs: bool = True,
+    weights_gb: float | None = None,
+    trainable: int | None = None,
+) -> Iterator[Choice]:
+    """Each candidate with its plan and, on a known card, its time."""
+    for candidate in candidates:
+        plan = plan_memory(Estimate(shape, setup, candidate.largest, weights_gb, trainable), mode, budget_gb)
+        yield Choice(
+            candidate, plan, None if card is None else step_seconds(shape, setup, candidate, plan, card, graphs)
+        )
+
+
+def step_seconds(
+    shape: ModelShape, setup: Setup, candidate: Candidate, plan: MemoryPlan, card: Card, graphs: bool = True
+) -> float:
+    """Predicted seconds of an optimizer step."""
+    one = micro_batch_seconds(shape, setup, candidate.typical, card, plan.policies, plan.recompute_layers, graphs)
+    return candidate.count * one + optimizer_seconds(shape, setup, card)
+
+
+def best(found: Sequence[Choice], mode: Mode) -> Choice:
+    """The best of at least one choice, the smallest first in `found`.
+
+    `min`: the least memory. Else, of those that fit, the least time; without a known card, the largest that keeps as much
+    as any. If none fits, the one that needs the least.
+    """
+    fitting = [choice for choice in found if choice.fits]
+    if mode == "min" or not fitting:
+        return min(found, key=lambda choice: choice.plan.predicted_peak_gb or 0.0)
+    chosen = fitting[0]
+    for choice in fitting[1:]:
+        if choice.step_seconds is None or chosen.step_seconds is None:
+            better = choice.plan.recompute_layers <= chosen.plan.recompute_layers
+        else:
+            better = choice.step_seconds < WORTH * chosen.step_seconds
+        if better:
+            chosen = choice
+    return chosen

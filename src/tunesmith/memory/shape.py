@@ -1,0 +1,344 @@
+"""What a model's config.json says of its size: matrices, norms, experts, parameters. Imports no PyTorch.
+
+The names are those of transformers' modules, so that adapter targets mean the same here and in training. Only what is an
+`nn.Linear` there can be adapted or quantized by bitsandbytes: the experts of a mixture are three-dimensional parameters in
+transformers 5, and stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tunesmith.errors import ModelError
+
+FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"})
+"""`model_type`s whose whole decoder layers the fused engine runs (models/families.py, by transformers' name)."""
+
+HALF_FUSED = frozenset({"mixtral", "deepseek_v2"})
+"""`model_type`s of which it runs a half: attention, or the dense MLP. The rest is planned as the model's own modules."""
+
+KNOWN = FUSED | HALF_FUSED | {"qwen3_moe", "smollm3"}
+"""`model_type`s whose parameters are counted exactly. Others are taken for a plain decoder, and the plan says so."""
+
+POST_NORMS = frozenset({"gemma2", "gemma3_text"})
+"""Families that norm the output of attention and of the MLP too."""
+
+HEAD_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text"})
+"""Families that norm the heads of queries and keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """An `nn.Linear` of a decoder layer: its path in the layer, its input and output features."""
+
+    path: str
+    inputs: int
+    outputs: int
+    bias: bool = False
+
+    @property
+    def name(self) -> str:
+        """The last part of the path, e.g. `q_proj`."""
+        return self.path.rpartition(".")[2]
+
+    @property
+    def values(self) -> int:
+        """Values of the matrix, without the bias."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A decoder layer. `expert_values` are those of all experts, `active_expert_values` what one token meets of them.
+
+    `other_values` are norms and routers. `mlp_width` is how many intermediate features a token has, in all MLPs it meets.
+    """
+
+    linears: tuple[Linear, ...]
+    mlp_width: int
+    expert_values: int = 0
+    active_expert_values: int = 0
+    other_values: int = 0
+
+    @property
+    def values(self) -> int:
+        """Parameters of the layer."""
+        biases = sum(linear.outputs for linear in self.linears if linear.bias)
+        return sum(linear.values for linear in self.linears) + biases + self.expert_values + self.other_values
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A decoder-only transformer. `layers` holds each kind of layer with its number of layers.
+
+    `value_dim` is the width of a value head (`head_dim` but in latent attention). `window` is the sliding window of
+    `windowed` of its layers, in tokens. `exact` says whether the family is known, so that parameters are counted exactly.
+    """
+
+    model_type: str
+    hidden_size: int
+    vocab_size: int
+    tied: bool
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    context_length: int | None
+    layers: tuple[tuple[int, Layer], ...]
+    window: int | None = None
+    windowed: int = 0
+    exact: bool = True
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return sum(count for count, _ in self.layers)
+
+    @property
+    def embedding_values(self) -> int:
+        """Values of the input embedding; the head has as many, its own or the same."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters, tied ones once."""
+        embeddings = self.embedding_values * (1 if self.tied else 2)
+        return embeddings + sum(count * layer.values for count, layer in self.layers) + self.hidden_size
+
+    @property
+    def linear_values(self) -> int:
+        """Values of all linear layers in the decoder: what bitsandbytes quantizes."""
+        return sum(count * linear.values for count, layer in self.layers for linear in layer.linears)
+
+    @property
+    def query_size(self) -> int:
+        """Features of all queries of a token."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def attention_size(self) -> int:
+        """Features of attention's result."""
+        return self.num_heads * self.value_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Features of keys and values of a token together, as attention reads them."""
+        return self.num_kv_heads * (self.head_dim + self.value_dim)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers have experts."""
+        return any(layer.expert_values for _, layer in self.layers)
+
+    @property
+    def can_fuse(self) -> bool:
+        """Whether the fused engine runs whole layers of this family."""
+        return self.model_type in FUSED
+
+    @property
+    def post_norms(self) -> bool:
+        """Whether a branch's output is normed before it is added."""
+        return self.model_type in POST_NORMS
+
+    def targets(self, setting: str | list[str] | tuple[str, ...] = "all-linear") -> Iterator[tuple[int, Linear]]:
+        """The linear layers that `adapter.target_modules` means, each with its number of layers.
+
+        Raises ModelError if it matches none, as training would.
+        """
+        found = [
+            (count, linear) for count, layer in self.layers for linear in layer.linears if _is_target(linear, setting)
+        ]
+        if not found:
+            names = sorted({linear.name for _, layer in self.layers for linear in layer.linears})
+            raise ModelError(
+                f"adapter.target_modules: {setting} matches no linear layer of this model; it has {', '.join(names)}"
+            )
+        yield from found
+
+    def adapter_values(self, r: int, setting: str | list[str] | tuple[str, ...] = "all-linear") -> int:
+        """Parameters of a LoRA adapter: r · (inputs + outputs) for each of its linear layers (Hu et al. 2021)."""
+        return sum(count * r * (linear.inputs + linear.outputs) for count, linear in self.targets(setting))
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ModelShape:
+        """The shape that a config.json describes; a multimodal model's language part. Raises ModelError."""
+        if isinstance(config.get("text_config"), Mapping):
+            text = dict(config["text_config"])
+            text.setdefault("tie_word_embeddings", config.get("tie_word_embeddings"))
+            config = text
+        reader = _Reader(config)
+        kind = str(config.get("model_type", ""))
+        hidden, heads = reader.number("hidden_size"), reader.number("num_attention_heads")
+        head_dim = reader.number("head_dim", hidden // heads)
+        value_dim = head_dim
+        if kind.startswith("deepseek"):
+            head_dim = reader.number("qk_nope_head_dim") + reader.number("qk_rope_head_dim")
+            value_dim = reader.number("v_head_dim")
+        num_layers = reader.number("num_hidden_layers")
+        window = _window(config, kind)
+        return cls(
+            model_type=kind,
+            hidden_size=hidden,
+            vocab_size=reader.number("vocab_size"),
+            tied=bool(_default(config, "tie_word_embeddings", kind in POST_NORMS)),
+            num_heads=heads,
+            num_kv_heads=heads if kind.startswith("deepseek") else reader.number("num_key_value_heads", heads),
+            head_dim=head_dim,
+            value_dim=value_dim,
+            context_length=config.get("max_position_embeddings"),
+            layers=tuple(_layers(reader, kind, hidden, heads, head_dim, num_layers)),
+            window=window,
+            windowed=_windowed(config, kind, num_layers) if window else 0,
+            exact=kind in KNOWN,
+        )
+
+
+def _is_target(linear: Linear, setting: str | list[str] | tuple[str, ...]) -> bool:
+    """As models/adapters.py chooses them."""
+    if not isinstance(setting, str):
+        return any(f".{linear.path}".endswith(f".{name}") for name in setting)
+    in_attention = "attn" in linear.path
+    return {
+        "all-linear": True,
+        "attention": in_attention,
+        "mlp": not in_attention,
+        "qv": linear.name in ("q_proj", "v_proj", "qkv_proj"),
+    }.get(setting, False)
+
+
+class _Reader:
+    """Reads numbers from a config. Raises ModelError for one that is missing or none."""
+
+    def __init__(self, config: Mapping[str, Any]):
+        self.config = config
+
+    def number(self, key: str, default: int | None = None) -> int:
+        value = self.config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise ModelError(
+                f"config.json: {key} is {value!r}: expected a positive number; this is no decoder-only language model that "
+                "can be planned"
+            )
+        return value
+
+
+def _default(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = config.get(key)
+    return default if value is None else value
+
+
+def _layers(
+    reader: _Reader, kind: str, hidden: int, heads: int, head_dim: int, num_layers: int
+) -> Iterator[tuple[int, Layer]]:
+    config = reader.config
+    norms = (4 if kind in POST_NORMS else 2) * hidden + (2 * head_dim if kind in HEAD_NORMS else 0)
+    if kind.startswith("deepseek"):
+        yield from _deepseek(reader, hidden, heads, num_layers)
+        return
+    kv = reader.number("num_key_value_heads", heads) * head_dim
+    bias = kind == "qwen2" or bool(config.get("attention_bias"))
+    output_bias = kind != "qwen2" and bias
+    if kind == "phi3":
+        attention = [Linear("self_attn.qkv_proj", hidden, heads * head_dim + 2 * kv)]
+    else:
+        attention = [
+            Linear("self_attn.q_proj", hidden, heads * head_dim, bias),
+            Linear("self_attn.k_proj", hidden, kv, bias),
+            Linear("self_attn.v_proj", hidden, kv, bias),
+        ]
+    attention.append(Linear("self_attn.o_proj", heads * head_dim, hidden, output_bias))
+    experts = (
+        config.get("num_local_experts") or config.get("num_experts") if "moe" in kind or kind == "mixtral" else None
+    )
+    if experts:
+        width = reader.number("moe_intermediate_size", config.get("intermediate_size"))
+        active = reader.number("num_experts_per_tok", 2)
+        yield (
+            num_layers,
+            Layer(
+                tuple(attention),
+                mlp_width=active * width,
+                expert_values=experts * 3 * hidden * width,
+                active_expert_values=active * 3 * hidden * width,
+                other_values=norms + experts * hidden,
+            ),
+        )
+        return
+    width = reader.number("intermediate_size", 4 * hidden)
+    mlp_bias = bool(config.get("mlp_bias"))
+    yield num_layers, Layer((*attention, *_mlp("mlp", kind, hidden, width, mlp_bias)), width, other_values=norms)
+
+
+def _mlp(path: str, kind: str, hidden: int, width: int, bias: bool = False) -> list[Linear]:
+    if kind == "phi3":
+        return [Linear(f"{path}.gate_up_proj", hidden, 2 * width), Linear(f"{path}.down_proj", width, hidden)]
+    return [
+        Linear(f"{path}.gate_proj", hidden, width, bias),
+        Linear(f"{path}.up_proj", hidden, width, bias),
+        Linear(f"{path}.down_proj", width, hidden, bias),
+    ]
+
+
+def _deepseek(reader: _Reader, hidden: int, heads: int, num_layers: int) -> Iterator[tuple[int, Layer]]:
+    """Multi-head latent attention, and experts beside shared ones from layer `first_k_dense_replace` on (arXiv 2405.04434)."""
+    config = reader.config
+    nope, rope, value = (reader.number(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    latent, query_latent = reader.number("kv_lora_rank"), config.get("q_lora_rank")
+    bias = bool(config.get("attention_bias"))
+    if query_latent:
+        queries = [
+            Linear("self_attn.q_a_proj", hidden, query_latent, bias),
+            Linear("self_attn.q_b_proj", query_latent, heads * (nope + rope)),
+        ]
+    else:
+        queries = [Linear("self_attn.q_proj", hidden, heads * (nope + rope))]
+    attention = [
+        *queries,
+        Linear("self_attn.kv_a_proj_with_mqa", hidden, latent + rope, bias),
+        Linear("self_attn.kv_b_proj", latent, heads * (nope + value)),
+        Linear("self_attn.o_proj", heads * value, hidden, bias),
+    ]
+    norms = 2 * hidden + latent + (query_latent or 0)
+    dense = min(int(config.get("first_k_dense_replace") or 0), num_layers)
+    if dense:
+        width = reader.number("intermediate_size")
+        yield dense, Layer((*attention, *_mlp("mlp", "", hidden, width)), width, other_values=norms)
+    if num_layers == dense:
+        return
+    width, experts = reader.number("moe_intermediate_size"), reader.number("n_routed_experts")
+    active, shared = reader.number("num_experts_per_tok"), int(config.get("n_shared_experts") or 0) * width
+    yield (
+        num_layers - dense,
+        Layer(
+            (*attention, *(_mlp("mlp.shared_experts", "", hidden, shared) if shared else ())),
+            mlp_width=active * width + shared,
+            expert_values=experts * 3 * hidden * width,
+            active_expert_values=active * 3 * hidden * width,
+            other_values=norms + experts * hidden,
+        ),
+    )
+
+
+def _window(config: Mapping[str, Any], kind: str) -> int | None:
+    """The sliding window in tokens, where one is on: Qwen says so apart."""
+    if kind.startswith("qwen") and not config.get("use_sliding_window"):
+        return None
+    window = config.get("sliding_window")
+    return int(window) if window else None
+
+
+def _windowed(config: Mapping[str, Any], kind: str, num_layers: int) -> int:
+    """How many layers have the window: every second one in Gemma 2, five of six in Gemma 3, the last ones in Qwen, else all."""
+    kinds = config.get("layer_types")
+    if isinstance(kinds, list):
+        return sum(name == "sliding_attention" for name in kinds)
+    if kind == "gemma2":
+        return -(-num_layers // 2)
+    if kind == "gemma3_text":
+        return num_layers - num_layers // int(config.get("sliding_window_pattern") or 6)
+    if kind.startswith("qwen"):
+        return max(0, num_layers - _default(config, "max_window_layers", 28))
+    return num_layers

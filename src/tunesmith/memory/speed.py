@@ -1,0 +1,187 @@
+"""How long a step takes, by arithmetic on the model's shape and the card's data sheet. Imports no PyTorch.
+
+A micro-batch is matrix products (bound by arithmetic, or by reading weights once where tokens are few), attention, passes
+over activations, weights made for their products (dequantized, cast), and a fixed time a layer for its many small kernels;
+where no CUDA graph replays them, launching them from Python is a lower bound. The shares of the data sheet that are reached
+(`RATES`) were fitted to 49 steps on an H100 (benchmarks/planner.py, docs/planner.md): on that card predictions are within
+15%. On another card they are arithmetic with these shares, and no better than its data sheet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tunesmith.cards import Card
+from tunesmith.memory.estimate import Load, Setup, trainable_values
+from tunesmith.memory.shape import Layer, ModelShape
+from tunesmith.types import LayerPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What an engine reaches. `products` and `attention` are shares of the card's FLOP/s.
+
+    `passes` is how often each feature that goes into or out of a linear layer is read or written besides the products, at
+    the card's bandwidth; `makes` is the same for weights that are dequantized or cast. `layer_ms` is the fixed time a layer.
+    """
+
+    products: float
+    attention: float
+    passes: float
+    makes: float
+    layer_ms: float
+
+
+RATES = {
+    "fused": Rates(products=0.81, attention=0.51, passes=7.7, makes=1.67, layer_ms=0.22),
+    "reference": Rates(products=0.82, attention=0.40, passes=24.0, makes=2.75, layer_ms=0.0),
+}
+
+LAUNCH_MS = {
+    ("reference", "lora"): (4.1, 7.8),
+    ("reference", "qlora"): (5.95, 10.9),
+    ("reference", "full"): (2.3, 4.4),
+    ("fused", "lora"): (2.9, 5.5),
+    ("fused", "qlora"): (2.9, 5.5),
+    ("fused", "full"): (2.9, 5.6),
+}
+"""Milliseconds that Python takes to launch a layer's forward and backward, activations kept and computed again, on the
+H100's host. A slower host takes longer."""
+
+BANDWIDTH = 0.8
+"""Share of the data sheet's bandwidth that plain reads and writes reach (2.7 of 3.35 TB/s)."""
+
+RANK = 16
+"""At which `passes` was fitted; a higher rank adds RANK_PASSES / RANK of them for each column more."""
+
+RANK_PASSES = 1.7
+
+FULL_PASSES = {"fused": 1.25, "reference": 0.9}
+"""`passes` in full fine-tuning, as a share: hidden states in fp32, but no adapters beside the products."""
+
+HOST_LINK = 20e9
+"""Bytes a second to host memory and back, for layer inputs that wait there: PCIe 4 x16. They travel beside the work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A micro-batch as the time model sees it: floating-point operations, and bytes through the card's memory."""
+
+    products: float
+    attention: float
+    activation_bytes: float
+    made_bytes: float
+
+
+def micro_batch_seconds(
+    shape: ModelShape,
+    setup: Setup,
+    load: Load,
+    card: Card,
+    policies: Sequence[LayerPolicy] = (),
+    recompute_layers: int = 0,
+    graphs: bool = True,
+) -> float:
+    """Seconds of one forward and backward over `load.tokens` tokens.
+
+    `policies` are the fused engine's, one a layer (none: keep all); `recompute_layers` the reference engine's. `graphs` says
+    whether CUDA graphs may replay it.
+    """
+    rates = RATES[setup.engine]
+    b, tokens = setup.value_bytes, load.tokens
+    layers = [layer for count, layer in shape.layers for _ in range(count)]
+    keep_all = LayerPolicy()
+    seconds, recomputed = 0.0, 0
+    known: dict[tuple[int, int, bool, bool], float] = {}  # layers that are alike share objects
+    for index, layer in enumerate(layers):
+        if setup.engine == "fused" and policies:
+            policy, again = policies[index], False
+        else:
+            policy, again = keep_all, setup.engine == "reference" and index < recompute_layers
+        windowed = index < shape.windowed
+        key = (id(layer), id(policy), again, windowed)
+        if key not in known:
+            known[key] = _layer_seconds(shape, layer, setup, load, card, policy, again, windowed)
+        seconds += known[key]
+        recomputed += again or policy.keep != keep_all.keep
+    head_products = 3 if setup.method == "full" else 2
+    seconds += head_products * _product_seconds(shape.embedding_values, load.supervised, b, card, rates.products)
+    seconds += 3 * b * load.supervised * shape.vocab_size / (card.bandwidth * BANDWIDTH)
+    if setup.engine == "reference" or not graphs or setup.method == "full":
+        kept_ms, again_ms = LAUNCH_MS[setup.engine, setup.method]
+        launching = (len(layers) - recomputed) * kept_ms + recomputed * again_ms
+        return max(seconds, launching / 1e3)
+    offloaded = sum(policy.offload_input for policy in policies)
+    return max(seconds, 2 * offloaded * tokens * shape.hidden_size * b / HOST_LINK)
+
+
+def _layer_seconds(
+    shape: ModelShape,
+    layer: Layer,
+    setup: Setup,
+    load: Load,
+    card: Card,
+    policy: LayerPolicy,
+    again: bool,
+    windowed: bool,
+) -> float:
+    rates, b, tokens = RATES[setup.engine], setup.value_bytes, load.tokens
+    full = setup.method == "full"
+    values = {linear.path: linear.values for linear in layer.linears}
+    total = sum(values.values()) + layer.active_expert_values
+    missing = _recomputed_values(layer, policy) if not again else total
+    passes = (3 if full else 2) * total + missing
+    seconds = _product_seconds(passes, tokens, b, card, rates.products)
+    context = load.sequence
+    if shape.window is not None and windowed:
+        context = min(context, 2 * shape.window)  # a window is seen whole by all but the first tokens
+    # Causal: half of the scores, for q k and for p v. The backward has five products where the forward has two.
+    scores = tokens * context * (shape.query_size + shape.attention_size)
+    forwards = 1 + (again or "attention" not in policy.keep)
+    seconds += scores * (forwards + 2.5) / (card.flops * rates.attention)
+    features = sum(linear.inputs + linear.outputs for linear in layer.linears) + 3 * layer.mlp_width * bool(
+        layer.expert_values
+    )
+    share = missing / total if total else 0.0
+    reads = rates.passes * (1 + (0.5 if again else 0.25) * share)
+    if setup.r and not full:
+        reads += RANK_PASSES * (setup.r / RANK - 1)
+    if full:
+        reads *= FULL_PASSES[setup.engine]
+    seconds += reads * b * tokens * features / card.bandwidth
+    if setup.method != "lora":
+        stored = 0.5 if setup.scheme in ("nf4", "fp4") else 1.0 if setup.scheme == "int8" else 4.0
+        made = (2 + share) * sum(values.values()) * (stored + b)
+        if full:
+            made += (5 if load.accumulates else 3) * 4.0 * sum(values.values())  # gradients: written, read, added
+        seconds += rates.makes * made / card.bandwidth
+    return seconds + rates.layer_ms / 1e3
+
+
+def _recomputed_values(layer: Layer, policy: LayerPolicy) -> float:
+    """Values of the matrices that a fused layer's backward multiplies by once more."""
+    found = 0.0
+    for linear in layer.linears:
+        name = linear.name
+        if name in ("gate_proj", "up_proj", "gate_up_proj"):
+            found += linear.values if "gate_up" not in policy.keep else 0
+        elif name == "o_proj":
+            found += linear.values if "middle" not in policy.keep else 0
+        elif name != "down_proj":
+            found += linear.values if "qkv" not in policy.keep else 0
+    return found
+
+
+def _product_seconds(values: float, tokens: int, value_bytes: int, card: Card, share: float) -> float:
+    """Products of `tokens` rows with `values` weights: arithmetic, or reading the weights."""
+    flops = card.flops if value_bytes == 2 else card.flops / 2  # fp32 weights go through TF32 at half the rate
+    return max(2 * values * tokens / (flops * share), values * value_bytes / (card.bandwidth * BANDWIDTH))
+
+
+def optimizer_seconds(shape: ModelShape, setup: Setup, card: Card) -> float:
+    """Seconds of clipping and of the optimizer's step: each trainable value is read and written with its moments."""
+    # bitsandbytes' 8-bit kernel looks its codes up: it takes as long as if its 4 bytes of moments were 30.
+    state = 30 if "8bit" in setup.optimizer else 16
+    a_value = 4 + 8 + 4 + 8 + state  # the norm, the clipping, the gradient, the weight, its two moments
+    return a_value * trainable_values(shape, setup) / (card.bandwidth * BANDWIDTH)

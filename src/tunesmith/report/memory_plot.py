@@ -1,0 +1,93 @@
+"""The memory of several ways to train as stacked bars, against the card: `tunesmith plan --plot`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+from tunesmith.errors import ConfigError
+from tunesmith.files import disk_errors
+
+KINDS = {
+    "weights_gb": ("weights", "#3b78d8"),
+    "adapter_gb": ("adapter", "#1f9e89"),
+    "gradients_gb": ("gradients", "#c9731a"),
+    "optimizer_gb": ("optimizer", "#8e63c7"),
+    "activations_gb": ("activations", "#6fb95a"),
+    "logits_gb": ("logits", "#d2a106"),
+    "workspace_gb": ("workspace", "#9aa1a9"),
+    "context_gb": ("CUDA context", "#c5cad0"),
+}
+"""Labels and colours of a breakdown's parts, in the order of the bars."""
+
+METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+
+WIDEST = 2.0
+"""Bars are cut at this many times the card's memory; their number says how long they are."""
+
+INCHES_PER_BAR = 0.42
+
+
+def draw_memory(path: str | Path, result: Mapping[str, Any]) -> Path:
+    """Draw what `workflows.plan.plan` returned as .png or .svg; returns the path.
+
+    Raises ConfigError for another ending, and MachineError where it cannot be written.
+    """
+    file = Path(path)
+    if file.suffix not in (".png", ".svg"):
+        raise ConfigError(f"--plot {path}: expected a name that ends in .png or .svg")
+    options = [option for option in result["options"] if option["breakdown"]]
+    figure = Figure(figsize=(9, 1.9 + INCHES_PER_BAR * len(options)), layout="constrained")
+    canvas = FigureCanvasSVG(figure) if file.suffix == ".svg" else FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _bars(axes, options, float(result["memory_gb"]))
+    recommended = result["recommended"]
+    axes.set_yticks(
+        range(len(options)),
+        [_label(option) + (" *" if option == recommended else "") for option in options],
+        fontsize=9,
+    )
+    axes.invert_yaxis()
+    axes.set_xlabel("GB")
+    axes.set_title(f"{result['model']} on {result['gpu']}: predicted peak", fontsize=11, loc="left")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        canvas.print_figure(str(file), dpi=150)
+    return file
+
+
+def _bars(axes: Axes, options: Sequence[Mapping[str, Any]], memory_gb: float) -> None:
+    limit = WIDEST * memory_gb
+    starts = [0.0] * len(options)
+    for key, (label, colour) in KINDS.items():
+        widths = [option["breakdown"].get(key, 0.0) for option in options]
+        axes.barh(range(len(options)), widths, left=starts, height=0.66, color=colour, label=label)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    for place, (option, total) in enumerate(zip(options, starts, strict=True)):
+        cut = min(total, limit)
+        text = f" {total:.1f}" + (" …" if total > limit else "")
+        axes.text(
+            cut, place, text, va="center", ha="right" if total > limit else "left", fontsize=8,
+            color="white" if total > limit else "#1f2328" if option["fits"] else "#c8524d",
+        )  # fmt: skip
+    axes.axvline(memory_gb, color="#c8524d", linewidth=1.4, label=f"the card: {memory_gb:.1f} GB")
+    axes.set_xlim(0, min(limit, 1.12 * max([*starts, memory_gb])))
+    axes.grid(axis="x", color="#d8dce0", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _label(option: Mapping[str, Any]) -> str:
+    scheme = "" if option["scheme"] in (None, "nf4") else f" {option['scheme']}"
+    return (
+        f"{METHODS[option['method']]}{scheme}, {option['micro_batch_size']} x {option['max_seq_length']:,}, "
+        f"{option['memory_mode']}, {option['optimizer']}"
+    )

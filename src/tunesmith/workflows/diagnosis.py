@@ -1,0 +1,148 @@
+"""Why a run does not fit, and what would make it fit: five questions, answered with the run's own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tunesmith.cards import CARDS
+from tunesmith.config import Method, RunConfig
+from tunesmith.data.lengths import length_stats
+from tunesmith.memory.estimate import Estimate, Load, Setup
+from tunesmith.memory.policy import HEADROOM, plan_memory
+from tunesmith.memory.shape import ModelShape
+from tunesmith.models.catalogue import CATALOGUE
+from tunesmith.types import MemoryPlan
+
+SMALLEST = 512
+"""Tokens of the micro-batch that other methods and models are asked about: one short example."""
+
+
+def diagnose(
+    config: RunConfig,
+    shape: ModelShape | None,
+    plan: MemoryPlan,
+    budget_gb: float,
+    where: str,
+    lengths: Sequence[int],
+    happened: str = "",
+    halvings: int = 0,
+) -> str:
+    """What needs the memory, and five lines on what could change. `where` is the device's name.
+
+    `happened` says what was seen; by default the prediction is said. `halvings` is how often micro-batches were halved.
+    """
+    predicted = plan.predicted_peak_gb
+    need = "an unknown amount" if predicted is None else f"{predicted:.1f} GB"
+    first = happened or f"this run needs {need}, and {where} has {budget_gb:.1f} GB for it"
+    parts = {name.removesuffix("_gb"): gb for name, gb in plan.breakdown.items() if name != "context_gb" and gb > 0.005}
+    if parts:
+        first += f" ({', '.join(f'{name} {gb:.1f}' for name, gb in parts.items())})"
+    lines = [first]
+    lines += [
+        f"{number}. {line}" for number, line in enumerate(_steps(config, shape, plan, budget_gb, lengths, halvings), 1)
+    ]
+    return "\n".join(lines)
+
+
+def _steps(
+    config: RunConfig,
+    shape: ModelShape | None,
+    plan: MemoryPlan,
+    budget_gb: float,
+    lengths: Sequence[int],
+    halvings: int,
+) -> Iterator[str]:
+    if plan.mode == "fast":
+        yield "activations: memory.mode fast keeps them all; set memory.mode: auto, which computes again what does not fit"
+    elif plan.recompute_layers < plan.num_layers:
+        yield (
+            f"activations: {plan.recompute_layers} of {plan.num_layers} layers compute them again; set memory.mode: min for "
+            "all of them"
+        )
+    else:
+        yield f"activations: all {plan.num_layers} layers compute them again already"
+    yield _optimizer(config, plan)
+    stats = length_stats(lengths)
+    limit = config.data.max_seq_length
+    yield (
+        f"sequence length: examples have up to {stats.max:,} tokens, 95% of them at most {stats.p95:,.0f}; "
+        f"data.max_seq_length is {limit}"
+        + (
+            ""
+            if stats.max <= 1.2 * stats.p95
+            else f": {64 * -(-int(stats.p95) // 64)} with data.overlong: truncate helps"
+        )
+    )
+    size = config.training.micro_batch_size
+    tokens = config.training.micro_batch_tokens
+    if halvings:
+        planned = f"{tokens} tokens" if tokens is not None else f"{size} examples"
+        yield f"micro-batch: {planned}, halved {halvings} times: one example already"
+    elif tokens is not None:
+        yield f"micro-batch: {tokens} tokens (training.micro_batch_tokens); the longest example has {stats.max:,}"
+    elif size in (1, "auto"):
+        yield "micro-batch: one example already, the least there is"
+    else:
+        yield f"micro-batch: {size} examples; set training.micro_batch_size: 1 (the effective batch stays)"
+    yield "model: " + _what_fits(config, shape, budget_gb)
+
+
+def _optimizer(config: RunConfig, plan: MemoryPlan) -> str:
+    name, held = config.optimizer.name, plan.breakdown.get("optimizer_gb", 0.0)
+    if "8bit" in name:
+        return f"optimizer: {name} has its states in 8 bits already ({held:.1f} GB)"
+    return (
+        f"optimizer: the states of {name} take {held:.1f} GB; optimizer.name: paged_adamw_8bit takes a quarter of that, and "
+        "waits in host memory where the card is full"
+    )
+
+
+def _what_fits(config: RunConfig, shape: ModelShape | None, budget_gb: float) -> str:
+    if shape is None:
+        return f"{config.model.name} is not known to the planner; try method: qlora, or a smaller model"
+    methods: list[Method] = [method for method in ("lora", "qlora") if _leaner(method, config.method)]
+    for method in methods:
+        needed = least_gb(shape, method, config)
+        if needed <= HEADROOM * budget_gb:
+            return f"method: {method} would need {needed:.1f} GB at least"
+    billions = shape.num_parameters / 1e9
+    smaller = largest_that_fits(budget_gb, config, below=shape.num_parameters)
+    least = least_gb(shape, "qlora", config)
+    enough = min(
+        (card for card in CARDS if HEADROOM * card.memory_gb >= least), key=lambda card: card.memory_gb, default=None
+    )
+    hint = f"method: qlora needs {least:.1f} GB at least"
+    hint += f", as a {enough.name} has" if enough else ""
+    hint += f"; here the largest known model that trains with qlora is {smaller}" if smaller else ""
+    return f"{billions:.1f}B parameters are too many for this card: {hint}"
+
+
+def _leaner(method: Method, than: Method) -> bool:
+    order: list[Method] = ["full", "lora", "qlora"]
+    return order.index(method) > order.index(than)
+
+
+def least_gb(shape: ModelShape, method: Method, config: RunConfig) -> float:
+    """The least that `method` needs with one short example: everything computed again, 8-bit optimizer states."""
+    targets = config.adapter.target_modules
+    setup = Setup(
+        method=method,
+        engine="fused" if shape.can_fuse and config.model.engine != "reference" else "reference",
+        r=0 if method == "full" else config.adapter.r,
+        targets="all-linear" if isinstance(targets, list) else targets,
+        optimizer="paged_adamw_8bit",
+        scheme=config.quantization.scheme if method == "qlora" else None,
+    )
+    estimate = Estimate(shape, setup, Load(SMALLEST, SMALLEST, SMALLEST))
+    return plan_memory(estimate, "min", None).predicted_peak_gb or 0.0
+
+
+def largest_that_fits(budget_gb: float, config: RunConfig, below: int) -> str | None:
+    """The known model with the most parameters, fewer than `below`, that QLoRA trains within the budget."""
+    sizes = {name: ModelShape.of(values) for name, values in CATALOGUE.items()}
+    fitting = {
+        name: shape.num_parameters
+        for name, shape in sizes.items()
+        if shape.num_parameters < below and least_gb(shape, "qlora", config) <= HEADROOM * budget_gb
+    }
+    return max(fitting, key=lambda name: fitting[name]) if fitting else None

@@ -1,0 +1,100 @@
+"""A forward and backward on the largest micro-batch that the data can produce, before training: the plan against the card.
+
+Nothing of it stays: gradients are forgotten, random generators are put back, no weight moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tunesmith.config import RunConfig
+from tunesmith.data.batches import few_lengths, largest_batch, make_batch
+from tunesmith.hardware import Hardware
+from tunesmith.memory.calibrate import Measured, calibrate
+from tunesmith.models.forward import ModelForward
+from tunesmith.training.objectives import Objective
+from tunesmith.training.optimizers import Optimizer
+from tunesmith.training.prepare import apply_plan
+from tunesmith.training.recovery import is_out_of_memory
+from tunesmith.types import GB, Event, TokenizedExample
+from tunesmith.workflows.run_plan import RunPlan, uses_graphs
+
+
+class DryStep:
+    """The step and what it needs; `measure` runs it."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        forward: ModelForward,
+        objective: Objective,
+        optimizer: Optimizer,
+        hardware: Hardware,
+        examples: Sequence[TokenizedExample],
+        pad_id: int,
+    ):
+        self.config, self.forward, self.objective, self.optimizer = config, forward, objective, optimizer
+        self.hardware, self.pad_id = hardware, pad_id
+        chosen = largest_batch([len(example) for example in examples], config.training, config.data.packing)
+        self.examples = [examples[index] for index in chosen]
+
+    def measure(self, plan: RunPlan) -> float | None:
+        """The peak of a step under `plan` in GB, which is applied to the model; None if it runs out of memory."""
+        device = self.hardware.device
+        apply_plan(self.forward, plan.memory)
+        self.optimizer.allocate()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        was_training = self.forward.model.training
+        self.forward.model.train()
+        try:
+            # Where steps have several micro-batches, gradients wait while the second one's activations are there.
+            for _ in range(min(2, plan.choice.candidate.count)):
+                self._forward_backward(uses_graphs(self.config, plan.setup, self.hardware))
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device) / GB
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        finally:
+            self.forward.model.train(was_training)
+            self.optimizer.reset()
+            torch.set_rng_state(before[0])
+            torch.cuda.set_rng_state_all(before[1])
+            torch.cuda.empty_cache()
+        return None
+
+    def _forward_backward(self, widen: bool) -> None:
+        batch = make_batch(
+            self.examples, self.config.data.packing, self.pad_id, self.forward.device, few_lengths if widen else None
+        )
+        with self.forward.autocast():
+            terms = self.objective.terms(self.forward, batch)
+            loss = torch.stack([term.weight * term.sum / max(1, term.count) for term in terms]).sum()
+        loss.backward()
+        self.optimizer.collect()
+
+
+def calibrated(plan: RunPlan, step: DryStep) -> tuple[RunPlan, list[Event]]:
+    """The plan that holds on this card, applied to the model, and what to log. On the CPU the plan stays as it is."""
+    if step.hardware.type != "cuda" or not step.config.memory.calibrate:
+        return plan, []
+    found, measured = calibrate(plan, step.measure, RunPlan.corrected)
+    apply_plan(step.forward, found.memory)
+    return found, [_event(entry, found if entry is measured[-1] and found is not plan else None) for entry in measured]
+
+
+def _event(entry: Measured, changed: RunPlan | None) -> Event:
+    peak = "ran out of memory" if entry.measured_gb is None else f"took {entry.measured_gb:.2f} GB"
+    message = f"a dry step on the largest micro-batch {peak}; predicted were {entry.predicted_gb:.2f} GB"
+    if changed is not None:
+        message += f"; planned again: {changed.memory.reason}"
+    return {
+        "event": "calibration",
+        "predicted_gb": entry.predicted_gb,
+        "measured_gb": entry.measured_gb,
+        "message": message,
+    }

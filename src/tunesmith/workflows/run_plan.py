@@ -1,0 +1,223 @@
+"""The memory of a run before it begins: the engine, the micro-batch, what each layer keeps, and the cap that holds it there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from tunesmith.cards import Card, card_of
+from tunesmith.config import RunConfig
+from tunesmith.errors import ConfigError, MachineError, ModelError
+from tunesmith.hardware import ComputeDType, Hardware, free_memory_gb, no_fused_engine
+from tunesmith.memory.choose import Candidate, Choice, best, options
+from tunesmith.memory.estimate import Estimate, Setup
+from tunesmith.memory.policy import Mode, plan_memory
+from tunesmith.memory.shape import ModelShape
+from tunesmith.models.adapters import count_parameters, weights_gb
+from tunesmith.models.forward import ModelForward
+from tunesmith.models.fuse import why_not_fused
+from tunesmith.types import GB, MemoryPlan, TokenizedExample
+from tunesmith.workflows.diagnosis import diagnose
+from tunesmith.workflows.setups import candidates_of, engine_on_gpu, set_micro_batch, setup_of
+
+SHAPE_KEYS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""Which transformers answers under these names for models that call them otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunPlan:
+    """How a run uses memory and how long a step takes: what was chosen, and what it was chosen from.
+
+    `shape` is None for an architecture that cannot be planned; `choice` has no prediction then. `correction_gb` is what was
+    measured beyond the arithmetic.
+    """
+
+    choice: Choice
+    shape: ModelShape | None
+    setup: Setup
+    budget_gb: float
+    card: Card | None
+    weights_gb: float
+    trainable: int
+    correction_gb: float = 0.0
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """The plan of memory."""
+        return self.choice.plan
+
+    def corrected(self, measured_gb: float) -> RunPlan:
+        """The plan again, with the same micro-batch, for a peak that was measured where this one was predicted."""
+        predicted = self.memory.predicted_peak_gb
+        if self.shape is None or predicted is None:
+            return self
+        found = self._again(self.memory.mode, self.correction_gb + measured_gb - predicted)
+        return replace(found, correction_gb=self.correction_gb + measured_gb - predicted)
+
+    def least(self) -> RunPlan:
+        """The plan that needs the least memory, with the same micro-batch; itself if there is no less."""
+        if self.shape is None or self.memory.mode == "min":
+            return self
+        found = self._again("min", self.correction_gb)
+        return (
+            self
+            if found.memory.policies == self.memory.policies
+            and (found.memory.recompute_layers == self.memory.recompute_layers)
+            else found
+        )
+
+    def _again(self, mode: Mode, correction_gb: float) -> RunPlan:
+        assert self.shape is not None
+        estimate = Estimate(self.shape, self.setup, self.choice.candidate.largest, self.weights_gb, self.trainable)
+        plan = plan_memory(estimate, mode, self.budget_gb, correction_gb)
+        return replace(self, choice=replace(self.choice, plan=plan))
+
+
+def plan_run(
+    config: RunConfig, forward: ModelForward, hardware: Hardware, examples: Sequence[TokenizedExample]
+) -> RunPlan:
+    """The micro-batch, and what each layer keeps, recomputes or offloads, so that a run on `examples` fits.
+
+    Fits into `memory.limit_gb`, and what is free. Writes the micro-batch into `config.training` where it was `auto`. Raises
+    MachineError, with what could be changed, where a GPU cannot hold it whatever is given up.
+    """
+    shape = shape_of(forward.base.config.get_text_config())
+    engine = _engine(config, forward, hardware)
+    trainable, _ = count_parameters(forward.model)
+    weights = weights_gb(forward.model)
+    budget = budget_gb(config, hardware, weights)
+    if config.method != "full":
+        weights -= 4 * trainable / GB
+    setup = setup_of(config, engine, forward.dtype, getattr(forward.model, "peft_config", None))
+    graphs = uses_graphs(config, setup, hardware)
+    candidates = candidates_of(config, *_lengths(examples), graphs, hardware.type)
+    card = card_of(hardware.name, hardware.memory_gb) if hardware.type == "cuda" else None
+    if shape is None:
+        choice = Choice(candidates[0], _without_prediction(config, engine, forward, budget), None)
+    else:
+        if engine == "fused" and not shape.can_fuse and config.model.engine == "auto":
+            setup = _engine_of_half_fused(shape, setup, candidates[0], budget, weights, trainable)
+        found = options(
+            shape, setup, candidates, config.memory.mode, budget, card,
+            graphs=graphs, weights_gb=weights, trainable=trainable,
+        )  # fmt: skip
+        choice = best(list(found), config.memory.mode)
+    plan = RunPlan(choice, shape, setup, budget, card, weights, trainable)
+    if hardware.type == "cuda" and not _may_fit(plan.memory):
+        raise MachineError(diagnose(config, shape, plan.memory, budget, hardware.name, [len(e) for e in examples]))
+    set_micro_batch(config.training, choice.candidate)
+    return plan
+
+
+def refuse_what_cannot_fit(
+    config: RunConfig,
+    model_config: Mapping[str, Any],
+    hardware: Hardware,
+    dtype: ComputeDType,
+    examples: Sequence[TokenizedExample],
+) -> None:
+    """Raise MachineError, before weights are fetched or read, for a run that a GPU cannot hold whatever is given up.
+
+    By arithmetic on config.json alone; what it cannot tell is left to `plan_run`.
+    """
+    try:
+        shape = ModelShape.of(model_config)
+    except ModelError:
+        return
+    if hardware.type != "cuda" or config.adapter.init_from:
+        return
+    setup = setup_of(config, "reference" if no_fused_engine(hardware) else engine_on_gpu(config, shape), dtype)
+    budget = budget_gb(config, hardware, 0.0)
+    smallest = candidates_of(config, *_lengths(examples), graphs=False, device=hardware.type)[0]
+    least = plan_memory(Estimate(shape, setup, smallest.largest), "min", budget)
+    if not _may_fit(least):
+        raise MachineError(diagnose(config, shape, least, budget, hardware.name, [len(e) for e in examples]))
+
+
+def _lengths(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:
+    return [len(example) for example in examples], [example.supervised for example in examples]
+
+
+def _may_fit(plan: MemoryPlan) -> bool:
+    """A plan that would fill the whole budget is tried; one that asks for more, or keeps all where it must not, is not."""
+    if plan.predicted_peak_gb is None or plan.budget_gb is None:
+        return True
+    return plan.predicted_peak_gb <= plan.budget_gb
+
+
+def shape_of(config: Any) -> ModelShape | None:
+    """The shape of a transformers text config; None if it lacks what a decoder has."""
+    values: Mapping[str, Any] = config.to_dict()
+    named = {key: getattr(config, key, None) for key in SHAPE_KEYS}
+    try:
+        return ModelShape.of({**values, **{key: value for key, value in named.items() if value is not None}})
+    except ModelError:
+        return None
+
+
+def uses_graphs(config: RunConfig, setup: Setup, hardware: Hardware) -> bool:
+    """Whether CUDA graphs may replay micro-batches (training/graphs.py), whose rows are widened for that."""
+    return config.training.cuda_graphs and hardware.type == "cuda" and setup.engine == "fused"
+
+
+def budget_gb(config: RunConfig, hardware: Hardware, weights: float) -> float:
+    """GB that the run may take with its `weights` loaded: what is free or its own already, and no more than the cap."""
+    own = torch.cuda.memory_reserved(hardware.device) / GB if hardware.type == "cuda" else weights
+    free = free_memory_gb(hardware) + own
+    return free if config.memory.limit_gb is None else min(config.memory.limit_gb, free)
+
+
+def _engine(config: RunConfig, forward: ModelForward, hardware: Hardware) -> Literal["reference", "fused"]:
+    """What `model.engine` means here. Raises ConfigError where `fused` was asked for and no layer fits."""
+    if config.model.engine == "reference":
+        return "reference"
+    if config.model.engine == "auto" and no_fused_engine(hardware):
+        return "reference"
+    reasons = why_not_fused(forward.model)
+    if all(reasons) and config.model.engine == "fused":
+        raise ConfigError(f"model.engine is fused, but no layer of this model can be: {reasons[0]}; use auto")
+    return "reference" if all(reasons) else "fused"
+
+
+def _engine_of_half_fused(
+    shape: ModelShape, setup: Setup, candidate: Candidate, budget: float, weights: float, trainable: int
+) -> Setup:
+    """Layers of which only a half is ours recompute nothing: the reference engine, unless everything can be kept."""
+    kept = plan_memory(Estimate(shape, setup, candidate.largest, weights, trainable), "auto", budget)
+    return setup if _may_fit(kept) else replace(setup, engine="reference")
+
+
+def _without_prediction(
+    config: RunConfig, engine: Literal["reference", "fused"], forward: ModelForward, budget: float
+) -> MemoryPlan:
+    """For an architecture whose memory cannot be told: `min` recomputes every layer, else everything is kept."""
+    num_layers = len(forward.decoder.layers) if hasattr(forward.decoder, "layers") else 0
+    layers = num_layers if config.memory.mode == "min" else 0
+    what = f"recompute {layers} of {num_layers} layers" if layers else "keep all activations"
+    reason = f"memory.mode {config.memory.mode}: {type(forward.base).__name__} cannot be predicted: {what}"
+    return MemoryPlan(config.memory.mode, layers, num_layers, budget, None, reason, engine)
+
+
+def limit_memory(config: RunConfig, hardware: Hardware) -> None:
+    """Hold this process to `memory.limit_gb` on a GPU. Raises MachineError if the card has less."""
+    if hardware.type != "cuda":
+        return
+    torch.cuda.reset_peak_memory_stats(hardware.device)
+    if config.memory.limit_gb is not None:
+        share = config.memory.limit_gb / hardware.memory_gb
+        if share > 1:
+            raise MachineError(
+                f"memory.limit_gb {config.memory.limit_gb} is more than the card has: {hardware.memory_gb:.1f}"
+            )
+        torch.cuda.set_per_process_memory_fraction(share, hardware.device)

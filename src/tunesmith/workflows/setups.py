@@ -1,0 +1,108 @@
+"""What a configuration and its data mean for memory and time: the terms of memory/. Imports no PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from tunesmith.config import RunConfig, TrainingConfig
+from tunesmith.data.batches import few_lengths, largest_micro_batch
+from tunesmith.errors import ConfigError
+from tunesmith.hardware import ComputeDType
+from tunesmith.memory.choose import Candidate, even_sizes
+from tunesmith.memory.estimate import Load, Setup
+from tunesmith.memory.shape import ModelShape
+
+
+def engine_on_gpu(config: RunConfig, shape: ModelShape) -> Literal["reference", "fused"]:
+    """The engine that `train` takes on an NVIDIA GPU. Raises ConfigError where `fused` is asked for and cannot be whole."""
+    int8 = config.method == "qlora" and config.quantization.scheme == "int8"
+    can = shape.can_fuse and not int8
+    if config.model.engine == "fused" and not can:
+        what = "an 8-bit base" if int8 else f"{shape.model_type or 'this family'}, of which it knows no whole layer"
+        raise ConfigError(f"model.engine is fused, which does not run {what}; use auto")
+    return "fused" if can and config.model.engine != "reference" else "reference"
+
+
+def setup_of(
+    config: RunConfig, engine: Literal["reference", "fused"], dtype: ComputeDType, adapters: Any = None
+) -> Setup:
+    """The configuration as far as memory depends on it. `adapters` is a loaded model's `peft_config`, which says the rank."""
+    adapter = config.adapter
+    r, targets = adapter.r, adapter.target_modules
+    if adapters is not None:
+        r = next(iter(adapters.values())).r
+    return Setup(
+        method=config.method,
+        engine=engine,
+        value_bytes=4 if dtype == "fp32" else 2,
+        r=0 if config.method == "full" else r,
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        optimizer=config.optimizer.name,
+        scheme=config.quantization.scheme if config.method == "qlora" else None,
+        double_quant=config.quantization.double_quant,
+    )
+
+
+def candidates_of(
+    config: RunConfig, lengths: Sequence[int], supervised: Sequence[int], graphs: bool, device: str
+) -> list[Candidate]:
+    """The micro-batches there are to choose from, the smallest first; one, where the configuration says which.
+
+    `lengths` and `supervised` are the examples' tokens and supervised tokens. A CPU gains nothing from more examples at once
+    than the plain few.
+    """
+    training, packing = config.training, config.data.packing
+    mean, mean_supervised = sum(lengths) / len(lengths), sum(supervised) / len(supervised)
+    batch = min(training.batch_size, len(lengths))
+    step = training.batch_tokens or batch * mean
+
+    def candidate(settings: TrainingConfig) -> Candidate:
+        tokens = largest_micro_batch(lengths, settings, packing, few_lengths if graphs else None)
+        targets = largest_micro_batch(supervised, settings, packing=True)
+        if settings.micro_batch_tokens is not None:
+            size, unit = settings.micro_batch_tokens, "tokens"
+            typical = min(step, float(size))
+            count = math.ceil(step / size)
+        else:
+            size, unit = settings.micro_batch, "examples"
+            typical = min(size, batch) * mean
+            count = math.ceil(batch / size)
+        sequence = max(lengths)
+        accumulates = count > 1
+        return Candidate(
+            size,
+            count,
+            Load(tokens, min(targets, tokens), sequence, accumulates),
+            Load(
+                max(1, round(typical)),
+                max(1, round(typical * mean_supervised / mean)),
+                max(1, round(mean)),
+                accumulates,
+            ),
+            unit,  # type: ignore[arg-type]  # one of the two
+        )
+
+    if training.micro_batch_tokens is not None or training.micro_batch_size != "auto":
+        return [candidate(training)]
+    if not packing or device != "cuda":
+        sizes = [size for size in even_sizes(batch) if device == "cuda" or size <= training.micro_batch]
+        return [candidate(training.model_copy(update={"micro_batch_size": size})) for size in sizes]
+    longest = max(lengths)
+    if config.data.max_seq_length != "auto":
+        longest = max(longest, config.data.max_seq_length)  # a budget below it would be refused
+    budgets = [longest]
+    while budgets[-1] < step:
+        budgets.append(2 * budgets[-1])
+    return [candidate(training.model_copy(update={"micro_batch_tokens": size})) for size in budgets]
+
+
+def set_micro_batch(training: TrainingConfig, candidate: Candidate) -> None:
+    """Write a chosen micro-batch where the configuration says `auto`."""
+    if training.micro_batch_tokens is not None or training.micro_batch_size != "auto":
+        return
+    if candidate.unit == "tokens":
+        training.micro_batch_tokens = candidate.size
+    else:
+        training.micro_batch_size = candidate.size
