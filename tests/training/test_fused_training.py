@@ -63,7 +63,7 @@ def weights(run: RunFolder) -> dict[str, torch.Tensor]:
 
 def assert_alike(fused: TrainingSession, reference: TrainingSession, rel: float = 1e-5) -> None:
     """Same losses and gradient norms, and saved weights that have moved the same way."""
-    assert (fused.plan.engine, reference.plan.engine) == ("fused", "reference")
+    assert (fused.plan.memory.engine, reference.plan.memory.engine) == ("fused", "reference")
     assert curve(fused) == pytest.approx(curve(reference), rel=rel)
     assert curve(fused, "grad_norm") == pytest.approx(curve(reference, "grad_norm"), rel=10 * rel)
     assert len(set(curve(fused))) == len(curve(fused)) == 5
@@ -134,6 +134,10 @@ def test_it_learns(session: Session) -> None:
 # -- memory plans -----------------------------------------------------------------------------------------------------
 
 
+FOUR = "training.micro_batch_size=4"
+"""Given, so that modes differ in what they keep alone: `min` would take one example at a time."""
+
+
 def policies(session: TrainingSession) -> list[LayerPolicy]:
     engine = engine_of(session.forward.model)
     assert engine is not None
@@ -142,24 +146,24 @@ def policies(session: TrainingSession) -> list[LayerPolicy]:
 
 
 def test_memory_modes_change_the_plan_and_no_bit_of_a_loss(session: Session) -> None:
-    fast = trained(session(*SHORT, FUSED, "memory.mode=fast"))
+    fast = trained(session(*SHORT, FUSED, FOUR, "memory.mode=fast"))
     assert policies(fast) == [LayerPolicy()] * 2
-    assert fast.plan.predicted_peak_gb is not None
+    assert fast.plan.memory.predicted_peak_gb is not None
 
-    least = trained(session(*SHORT, FUSED, "memory.mode=min"))
+    least = trained(session(*SHORT, FUSED, FOUR, "memory.mode=min"))
     assert policies(least) == [LayerPolicy(keep=frozenset(), offload_input=True)] * 2
-    assert least.plan.predicted_peak_gb is not None
-    assert least.plan.predicted_peak_gb < fast.plan.predicted_peak_gb
+    assert least.plan.memory.predicted_peak_gb is not None
+    assert least.plan.memory.predicted_peak_gb < fast.plan.memory.predicted_peak_gb
     assert curve(least) == curve(fast)
 
     # A cap between the two: something goes, not everything.
-    cap = (0.7 * fast.plan.predicted_peak_gb + 0.3 * least.plan.predicted_peak_gb) / 0.9
-    capped = trained(session(*SHORT, FUSED, "memory.mode=auto", f"memory.limit_gb={cap}"))
+    cap = (0.7 * fast.plan.memory.predicted_peak_gb + 0.3 * least.plan.memory.predicted_peak_gb) / 0.9
+    capped = trained(session(*SHORT, FUSED, FOUR, "memory.mode=auto", f"memory.limit_gb={cap}"))
     kept = [len(policy.keep) for policy in policies(capped)]
-    assert policies(capped) == list(capped.plan.policies)
+    assert policies(capped) == list(capped.plan.memory.policies)
     assert 0 < sum(kept) < 2 * len(LAYER_TENSORS)
-    assert capped.plan.predicted_peak_gb is not None
-    assert capped.plan.predicted_peak_gb <= 0.9 * cap
+    assert capped.plan.memory.predicted_peak_gb is not None
+    assert capped.plan.memory.predicted_peak_gb <= 0.9 * cap
     assert curve(capped) == curve(fast)
     assert curve(capped, "grad_norm") == curve(fast, "grad_norm")
     ours, theirs = weights(capped.run), weights(fast.run)
@@ -170,8 +174,8 @@ def test_memory_modes_change_the_plan_and_no_bit_of_a_loss(session: Session) -> 
 
 def test_an_mlp_in_pieces(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = trained(session(*SHORT, FUSED, *WAYS["packed"]))
-    monkeypatch.setattr("tunesmith.memory.policy.MLP_ROWS", 16)
-    pieces = trained(session(*SHORT, FUSED, *WAYS["packed"], "memory.mode=min"))
+    monkeypatch.setattr("tunesmith.memory.estimate.MLP_ROWS", 16)
+    pieces = trained(session(*SHORT, FUSED, FOUR, *WAYS["packed"], "memory.mode=min"))
     rows = policies(pieces)[0].mlp_rows
     assert rows is not None
     assert rows >= 16
@@ -205,7 +209,7 @@ def test_resume_is_bit_identical(configure: Configure, tmp_path: Path, optimizer
         crashing.train(crash)
     torch.manual_seed(999)  # whatever the new process's generator is, the checkpoint's takes over
     resumed = restart(tmp_path / "crashed")
-    assert resumed.plan.engine == "fused"
+    assert resumed.plan.memory.engine == "fused"
     resumed.train()
     for key in ("loss", "grad_norm"):
         assert curve(resumed, key) == curve(reference, key)
@@ -231,7 +235,7 @@ def test_dropout_is_seeded(session: Session) -> None:
 
 
 def test_the_engines_plan_is_in_the_events(session: Session) -> None:
-    run = trained(session(*SHORT, FUSED, "memory.mode=min"))
+    run = trained(session(*SHORT, FUSED, FOUR, "memory.mode=min"))
     (beginning,) = events(run.run, "start")
     assert beginning["engine"] == "fused"
     assert beginning["recompute_layers"] == 2

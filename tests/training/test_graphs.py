@@ -566,7 +566,7 @@ def test_a_run_does_not_notice_real_graphs(session: Session, ways: tuple[str, ..
     found = []
     for graphs in (False, True):
         run = session(*settings, f"training.cuda_graphs={str(graphs).lower()}")
-        assert run.plan.engine == "fused"
+        assert run.plan.memory.engine == "fused"
         run.train()
         found.append(run)
     plain, graphed = found
@@ -585,7 +585,7 @@ def test_real_graphs_with_layer_inputs_in_host_memory(session: Session) -> None:
     kept, offloaded = (session(*settings, f"memory.mode={mode}") for mode in ("fast", "min"))
     for run in (kept, offloaded):
         run.train()
-    assert offloaded.plan.policies[0].offload_input
+    assert offloaded.plan.memory.policies[0].offload_input
     assert outcome(offloaded)[0] == pytest.approx(outcome(kept)[0], rel=1e-4)
 
 

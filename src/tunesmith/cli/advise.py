@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from tunesmith.config import RunConfig
     from tunesmith.workflows.advise import Question
     from tunesmith.workflows.advise_settings import Fit
 
@@ -56,8 +57,9 @@ def advise(
     from tunesmith.workflows.advise import advise as run
     from tunesmith.workflows.advise import parse_answers
     from tunesmith.workflows.advise_costs import Prices
+    from tunesmith.workflows.plan import full_name
 
-    config = load_config(None, settings or [], {"data.path": data, "model.name": model})
+    config = load_config(None, settings or [], {"data.path": data, "model.name": full_name(model)})
     prices = Prices(per_hour, labelling, requests, input_price, output_price)
     with Console() as console:
 
@@ -69,7 +71,7 @@ def advise(
         result = run(
             config,
             parse_answers(answers or []),
-            fit=card_fit(gpu, memory),
+            fit=card_fit(config, gpu, memory),
             prices=prices,
             out=Path(out) if out else None,
             ask=ask if sys.stdin.isatty() else None,
@@ -87,13 +89,33 @@ def advise(
         print("\n".join(costs_notes(result["costs"])))
 
 
-def card_fit(gpu: str | None, memory: float | None) -> Fit | None:
-    """Predictions for the card that was named. Raises ConfigError: the planner that makes them is not there yet."""
-    from tunesmith.errors import ConfigError
+def card_fit(config: RunConfig, gpu: str | None, memory: float | None) -> Fit | None:
+    """Predictions for the card that was named, or for this machine's; None without one. Raises ConfigError."""
+    from tunesmith.config import Method
+    from tunesmith.errors import ModelError
+    from tunesmith.workflows import plan as planner
+    from tunesmith.workflows.advise_settings import FitResult
 
-    if gpu is not None or memory is not None:
-        raise ConfigError("--gpu and --memory have no effect before `tunesmith plan` is there; remove them")
-    return None
+    target = planner.find_target(gpu, memory)
+    if target is None:
+        return None
+    try:
+        _, shape = planner.find_shape(config.model.name)
+    except ModelError:
+        if gpu is not None or memory is not None:
+            raise
+        return None
+
+    def fit(method: Method, r: int, max_seq_length: int, batch_size: int) -> FitResult | None:
+        settings = planner.with_settings(config, method=method, adapter__r=max(1, r), training__batch_size=batch_size)
+        length = min(max_seq_length, shape.context_length or max_seq_length)
+        examples = planner.Data.of_length(length, batch_size)
+        option = planner.plan_option(settings, shape, target, examples.lengths, examples.supervised)
+        return FitResult(
+            option.peak_gb, target.memory_gb, option.fits, option.tokens_per_second, option.micro_batch_size
+        )
+
+    return fit
 
 
 def ask_in_terminal(question: Question, suggested: str) -> str:

@@ -51,33 +51,41 @@ def plan(
     from tunesmith.errors import ConfigError
     from tunesmith.workflows import plan as planner  # not from api: this needs no PyTorch
 
-    given = {"model.name": model, "data.path": data}
+    methods = _methods(method or [])
+    # Settings of the quantization are there for QLoRA, be it one of several methods.
+    main = None if not methods else "qlora" if "qlora" in methods else methods[0]
+    given = {"model.name": model, "data.path": data, "method": main}
     run = load_config(config, settings or [], {key: value for key, value in given.items() if value is not None})
-    methods = _methods(method or ([run.method] if config else []))
+    if not methods and (config or "method" in run.model_fields_set):
+        methods = [run.method]
     target = planner.find_target(gpu, memory, num_gpus)
     console = Console()
     if not run.model.name:
         if target is None:
             raise ConfigError("no model and no card: pass --model, --gpu or --memory")
         _refuse_unused({"--data": data, "--rank": rank, "--price-per-hour": price, "--plot": plot}, "--model")
-        rows = planner.plan_models(run, target, sequence)
+        rows = planner.plan_models(run, target, sequence, methods)
         if as_json:
             console.result({"gpu": target.name, "memory_gb": target.memory_gb, "models": rows})
             return
-        title = f"What trains on {target.label} ({target.memory_gb:.1f} GB), {sequence or planner.SEQUENCE:,} tokens"
+        length = planner.asked_length(run, sequence)
+        title = f"What trains on {target.label} ({target.memory_gb:.1f} GB), {length:,} tokens"
         console.table(methods_table(title, "model", "model", rows, target.memory_gb))
         return
     if target is None:
-        _refuse_unused({"--data": data, "--rank": rank, "--price-per-hour": price, "--plot": plot}, "--gpu or --memory")
-        name, rows = planner.plan_cards(run, sequence)
+        unused = {"--data": data, "--rank": rank, "--price-per-hour": price, "--plot": plot}
+        _refuse_unused(unused | {"--num-gpus": num_gpus if num_gpus > 1 else None}, "--gpu or --memory")
+        name, rows = planner.plan_cards(run, sequence, methods)
         if as_json:
             console.result({"model": name, "gpus": rows})
             return
-        title = f"Where {name} trains, {sequence or planner.SEQUENCE:,} tokens an example"
+        title = f"Where {name} trains, {planner.asked_length(run, sequence):,} tokens an example"
         console.table(methods_table(title, "card", "gpu", rows, None))
         return
     if rank is not None:
         _refuse_unused({"--data": data, "--price-per-hour": price, "--plot": plot}, "a plan without --rank")
+        if len(methods) > 1:
+            raise ConfigError("--rank is for one method: pass --method lora or qlora, not both")
         chosen = planner.with_settings(run, method=methods[0]) if methods else run
         ranks = planner.plan_ranks(chosen, target, _ranks(rank), sequence)
         if as_json:
@@ -85,6 +93,8 @@ def plan(
             return
         console.table(ranks_table(f"{run.model.name}, {METHODS[chosen.method]}, on {target.label}", ranks))
         return
+    if not run.data.path or target.card is None:
+        _refuse_unused({"--price-per-hour": price}, "--data and --gpu, which say for how many hours")
     result = planner.plan(
         run,
         target,
@@ -131,16 +141,19 @@ def _refuse_unused(options: Mapping[str, object], needed: str) -> None:
 def _examples(config: Any, sequence: int | None) -> Data:
     """The lengths of the rows, cut at `sequence` or `data.max_seq_length` as training would."""
     from tunesmith.cli.console import Console
-    from tunesmith.models.catalogue import find_model_config
     from tunesmith.workflows.advise_data import read_facts
-    from tunesmith.workflows.plan import Data
+    from tunesmith.workflows.plan import Data, full_name
 
-    if known := find_model_config(config.model.name):
-        config.model.name = known[0]  # a short name is no folder to look for a tokenizer in
+    config.model.name = full_name(config.model.name)
     with Console() as console:
         facts = read_facts(config, console.progress)
     limit = sequence or (None if config.data.max_seq_length == "auto" else config.data.max_seq_length)
-    lengths = [min(length, limit) if limit else length for length in facts.lengths]
+    lengths = list(facts.lengths)
+    if limit is not None:
+        splits = config.data.overlong == "split" or (config.data.overlong == "auto" and facts.plain_text)
+        rests = [length % limit for length in lengths if length % limit and splits]
+        whole = [limit] * sum(length // limit for length in lengths)
+        lengths = [*whole, *rests] if splits else [min(length, limit) for length in lengths]
     share = facts.supervised_tokens / max(1, facts.total_tokens)
     return Data(lengths, [max(1, round(share * length)) for length in lengths], True)
 
@@ -201,7 +214,7 @@ def options_table(result: Mapping[str, Any]) -> Table:
         table.add_row(
             f"{label} *" if best else label,
             f"{option['max_seq_length']:,}",
-            f"{option['micro_batch_size']} x {option['gradient_accumulation_steps']}",
+            _micro_batches(option),
             option["memory_mode"],
             option["optimizer"],
             option["recompute"].removesuffix(" layers"),
@@ -211,6 +224,11 @@ def options_table(result: Mapping[str, Any]) -> Table:
             style="bold" if best else None,
         )
     return table
+
+
+def _micro_batches(option: Mapping[str, Any]) -> str:
+    unit = " tokens" if option["micro_batch_unit"] == "tokens" else ""
+    return f"{option['micro_batch_size']:,}{unit} x {option['gradient_accumulation_steps']}"
 
 
 def methods_table(
@@ -223,11 +241,12 @@ def methods_table(
     table = Table(title=escape(title))
     table.add_column(heading)
     table.add_column("GB" if key == "gpu" else "parameters", justify="right")
-    for label in METHODS.values():
-        table.add_column(label)
+    methods = [name for name in METHODS if name in rows[0]["methods"]]
+    for name in methods:
+        table.add_column(METHODS[name])
     for row in rows:
         size = f"{row['memory_gb']:.1f}" if key == "gpu" else f"{row['parameters'] / 1e9:.1f}B"
-        cells = [_cell(row["methods"][name], memory_gb or row["memory_gb"]) for name in METHODS]
+        cells = [_cell(row["methods"][name], memory_gb or row["memory_gb"]) for name in methods]
         table.add_row(escape(row[key]), size, *cells)
     return table
 

@@ -72,7 +72,8 @@ class MovementCheck:
             raise VerificationError(
                 f"{len(names)} of {len(self._all)} trainable tensors have not moved at all "
                 f"({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}): no gradient reaches them; "
-                "the model does not use them; with an adapter, leave them out of adapter.target_modules"
+                "the model does not use them (with an adapter, leave them out of adapter.target_modules), or optimizer.lr is so "
+                "small that their updates round to nothing"
             )
 
     def _sums(self) -> torch.Tensor:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tunesmith.cards import CARDS
+from tunesmith.cards import CARDS, Card
 from tunesmith.config import Method, RunConfig
 from tunesmith.data.lengths import length_stats
-from tunesmith.memory.estimate import Estimate, Load, Setup
+from tunesmith.memory.estimate import CONTEXT_GB, Estimate, Load, Setup
 from tunesmith.memory.policy import HEADROOM, plan_memory
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.catalogue import CATALOGUE
@@ -108,11 +108,11 @@ def _what_fits(config: RunConfig, shape: ModelShape | None, budget_gb: float) ->
     billions = shape.num_parameters / 1e9
     smaller = largest_that_fits(budget_gb, config, below=shape.num_parameters)
     least = least_gb(shape, "qlora", config)
-    enough = min(
-        (card for card in CARDS if HEADROOM * card.memory_gb >= least), key=lambda card: card.memory_gb, default=None
-    )
+    if least <= HEADROOM * budget_gb:  # so the method is qlora: a leaner one was found above
+        return f"small enough: method: qlora needs {least:.1f} GB at least, with one example of {SMALLEST} tokens"
+    enough = smallest_card(least)
     hint = f"method: qlora needs {least:.1f} GB at least"
-    hint += f", as a {enough.name} has" if enough else ""
+    hint += f"; the smallest card with that is {enough.name}" if enough else ""
     hint += f"; here the largest known model that trains with qlora is {smaller}" if smaller else ""
     return f"{billions:.1f}B parameters are too many for this card: {hint}"
 
@@ -125,9 +125,10 @@ def _leaner(method: Method, than: Method) -> bool:
 def least_gb(shape: ModelShape, method: Method, config: RunConfig) -> float:
     """The least that `method` needs with one short example: everything computed again, 8-bit optimizer states."""
     targets = config.adapter.target_modules
+    int8 = method == "qlora" and config.quantization.scheme == "int8"
     setup = Setup(
         method=method,
-        engine="fused" if shape.can_fuse and config.model.engine != "reference" else "reference",
+        engine="fused" if shape.can_fuse and config.model.engine != "reference" and not int8 else "reference",
         r=0 if method == "full" else config.adapter.r,
         targets="all-linear" if isinstance(targets, list) else targets,
         optimizer="paged_adamw_8bit",
@@ -135,6 +136,12 @@ def least_gb(shape: ModelShape, method: Method, config: RunConfig) -> float:
     )
     estimate = Estimate(shape, setup, Load(SMALLEST, SMALLEST, SMALLEST))
     return plan_memory(estimate, "min", None).predicted_peak_gb or 0.0
+
+
+def smallest_card(gb: float) -> Card | None:
+    """The known card with the least memory on which a plan may fill `gb`."""
+    enough = [card for card in CARDS if HEADROOM * (card.memory_gb - CONTEXT_GB) >= gb]
+    return min(enough, key=lambda card: card.memory_gb, default=None)
 
 
 def largest_that_fits(budget_gb: float, config: RunConfig, below: int) -> str | None:

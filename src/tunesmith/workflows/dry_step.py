@@ -6,6 +6,7 @@ Nothing of it stays: gradients are forgotten, random generators are put back, no
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -37,8 +38,7 @@ class DryStep:
     ):
         self.config, self.forward, self.objective, self.optimizer = config, forward, objective, optimizer
         self.hardware, self.pad_id = hardware, pad_id
-        chosen = largest_batch([len(example) for example in examples], config.training, config.data.packing)
-        self.examples = [examples[index] for index in chosen]
+        self.examples = _largest(examples, config)
 
     def measure(self, plan: RunPlan) -> float | None:
         """The peak of a step under `plan` in GB, which is applied to the model; None if it runs out of memory."""
@@ -78,6 +78,27 @@ class DryStep:
         self.optimizer.collect()
 
 
+def _largest(examples: Sequence[TokenizedExample], config: RunConfig) -> list[TokenizedExample]:
+    """The largest micro-batch that training can give. One that fills a token budget ends with a part of an example.
+
+    Which whole examples fill a budget best is a hard question, and the packing of some epoch may find them.
+    """
+    training = config.training
+    if training.micro_batch_tokens is None:
+        chosen = largest_batch([len(example) for example in examples], training, config.data.packing)
+        return [examples[index] for index in chosen]
+    found: list[TokenizedExample] = []
+    room = training.micro_batch_tokens
+    most = len(examples) if training.batch_tokens is not None else training.batch_size
+    for example in sorted(examples, key=len, reverse=True)[:most]:
+        if room == 0:
+            break
+        ids, mask = example.input_ids[-room:], example.loss_mask[-room:]  # answers are at the end
+        found.append(replace(example, input_ids=ids, loss_mask=mask))
+        room -= len(ids)
+    return found
+
+
 def calibrated(plan: RunPlan, step: DryStep) -> tuple[RunPlan, list[Event]]:
     """The plan that holds on this card, applied to the model, and what to log. On the CPU the plan stays as it is."""
     if step.hardware.type != "cuda" or not step.config.memory.calibrate:
@@ -91,7 +112,7 @@ def _event(entry: Measured, changed: RunPlan | None) -> Event:
     peak = "ran out of memory" if entry.measured_gb is None else f"took {entry.measured_gb:.2f} GB"
     message = f"a dry step on the largest micro-batch {peak}; predicted were {entry.predicted_gb:.2f} GB"
     if changed is not None:
-        message += f"; planned again: {changed.memory.reason}"
+        message += f"; the plan now: {changed.memory.reason}"
     return {
         "event": "calibration",
         "predicted_gb": entry.predicted_gb,

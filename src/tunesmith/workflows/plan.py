@@ -7,13 +7,14 @@ data sheet. `train` plans with the same arithmetic.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tunesmith.cards import CARDS, Card, card_of, find_card
 from tunesmith.config import Method, RunConfig
@@ -25,7 +26,7 @@ from tunesmith.memory.policy import HEADROOM, Mode
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.catalogue import CATALOGUE, find_model_config, nearest_models
 from tunesmith.types import GB
-from tunesmith.workflows.diagnosis import largest_that_fits, least_gb
+from tunesmith.workflows.diagnosis import largest_that_fits, least_gb, smallest_card
 from tunesmith.workflows.setups import candidates_of, engine_on_gpu, setup_of
 
 SEQUENCE = 2048
@@ -76,6 +77,7 @@ class Option:
     optimizer: str
     memory_mode: Mode
     micro_batch_size: int
+    micro_batch_unit: Literal["examples", "tokens"]
     gradient_accumulation_steps: int
     max_seq_length: int
     recompute: str
@@ -92,6 +94,12 @@ class Option:
         names = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
         return names[self.method] + (f" ({self.scheme})" if self.scheme not in (None, "nf4") else "")
 
+    @property
+    def micro_batches(self) -> str:
+        """Micro-batches of a step: `2 x 8`, or `4,096 tokens x 8`."""
+        size = f"{self.micro_batch_size:,} tokens" if self.micro_batch_unit == "tokens" else str(self.micro_batch_size)
+        return f"{size} x {self.gradient_accumulation_steps}"
+
 
 # -- models and cards -------------------------------------------------------------------------------------------------
 
@@ -100,7 +108,7 @@ def find_shape(name: str) -> tuple[str, ModelShape]:
     """A model's name and shape: from a folder's config.json, a known model's, or the hub's. Raises ModelError."""
     path = Path(name).expanduser()
     if path.is_dir():
-        return path.name, _shape_in(path)
+        return path.resolve().name, _shape_in(path)
     if path.suffix == ".gguf":
         from tunesmith.config import ModelConfig
         from tunesmith.models.load import find_model
@@ -123,6 +131,13 @@ def find_shape(name: str) -> tuple[str, ModelShape]:
     return name.rpartition("/")[2], _shape_in(config.parent)
 
 
+def full_name(name: str) -> str:
+    """A known model's hub id for its short name; other names as they are."""
+    if "/" in name or not name or Path(name).expanduser().exists() or (known := find_model_config(name)) is None:
+        return name
+    return known[0]
+
+
 def _shape_in(folder: Path) -> ModelShape:
     path = folder / "config.json"
     try:
@@ -137,7 +152,7 @@ def _shape_in(folder: Path) -> ModelShape:
 
 
 def find_target(gpu: str | None, memory_gb: float | None, count: int = 1) -> Target | None:
-    """The cards that `--gpu`, `--memory` and `--num-gpus` mean; this machine's NVIDIA GPUs if neither is given; None without.
+    """The cards that `--gpu`, `--memory` and `--num-gpus` mean; without a name or memory, this machine's NVIDIA GPUs, or None.
 
     `gpu` is a name, several alike (`4xH100`, `H100,H100`), or with `memory_gb` a card with other memory. Raises ConfigError.
     """
@@ -148,7 +163,8 @@ def find_target(gpu: str | None, memory_gb: float | None, count: int = 1) -> Tar
     if gpu is None:
         if memory_gb is not None:
             return Target(f"{memory_gb:g} GB of GPU memory", memory_gb, None, count)
-        return _local_target()
+        local = _local_target()
+        return local if local is None or count == 1 else replace(local, count=count)
     names = [part.strip() for part in gpu.split(",") if part.strip()]
     cards = [found for name in names for found in _numbered(name)]
     if not cards:
@@ -160,6 +176,8 @@ def find_target(gpu: str | None, memory_gb: float | None, count: int = 1) -> Tar
             f"--gpu names unequal cards ({', '.join(kinds)}): each would hold the whole model and wait for the slowest; plan "
             f"for the smaller ones, e.g. --gpu {len(cards)}x{smallest.name.replace(' ', '-')}"
         )
+    if count > 1 < len(cards) != count:
+        raise ConfigError(f"--gpu names {len(cards)} cards and --num-gpus is {count}: leave --num-gpus out")
     return Target(cards[0].name, memory_gb or cards[0].memory_gb, cards[0], max(count, len(cards)))
 
 
@@ -183,7 +201,9 @@ def _local_target() -> Target | None:
     found = []
     for line in lines:
         name, _, megabytes = line.rpartition(",")
-        gb = float(megabytes) / 1024
+        if not megabytes.strip().isdecimal():  # [N/A] where the memory is the host's
+            continue
+        gb = int(megabytes) / 1024
         found.append((name.strip(), gb, card_of(name.strip(), gb)))
     if not found:
         return None
@@ -206,6 +226,10 @@ def plan_option(
     if target.count > 1:
         share = config.model_copy(deep=True)
         share.training.batch_size = -(-training.batch_size // target.count)
+        if training.batch_tokens is not None:
+            share.training.batch_tokens = max(
+                training.micro_batch_tokens or 0, -(-training.batch_tokens // target.count)
+            )
     candidates = candidates_of(share, lengths, supervised, graphs, "cuda")
     found = options(shape, setup, candidates, config.memory.mode, target.budget_gb, target.card, graphs=graphs)
     choice = best(list(found), config.memory.mode)
@@ -235,6 +259,7 @@ def _option(
         optimizer=config.optimizer.name,
         memory_mode=plan.mode,
         micro_batch_size=candidate.size,
+        micro_batch_unit=candidate.unit,
         gradient_accumulation_steps=candidate.count,
         max_seq_length=sequence,
         recompute=words,
@@ -260,12 +285,8 @@ def with_settings(config: RunConfig, **changes: Any) -> RunConfig:
 
 
 WAYS: tuple[tuple[Method, str], ...] = (("full", "nf4"), ("lora", "nf4"), ("qlora", "nf4"), ("qlora", "int8"))
-"""Methods, with the scheme of their quantization."""
-
-PREFERRED: tuple[tuple[Method, str], ...] = (("lora", "nf4"), ("qlora", "nf4"), ("qlora", "int8"))
-"""What is recommended if it fits, the first one first: quantization costs time and a little of the result, and is there for
-what does not fit otherwise. Full fine-tuning is for those who ask for it."""
-
+"""Methods, with the scheme of their quantization. Of those that fit the first one is recommended: quantization costs time and
+a little of the result, and is there for what does not fit otherwise. Full fine-tuning is for those who ask for it."""
 
 FASTER = 1.1
 """A leaner method is recommended all the same if it is this many times as fast."""
@@ -309,14 +330,15 @@ def plan(
         found.append(plan_option(settings, shape, target, examples.lengths, examples.supervised))
         return found[-1]
 
-    ways = [way for way in WAYS if not methods or way[0] in methods]
+    ways = [way for way in _ways(config) if not methods or way[0] in methods]
     main = {way: look(_of(config, way), asked) for way in ways}
-    chosen = _recommended([main[way] for way in (PREFERRED if not methods else ways) if way in main])
+    chosen = _recommended([main[way] for way in ways if methods or way[0] != "full"])
     if chosen is not None:
         way = next(way for way, option in main.items() if option is chosen)
         settings = _of(config, way)
         for other in SEQUENCES:
-            if other != length and data is None and other <= (shape.context_length or other):
+            most = min(shape.context_length or other, config.training.micro_batch_tokens or other)
+            if other != length and data is None and other <= most:
                 look(settings, Data.of_length(other, config.training.batch_size))
         for mode in ("fast", "min"):
             if mode != config.memory.mode:
@@ -324,18 +346,18 @@ def plan(
         for optimizer in ("adamw", "adamw_8bit", "paged_adamw_8bit"):
             if optimizer != config.optimizer.name:
                 look(with_settings(settings, optimizer__name=optimizer), asked)
-    tokens = sum(asked.lengths) if asked.real else None
+    trained = _trained_tokens(config, asked.lengths) if asked.real else None
     result: dict[str, Any] = {
         "model": name,
         "parameters": shape.num_parameters,
         "gpu": target.name,
         "num_gpus": target.count,
         "memory_gb": target.memory_gb,
-        "options": [_json(option, config, tokens, price_per_hour) for option in found],
-        "recommended": None if chosen is None else _json(chosen, config, tokens, price_per_hour),
+        "options": [_json(option, trained, price_per_hour) for option in found],
+        "recommended": None if chosen is None else _json(chosen, trained, price_per_hour),
         "breakdown": None if chosen is None else dict(chosen.breakdown),
         "basis": basis(target, shape),
-        "data": None if data is None else {"rows": len(data.lengths), "tokens": tokens, "longest": max(data.lengths)},
+        "data": None if data is None else _facts(data),
         "advice": list(_advice(config, name, shape, target, main, chosen, length)),
     }
     if chosen is not None:
@@ -358,6 +380,14 @@ def _recommended(preferred: Sequence[Option]) -> Option | None:
     return chosen
 
 
+def _ways(config: RunConfig) -> list[tuple[Method, str]]:
+    """The methods to look at: with the scheme that was asked for, without one that the engine that was asked for lacks."""
+    scheme = config.quantization.scheme
+    if scheme != "nf4":
+        return [*WAYS[:2], ("qlora", scheme)]
+    return [way for way in WAYS if way[1] != "int8" or config.model.engine != "fused"]
+
+
 def _of(config: RunConfig, way: tuple[Method, str]) -> RunConfig:
     method, scheme = way
     scheme = config.quantization.scheme if method != "qlora" else scheme
@@ -366,24 +396,44 @@ def _of(config: RunConfig, way: tuple[Method, str]) -> RunConfig:
 
 def _sequence(config: RunConfig, shape: ModelShape, sequence: int | None, data: Data | None) -> int:
     """Tokens of the longest example. Raises ConfigError for one beyond the model's context."""
-    if data is not None:
-        return max(data.lengths)
-    limit = config.data.max_seq_length
-    length = sequence or (limit if limit != "auto" else SEQUENCE)
+    length = max(data.lengths) if data is not None else asked_length(config, sequence)
     context = shape.context_length
-    if context is not None and length > context:
-        if sequence is None:
-            return context
-        raise ConfigError(f"--max-seq-length is {length:,}, but the model takes at most {context:,} tokens")
+    if data is None and context is not None and length > context:
+        if sequence is not None:
+            raise ConfigError(f"--max-seq-length is {length:,}, but the model takes at most {context:,} tokens")
+        length = context
+    budget = config.training.micro_batch_tokens
+    if budget is not None and length > budget:
+        raise ConfigError(
+            f"examples of {length:,} tokens fit into no micro-batch: training.micro_batch_tokens is {budget:,}; raise it, or "
+            f"pass --max-seq-length {budget}"
+        )
     return length
 
 
-def _json(option: Option, config: RunConfig, tokens: int | None, price: float | None) -> dict[str, Any]:
+def asked_length(config: RunConfig, sequence: int | None) -> int:
+    """Tokens of an example: `sequence`, else what the configuration says, else SEQUENCE."""
+    limit = config.data.max_seq_length
+    return sequence or (limit if limit != "auto" else SEQUENCE)
+
+
+def _json(option: Option, trained: float | None, price: float | None) -> dict[str, Any]:
     values = asdict(option)
     hours = None
-    if tokens is not None and option.tokens_per_second:
-        hours = config.training.epochs * tokens / option.tokens_per_second / 3600
+    if trained is not None and option.tokens_per_second:
+        hours = trained / option.tokens_per_second / 3600
     return values | {"hours": hours, "cost": None if hours is None or price is None else hours * price}
+
+
+def _facts(data: Data) -> dict[str, int]:
+    return {"rows": len(data.lengths), "tokens": sum(data.lengths), "longest": max(data.lengths)}
+
+
+def _trained_tokens(config: RunConfig, lengths: Sequence[int]) -> float:
+    """Tokens of a run on examples of these lengths: its epochs, or `training.max_steps` of its steps."""
+    training, tokens = config.training, sum(lengths)
+    step = training.batch_tokens or min(training.batch_size, len(lengths)) * tokens / len(lengths)
+    return min(training.epochs * tokens, step * (training.max_steps or math.inf))
 
 
 def basis(target: Target, shape: ModelShape) -> dict[str, str]:
@@ -407,8 +457,8 @@ def answer(name: str, target: Target, option: Option) -> str:
     speed = "" if option.tokens_per_second is None else f", about {rounded(option.tokens_per_second)} tokens/s"
     recompute = "keep all activations" if option.recompute == "none" else f"recompute {option.recompute}"
     return (
-        f"{name} on {target.label}: {option.label}, micro-batch {option.micro_batch_size} x "
-        f"{option.gradient_accumulation_steps}, {option.max_seq_length:,} tokens, {recompute}, "
+        f"{name} on {target.label}: {option.label}, micro-batch {option.micro_batches}, "
+        f"{option.max_seq_length:,} tokens, {recompute}, "
         f"{option.peak_gb:.1f} of {target.memory_gb:.1f} GB{speed}"
     )
 
@@ -433,7 +483,10 @@ def _advice(
     """What to change to go longer, larger or faster, one line each."""
     if chosen is None:
         least = least_gb(shape, "qlora", config)
-        if enough := _smallest_card(least):
+        if longest := _longest(_of(config, ("qlora", config.quantization.scheme)), shape, target):
+            yield f"method: QLoRA trains here, up to {longest:,} tokens with micro-batch 1 (memory.mode: min)"
+            return
+        if enough := smallest_card(least):
             yield f"card: QLoRA of {name} needs {least:.1f} GB at least: {enough.name} ({enough.memory_gb:.0f} GB) or more"
         smaller = largest_that_fits(target.budget_gb, config, below=shape.num_parameters)
         if smaller:
@@ -461,8 +514,9 @@ def _faster(
     examples = Data.of_length(length, config.training.batch_size)
     if chosen.recompute_layers:
         wide = replace(target, memory_gb=1e4)
+        setting = "tokens" if chosen.micro_batch_unit == "tokens" else "size"
         kept = plan_option(
-            with_settings(_of(config, way), training__micro_batch_size=chosen.micro_batch_size),
+            with_settings(_of(config, way), **{f"training__micro_batch_{setting}": chosen.micro_batch_size}),
             shape, wide, examples.lengths, examples.supervised,
         )  # fmt: skip
         needed = kept.peak_gb / HEADROOM + CONTEXT_GB
@@ -487,7 +541,8 @@ def _longest(config: RunConfig, shape: ModelShape, target: Target) -> int | None
     low, high = 0, max(1, limit // 512)
 
     def fits(length: int) -> bool:
-        return plan_option(settings, shape, target, [length], [length]).fits
+        examples = Data.of_length(length, config.training.batch_size)
+        return plan_option(settings, shape, target, examples.lengths, examples.supervised).fits
 
     if fits(limit):
         return limit
@@ -498,11 +553,6 @@ def _longest(config: RunConfig, shape: ModelShape, target: Target) -> int | None
         else:
             high = middle - 1
     return 512 * low or None
-
-
-def _smallest_card(gb: float) -> Card | None:
-    enough = [card for card in CARDS if HEADROOM * (card.memory_gb - CONTEXT_GB) >= gb]
-    return min(enough, key=lambda card: card.memory_gb, default=None)
 
 
 # -- the other questions ----------------------------------------------------------------------------------------------
@@ -537,35 +587,50 @@ def plan_ranks(config: RunConfig, target: Target, ranks: Sequence[int], sequence
     return rows
 
 
-def plan_models(config: RunConfig, target: Target, sequence: int | None) -> list[dict[str, Any]]:
+def plan_models(
+    config: RunConfig, target: Target, sequence: int | None, methods: Sequence[Method] = ()
+) -> list[dict[str, Any]]:
     """For each known model: the option of each method on this card, smallest model first."""
     shapes = {name: ModelShape.of(values) for name, values in CATALOGUE.items()}
     rows = []
     for name, shape in sorted(shapes.items(), key=lambda item: item[1].num_parameters):
         rows.append(
-            {"model": name, "parameters": shape.num_parameters, "methods": _by_method(config, shape, target, sequence)}
+            {
+                "model": name,
+                "parameters": shape.num_parameters,
+                "methods": _by_method(config, shape, target, sequence, methods),
+            }
         )
     return rows
 
 
-def plan_cards(config: RunConfig, sequence: int | None) -> tuple[str, list[dict[str, Any]]]:
+def plan_cards(
+    config: RunConfig, sequence: int | None, methods: Sequence[Method] = ()
+) -> tuple[str, list[dict[str, Any]]]:
     """The model's name, and for each known card the option of each method, smallest card first."""
     name, shape = find_shape(config.model.name)
     rows = []
     for card in sorted(CARDS, key=lambda card: (card.memory_gb, card.flops)):
         target = Target(card.name, card.memory_gb, card)
         rows.append(
-            {"gpu": card.name, "memory_gb": card.memory_gb, "methods": _by_method(config, shape, target, sequence)}
+            {
+                "gpu": card.name,
+                "memory_gb": card.memory_gb,
+                "methods": _by_method(config, shape, target, sequence, methods),
+            }
         )
     return name, rows
 
 
-def _by_method(config: RunConfig, shape: ModelShape, target: Target, sequence: int | None) -> dict[str, Any]:
+def _by_method(
+    config: RunConfig, shape: ModelShape, target: Target, sequence: int | None, methods: Sequence[Method]
+) -> dict[str, Any]:
     found: dict[str, dict[str, Any]] = {}
-    length = min(sequence or SEQUENCE, shape.context_length or sequence or SEQUENCE)
+    length = asked_length(config, sequence)
+    length = min(length, shape.context_length or length)
     examples = Data.of_length(length, config.training.batch_size)
-    methods: tuple[Method, ...] = ("full", "lora", "qlora")
-    for method in methods:
+    everything: tuple[Method, ...] = ("full", "lora", "qlora")
+    for method in methods or everything:
         settings = _of(config, (method, config.quantization.scheme))
         least = least_gb(shape, method, settings)
         if least > HEADROOM * target.budget_gb:

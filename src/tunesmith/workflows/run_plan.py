@@ -12,7 +12,7 @@ from tunesmith.cards import Card, card_of
 from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError, MachineError, ModelError
 from tunesmith.hardware import ComputeDType, Hardware, free_memory_gb, no_fused_engine
-from tunesmith.memory.choose import Candidate, Choice, best, options
+from tunesmith.memory.choose import Candidate, Choice, best, options, step_seconds
 from tunesmith.memory.estimate import Estimate, Setup
 from tunesmith.memory.policy import Mode, plan_memory
 from tunesmith.memory.shape import ModelShape
@@ -40,7 +40,7 @@ class RunPlan:
     """How a run uses memory and how long a step takes: what was chosen, and what it was chosen from.
 
     `shape` is None for an architecture that cannot be planned; `choice` has no prediction then. `correction_gb` is what was
-    measured beyond the arithmetic.
+    measured beyond the arithmetic, `graphs` whether CUDA graphs may replay micro-batches.
     """
 
     choice: Choice
@@ -51,6 +51,7 @@ class RunPlan:
     weights_gb: float
     trainable: int
     correction_gb: float = 0.0
+    graphs: bool = True
 
     @property
     def memory(self) -> MemoryPlan:
@@ -81,7 +82,10 @@ class RunPlan:
         assert self.shape is not None
         estimate = Estimate(self.shape, self.setup, self.choice.candidate.largest, self.weights_gb, self.trainable)
         plan = plan_memory(estimate, mode, self.budget_gb, correction_gb)
-        return replace(self, choice=replace(self.choice, plan=plan))
+        seconds = None
+        if self.card is not None:
+            seconds = step_seconds(self.shape, self.setup, self.choice.candidate, plan, self.card, self.graphs)
+        return replace(self, choice=replace(self.choice, plan=plan, step_seconds=seconds))
 
 
 def plan_run(
@@ -107,13 +111,13 @@ def plan_run(
         choice = Choice(candidates[0], _without_prediction(config, engine, forward, budget), None)
     else:
         if engine == "fused" and not shape.can_fuse and config.model.engine == "auto":
-            setup = _engine_of_half_fused(shape, setup, candidates[0], budget, weights, trainable)
+            setup = _engine_of_half_fused(shape, setup, candidates[0], config.memory.mode, budget, weights, trainable)
         found = options(
             shape, setup, candidates, config.memory.mode, budget, card,
             graphs=graphs, weights_gb=weights, trainable=trainable,
         )  # fmt: skip
         choice = best(list(found), config.memory.mode)
-    plan = RunPlan(choice, shape, setup, budget, card, weights, trainable)
+    plan = RunPlan(choice, shape, setup, budget, card, weights, trainable, graphs=graphs)
     if hardware.type == "cuda" and not _may_fit(plan.memory):
         raise MachineError(diagnose(config, shape, plan.memory, budget, hardware.name, [len(e) for e in examples]))
     set_micro_batch(config.training, choice.candidate)
@@ -191,11 +195,11 @@ def _engine(config: RunConfig, forward: ModelForward, hardware: Hardware) -> Lit
 
 
 def _engine_of_half_fused(
-    shape: ModelShape, setup: Setup, candidate: Candidate, budget: float, weights: float, trainable: int
+    shape: ModelShape, setup: Setup, candidate: Candidate, mode: Mode, budget: float, weights: float, trainable: int
 ) -> Setup:
     """Layers of which only a half is ours recompute nothing: the reference engine, unless everything can be kept."""
     kept = plan_memory(Estimate(shape, setup, candidate.largest, weights, trainable), "auto", budget)
-    return setup if _may_fit(kept) else replace(setup, engine="reference")
+    return setup if mode != "min" and _may_fit(kept) else replace(setup, engine="reference")
 
 
 def _without_prediction(

@@ -12,15 +12,16 @@ from tunesmith.errors import ConfigError
 from tunesmith.hardware import ComputeDType
 from tunesmith.memory.choose import Candidate, even_sizes
 from tunesmith.memory.estimate import Load, Setup
-from tunesmith.memory.shape import ModelShape
+from tunesmith.memory.shape import HALF_FUSED, ModelShape
 
 
 def engine_on_gpu(config: RunConfig, shape: ModelShape) -> Literal["reference", "fused"]:
-    """The engine that `train` takes on an NVIDIA GPU. Raises ConfigError where `fused` is asked for and cannot be whole."""
+    """The engine that `train` takes on an NVIDIA GPU. Raises ConfigError where `fused` is asked for and there is none."""
     int8 = config.method == "qlora" and config.quantization.scheme == "int8"
-    can = shape.can_fuse and not int8
+    halves = config.model.engine == "fused" and shape.model_type in HALF_FUSED
+    can = (shape.can_fuse or halves) and not int8
     if config.model.engine == "fused" and not can:
-        what = "an 8-bit base" if int8 else f"{shape.model_type or 'this family'}, of which it knows no whole layer"
+        what = "an 8-bit base" if int8 else f"{shape.model_type or 'this family'}, of which it knows no layer"
         raise ConfigError(f"model.engine is fused, which does not run {what}; use auto")
     return "fused" if can and config.model.engine != "reference" else "reference"
 
