@@ -130,7 +130,7 @@ def room_for(gb: float) -> float:
     return (gb + 1e-9) / HEADROOM
 
 
-@pytest.mark.parametrize("number", [1, 2, 13, 23])
+@pytest.mark.parametrize("number", [1, 2, 13, LAYERS])
 def test_gate_up_goes_first_one_layer_at_a_time(number: int) -> None:
     budget = room_for(peak({"gate_up": number}))
     found = plan(budget=budget)
@@ -150,26 +150,17 @@ def test_then_the_next_tensors_in_their_order() -> None:
     dropped: dict[str, int] = {}
     for names in DROP_ORDER:
         name = names[0]
-        for number in (5, LAYERS - 1):
+        for number in (5, LAYERS):
             dropped[name] = number
             found = plan(budget=room_for(peak(dropped)))
             assert found.predicted_peak_gb == pytest.approx(peak(dropped))
             gone = {other for group in DROP_ORDER if group[0] in dropped for other in group}
             assert found.policies[0].keep == frozenset(LAYER_TENSORS) - gone
-            assert name in found.policies[-1].keep
+            assert (name in found.policies[-1].keep) == (number < LAYERS)
             assert (found.loss_rows, found.policies[0].mlp_rows, found.policies[0].offload_input) == (None, None, False)
-        dropped[name] = LAYERS
-    assert found.reason.endswith(": recompute gate_up of 24, middle of 24, qkv of 24, attention of 23 of 24 layers"), (
+    assert found.reason.endswith(": recompute gate_up of 24, middle of 24, qkv of 24, attention of 24 of 24 layers"), (
         "nothing about host memory"
     )
-
-
-def test_the_last_layers_tensors_save_nothing_and_go_with_the_next() -> None:
-    """Its backward comes first, when all else is there: what is computed again then takes the room of what was kept."""
-    assert peak({"gate_up": 24}) == peak({"gate_up": 23})
-    found = plan(budget=room_for(peak({"gate_up": 24, "middle": 1})))
-    assert found.recompute_layers == 24
-    assert found.predicted_peak_gb == pytest.approx(peak({"gate_up": 24, "middle": 1}))
 
 
 ALL = dict.fromkeys(KEPT, LAYERS)
@@ -297,7 +288,7 @@ SHAPES = st.builds(
     model_type=st.sampled_from(["llama", "gemma2"]),
     hidden_size=st.sampled_from([64, 1024, 4096]),
     intermediate_size=st.sampled_from([128, 4096, 14336]),
-    num_hidden_layers=st.integers(1, 40),
+    num_hidden_layers=st.integers(3, 40),  # the inputs of two are on the card anyway: offloading then saves nothing
     num_attention_heads=st.sampled_from([8, 16]),
     num_key_value_heads=st.sampled_from([1, 8]),
     vocab_size=st.sampled_from([1000, 128256]),

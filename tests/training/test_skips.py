@@ -92,7 +92,9 @@ def test_a_window_says_the_loss_of_the_steps_that_were_taken(session: Session, m
 
 def test_a_spike_is_skipped_and_clipping_does_with_the_rest(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     for factor, expected in ((1e4, [50]), (5.0, [])):
-        run = session("training.epochs=30", "training.max_steps=52", "training.save_every=100", "optimizer.max_grad_norm=0.001")
+        run = session(
+            "training.epochs=30", "training.max_steps=52", "training.save_every=100", "optimizer.max_grad_norm=0.001"
+        )
         with monkeypatch.context() as patch:
             poison(run, patch, lambda attempt, rows: attempt == 50, factor)
             run.train()

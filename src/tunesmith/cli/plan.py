@@ -278,7 +278,7 @@ def ranks_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     from rich.table import Table
 
     table = Table(title=escape(title))
-    for column in ("rank", "parameters", "share", "file MB", "peak GB", "tokens/s", "fits"):
+    for column in ("rank", "parameters", "share", "file MB", "recompute", "peak GB", "tokens/s", "fits"):
         table.add_column(column, justify="right")
     for row in rows:
         word, colour = ("yes", "green") if row["fits"] else ("no", "red")
@@ -287,6 +287,7 @@ def ranks_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['parameters']:,}",
             f"{row['share']:.2%}",
             f"{1024 * row['adapter_gb']:.1f}",
+            row["recompute"].removesuffix(" layers"),
             f"{row['peak_gb']:.2f}",
             _speed(row["tokens_per_second"]),
             f"[{colour}]{word}[/{colour}]",

@@ -514,9 +514,8 @@ def _faster(
     examples = Data.of_length(length, config.training.batch_size)
     if chosen.recompute_layers:
         wide = replace(target, memory_gb=1e4)
-        setting = "tokens" if chosen.micro_batch_unit == "tokens" else "size"
         kept = plan_option(
-            with_settings(_of(config, way), **{f"training__micro_batch_{setting}": chosen.micro_batch_size}),
+            with_settings(_of(config, way), **_micro_batch(chosen)),
             shape, wide, examples.lengths, examples.supervised,
         )  # fmt: skip
         needed = kept.peak_gb / HEADROOM + CONTEXT_GB
@@ -529,7 +528,8 @@ def _faster(
     better = [card for card in CARDS if card.flops > target.card.flops and card.memory_gb >= target.memory_gb]
     if better:
         card = min(better, key=lambda card: card.flops)
-        yield f"faster: everything fits already; a faster card ({card.name}), several cards, or data.packing: true"
+        packing = "" if config.data.packing else ", or data.packing: true"
+        yield f"faster: everything is kept already; a faster card ({card.name}), or several{packing}"
 
 
 def _longest(config: RunConfig, shape: ModelShape, target: Target) -> int | None:
@@ -559,19 +559,27 @@ def _longest(config: RunConfig, shape: ModelShape, target: Target) -> int | None
 
 
 def plan_ranks(config: RunConfig, target: Target, ranks: Sequence[int], sequence: int | None) -> list[dict[str, Any]]:
-    """For each rank: adapter parameters, the adapter's file in GB (fp32), the predicted peak, and whether it fits."""
+    """For each rank: adapter parameters, the adapter's file in GB (fp32), the predicted peak, and whether it fits.
+
+    The micro-batch is the one that the highest rank takes, so that ranks differ in nothing else.
+    """
     _, shape = find_shape(config.model.name)
     if config.method == "full":
         raise ConfigError("--rank has no effect with method: full, which has no adapter; use --method lora or qlora")
     length = _sequence(config, shape, sequence, None)
     examples = Data.of_length(length, config.training.batch_size)
-    rows = []
     for rank in ranks:
         if not 1 <= rank <= 4096:
             raise ConfigError(f"--rank {rank}: expected 1 to 4096")
-        option = plan_option(
-            with_settings(config, adapter__r=rank), shape, target, examples.lengths, examples.supervised
-        )
+
+    def look(settings: RunConfig, rank: int) -> Option:
+        changed = with_settings(settings, adapter__r=rank)
+        return plan_option(changed, shape, target, examples.lengths, examples.supervised)
+
+    fixed = with_settings(config, **_micro_batch(look(config, max(ranks))))
+    rows = []
+    for rank in ranks:
+        option = look(fixed, rank)
         parameters = option.adapter_parameters or 0
         rows.append(
             {
@@ -579,12 +587,21 @@ def plan_ranks(config: RunConfig, target: Target, ranks: Sequence[int], sequence
                 "parameters": parameters,
                 "share": parameters / shape.num_parameters,
                 "adapter_gb": 4 * parameters / GB,
+                "micro_batch_size": option.micro_batch_size,
+                "recompute": option.recompute,
                 "peak_gb": option.peak_gb,
                 "fits": option.fits,
                 "tokens_per_second": option.tokens_per_second,
             }
         )
     return rows
+
+
+def _micro_batch(option: Option) -> dict[str, int]:
+    """The micro-batch of an option, as `with_settings` takes it."""
+    return {
+        f"training__micro_batch_{'tokens' if option.micro_batch_unit == 'tokens' else 'size'}": option.micro_batch_size
+    }
 
 
 def plan_models(

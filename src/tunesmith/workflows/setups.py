@@ -64,14 +64,13 @@ def candidates_of(
         targets = largest_micro_batch(supervised, settings, packing=True)
         if settings.micro_batch_tokens is not None:
             size, unit = settings.micro_batch_tokens, "tokens"
-            typical = min(step, float(size))
             count = math.ceil(step / size)
         else:
             size, unit = settings.micro_batch, "examples"
-            typical = min(size, batch) * mean
             count = math.ceil(batch / size)
         sequence = max(lengths)
         accumulates = count > 1
+        typical = step / count  # not of `size`: sixteen examples are five micro-batches of three, and one
         return Candidate(
             size,
             count,
