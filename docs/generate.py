@@ -8,6 +8,7 @@ tests/test_docs.py fails when one of them is out of date.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,8 @@ COMMANDS = (
     "merge",
     "report",
     "doctor",
+    "advise",
+    "plan",
     "bench",
 )
 
@@ -123,6 +126,19 @@ def speed_table() -> dict[Path, str]:
     }
 
 
+def planner_page() -> dict[Path, str]:
+    """docs/planner.md with its table of predictions, from the committed measurement."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import planner
+
+    path = DOCS / "planner.md"
+    page = path.read_text(encoding="utf-8")
+    before, begin, rest = page.partition("<!-- planner: made by `make docs` -->\n")
+    _, end, after = rest.partition("<!-- end of planner -->")
+    result = json.loads((RESULTS / "planner_h100.json").read_text(encoding="utf-8"))
+    return {path: f"{before}{begin}\n{planner.summary(result)}\n\n{planner.table(result['rows'])}\n\n{end}{after}"}
+
+
 def _versions(rows: dict[str, dict[str, Any]]) -> list[str]:
     row = next(iter(rows.values()))
     found = {name: version for row in rows.values() for name, version in row["versions"].items()}
@@ -136,6 +152,7 @@ def pages() -> dict[Path, str]:
         DOCS / "commands.md": commands(),
         SCHEMA: json_schema(),
         **speed_table(),
+        **planner_page(),
     }
 
 

@@ -99,9 +99,9 @@ class Console:
         elif kind == "eval":
             values = "  ".join(f"{name} {value:.4f}" for name, value in event["metrics"].items())
             self.announce(f"step {event['step']}: {values}")
-        elif kind == "warning":
+        elif kind in ("warning", "skipped", "rollback", "out_of_memory"):
             self.err.print(f"warning: {event['message']}", style="yellow", markup=False)
-        elif kind in ("decision", "resume"):
+        elif kind in ("decision", "calibration", "resume"):
             self.announce(event.get("message") or f"going on from step {event['step']}")
 
     def result(self, value: Mapping[str, Any]) -> None:

@@ -63,7 +63,7 @@ def plan(
     if not run.model.name:
         if target is None:
             raise ConfigError("no model and no card: pass --model, --gpu or --memory")
-        _refuse_unused({"--data": data, "--rank": rank, "--price-per-hour": price, "--plot": plot}, "--model")
+        _refuse_unused({"--data": data, "--rank": rank, "--price-per-hour": price, "--plot": plot}, "without --model")
         rows = planner.plan_models(run, target, sequence, methods)
         if as_json:
             console.result({"gpu": target.name, "memory_gb": target.memory_gb, "models": rows})
@@ -74,7 +74,7 @@ def plan(
         return
     if target is None:
         unused = {"--data": data, "--rank": rank, "--price-per-hour": price, "--plot": plot}
-        _refuse_unused(unused | {"--num-gpus": num_gpus if num_gpus > 1 else None}, "--gpu or --memory")
+        _refuse_unused(unused | {"--num-gpus": num_gpus if num_gpus > 1 else None}, "without --gpu or --memory")
         name, rows = planner.plan_cards(run, sequence, methods)
         if as_json:
             console.result({"model": name, "gpus": rows})
@@ -83,7 +83,7 @@ def plan(
         console.table(methods_table(title, "card", "gpu", rows, None))
         return
     if rank is not None:
-        _refuse_unused({"--data": data, "--price-per-hour": price, "--plot": plot}, "a plan without --rank")
+        _refuse_unused({"--data": data, "--price-per-hour": price, "--plot": plot}, "with --rank")
         if len(methods) > 1:
             raise ConfigError("--rank is for one method: pass --method lora or qlora, not both")
         chosen = planner.with_settings(run, method=methods[0]) if methods else run
@@ -94,7 +94,7 @@ def plan(
         console.table(ranks_table(f"{run.model.name}, {METHODS[chosen.method]}, on {target.label}", ranks))
         return
     if not run.data.path or target.card is None:
-        _refuse_unused({"--price-per-hour": price}, "--data and --gpu, which say for how many hours")
+        _refuse_unused({"--price-per-hour": price}, "without --data and --gpu, which say for how many hours")
     result = planner.plan(
         run,
         target,
@@ -130,12 +130,12 @@ def _ranks(text: str) -> list[int]:
         raise ConfigError(f"--rank is {text!r}: expected numbers, e.g. 8,16,64") from None
 
 
-def _refuse_unused(options: Mapping[str, object], needed: str) -> None:
+def _refuse_unused(options: Mapping[str, object], when: str) -> None:
     from tunesmith.errors import ConfigError
 
     used = [name for name, value in options.items() if value is not None]
     if used:
-        raise ConfigError(f"{', '.join(used)} has no effect without {needed}; leave it out, or give that")
+        raise ConfigError(f"{', '.join(used)} {'has' if len(used) == 1 else 'have'} no effect {when}")
 
 
 def _examples(config: Any, sequence: int | None) -> Data:

@@ -16,7 +16,8 @@ MAX_STEPS = 3
 """Dry steps at most."""
 
 RAN_OUT = 0.1
-"""What a plan that ran out of memory is taken to need beyond its prediction, as a share of the budget."""
+"""What a plan that ran out of memory is taken to need beyond its prediction, and beyond what plans may fill, as a share of
+the budget."""
 
 
 class Planned(Protocol):
@@ -58,7 +59,7 @@ def calibrate(
         found.append(Measured(predicted, peak))
         if peak is not None and abs(peak - predicted) <= CLOSE * predicted and peak <= HEADROOM * budget:
             break
-        other = corrected(plan, predicted + RAN_OUT * budget if peak is None else peak)
+        other = corrected(plan, max(predicted, HEADROOM * budget) + RAN_OUT * budget if peak is None else peak)
         if (
             other.memory.policies == plan.memory.policies
             and other.memory.recompute_layers == plan.memory.recompute_layers

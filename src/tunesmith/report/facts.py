@@ -137,13 +137,19 @@ def key_numbers(events: Sequence[Event], metrics: Mapping[str, Any]) -> list[tup
         ("Examples per second", rate("examples")),
         ("Tokens per second", rate("tokens")),
         ("Supervised tokens per second", rate("supervised_tokens")),
-        ("Peak memory", NOT_RECORDED if memory is None else f"{memory:.2f} GB"),
+        ("Peak memory", NOT_RECORDED if memory is None else f"{memory:.2f} GB{_planned(start)}"),
         ("Trained parameters", _parameters(known("trainable_parameters"), known("total_parameters"))),
         (train_label, number(train_loss)),
         ("Evaluation loss", "not measured" if eval_loss is None else number(eval_loss)),
         ("Steps", "0" if done is None else f"{done:,.0f}"),
         ("Wall time", duration(wall_seconds(events, metrics))),
     ]
+
+
+def _planned(start: Event) -> str:
+    """The peak that was predicted, beside the one that was measured, where it is the same kind of memory: on a GPU."""
+    predicted = as_number(start.get("predicted_peak_gb"))
+    return f" ({predicted:.2f} GB planned)" if predicted is not None and start.get("on_gpu") else ""
 
 
 def _total(steps: Sequence[Event], key: str) -> float | None:
@@ -200,6 +206,10 @@ def notices(events: Sequence[Event]) -> tuple[list[Notice], int]:
         match event.get("event"):
             case "warning" | "decision" as kind:
                 message = as_text(event.get("message", ""))
+            case "skipped" | "rollback" | "out_of_memory":
+                kind, message = "warning", as_text(event.get("message", ""))
+            case "calibration":
+                kind, message = "decision", as_text(event.get("message", ""))
             case "resume" as kind:
                 message = f"Continued from the checkpoint of step {step}." if step else "Continued from a checkpoint."
             case "interrupted" as kind:

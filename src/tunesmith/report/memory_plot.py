@@ -37,7 +37,7 @@ INCHES_PER_BAR = 0.42
 def draw_memory(path: str | Path, result: Mapping[str, Any]) -> Path:
     """Draw what `workflows.plan.plan` returned as .png or .svg; returns the path.
 
-    Raises ConfigError for another ending, and MachineError where it cannot be written.
+    Raises ConfigError for another ending, and what `disk_errors` says where it cannot be written.
     """
     file = Path(path)
     if file.suffix not in (".png", ".svg"):

@@ -83,6 +83,7 @@ def train_loop(
     memory = MemoryRecovery(state, config.data.packing, optimizer, scaler, graphs, log, least_memory, diagnose)
     skips = Skips()
     monitor = Monitor(config, total_steps, first_step=state.step, predicted_tokens_per_second=tokens_per_second)
+    say(monitor.start([len(example) for example in examples]), state.step, log)
 
     while state.step < total_steps and not state.stopped_early:
         step = [[examples[index] for index in part] for part in order.step(state.step)]

@@ -77,7 +77,7 @@ def _steps(
     tokens = config.training.micro_batch_tokens
     if halvings:
         planned = f"{tokens} tokens" if tokens is not None else f"{size} examples"
-        yield f"micro-batch: {planned}, halved {halvings} times: one example already"
+        yield f"micro-batch: {planned}, halved {'once' if halvings == 1 else f'{halvings} times'}: one example already"
     elif tokens is not None:
         yield f"micro-batch: {tokens} tokens (training.micro_batch_tokens); the longest example has {stats.max:,}"
     elif size in (1, "auto"):
@@ -99,7 +99,8 @@ def _optimizer(config: RunConfig, plan: MemoryPlan) -> str:
 
 def _what_fits(config: RunConfig, shape: ModelShape | None, budget_gb: float) -> str:
     if shape is None:
-        return f"{config.model.name} is not known to the planner; try method: qlora, or a smaller model"
+        other = "a smaller model" if config.method == "qlora" else "method: qlora, or a smaller model"
+        return f"{config.model.name} is not known to the planner; try {other}"
     methods: list[Method] = [method for method in ("lora", "qlora") if _leaner(method, config.method)]
     for method in methods:
         needed = least_gb(shape, method, config)

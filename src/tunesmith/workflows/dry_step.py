@@ -84,15 +84,16 @@ def _largest(examples: Sequence[TokenizedExample], config: RunConfig) -> list[To
     Which whole examples fill a budget best is a hard question, and the packing of some epoch may find them.
     """
     training = config.training
+    lengths = [len(example) for example in examples]
     if training.micro_batch_tokens is None:
-        chosen = largest_batch([len(example) for example in examples], training, config.data.packing)
-        return [examples[index] for index in chosen]
+        return [examples[index] for index in largest_batch(lengths, training, config.data.packing)]
     found: list[TokenizedExample] = []
     room = training.micro_batch_tokens
-    most = len(examples) if training.batch_tokens is not None else training.batch_size
-    for example in sorted(examples, key=len, reverse=True)[:most]:
+    most = len(lengths) if training.batch_tokens is not None else training.batch_size
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index])[:most]:
         if room == 0:
             break
+        example = examples[index]
         ids, mask = example.input_ids[-room:], example.loss_mask[-room:]  # answers are at the end
         found.append(replace(example, input_ids=ids, loss_mask=mask))
         room -= len(ids)

@@ -108,7 +108,8 @@ def plan_run(
     candidates = candidates_of(config, *_lengths(examples), graphs, hardware.type)
     card = card_of(hardware.name, hardware.memory_gb) if hardware.type == "cuda" else None
     if shape is None:
-        choice = Choice(candidates[0], _without_prediction(config, engine, forward, budget), None)
+        usual = [each for each in candidates if each.size <= config.training.micro_batch]
+        choice = Choice([candidates[0], *usual][-1], _without_prediction(config, engine, forward, budget), None)
     else:
         if engine == "fused" and not shape.can_fuse and config.model.engine == "auto":
             setup = _engine_of_half_fused(shape, setup, candidates[0], config.memory.mode, budget, weights, trainable)

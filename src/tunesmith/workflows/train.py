@@ -213,6 +213,7 @@ class TrainingSession:
             "method": self.config.method,
             "engine": self.plan.memory.engine,
             "device": self.hardware.name,
+            "on_gpu": self.hardware.type == "cuda",
             "dtype": self.forward.dtype,
             "trainable_parameters": trainable,
             "total_parameters": total,
