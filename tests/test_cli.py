@@ -19,7 +19,20 @@ from tiny import chat_rows, write_jsonl
 from tunesmith.runs import RunFolder
 from tunesmith.version import __version__
 
-COMMANDS = ("quickstart", "train", "resume", "eval", "chat", "merge", "report", "doctor", "bench", "data")
+COMMANDS = (
+    "quickstart",
+    "train",
+    "resume",
+    "eval",
+    "chat",
+    "merge",
+    "report",
+    "doctor",
+    "advise",
+    "plan",
+    "bench",
+    "data",
+)
 EXECUTABLE = Path(sys.executable).with_name("tunesmith")
 FAST = ("--set", "training.max_steps=2", "--set", "model.dtype=fp32", "--set", "optimizer.lr=0.01")
 

@@ -603,13 +603,17 @@ def test_a_disk_that_is_really_full(tiny_model: Path, data: Path, tmp_path: Path
         subprocess.run(["umount", disk], check=True)
 
 
-def test_memory_that_runs_out(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.training import loop
+def out_of_memory_at_once(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    from tunesmith.workflows import train
 
     def none_left(*_: Any, **__: Any) -> Any:
-        raise MemoryError
+        raise error
 
-    monkeypatch.setattr(loop, "micro_batches", none_left)
+    monkeypatch.setattr(train, "make_optimizer", none_left)
+
+
+def test_memory_that_runs_out(tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out_of_memory_at_once(monkeypatch, MemoryError())
     result = tunesmith("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run", *FAST)
     refused(
         result,
@@ -624,12 +628,7 @@ def test_a_gpu_that_runs_out_of_memory(
 ) -> None:
     import torch
 
-    from tunesmith.training import loop
-
-    def none_left(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
-
-    monkeypatch.setattr(loop, "micro_batches", none_left)
+    out_of_memory_at_once(monkeypatch, torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"))
     result = tunesmith("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run", *FAST)
     refused(
         result,
@@ -638,6 +637,22 @@ def test_a_gpu_that_runs_out_of_memory(
         "training.micro_batch_size (or micro_batch_tokens) or data.max_seq_length, set memory.mode=min, or use "
         "method: qlora",
     )
+
+
+def test_steps_that_always_run_out_of_memory(
+    tiny_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.training import loop
+
+    def none_left(*_: Any, **__: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(loop, "micro_batches", none_left)
+    result = tunesmith("train", "--model", tiny_model, "--data", data, "--out", tmp_path / "run", *FAST)
+    assert result.code == 3
+    lines = [line.removeprefix("tunesmith: ") for line in result.err.splitlines() if line.startswith("tunesmith: ")]
+    assert lines[0].startswith("step 1 ran out of memory with one example a micro-batch: no memory left (")
+    assert [line[:3] for line in lines[1:]] == ["1. ", "2. ", "3. ", "4. ", "5. "]
 
 
 def test_a_result_with_nan_is_valid_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,7 +201,7 @@ def test_a_model_that_is_too_large_for_the_card(method: str) -> None:
         f"7.6B parameters are too many for this card: method: qlora needs {needed:.1f} GB at least; the smallest card with "
         f"that is {card.name}; here the largest known model that trains with qlora is {smaller}"
     )
-    assert (card.name, smaller) == ("RTX 4060", "HuggingFaceTB/SmolLM3-3B")
+    assert (card.name, smaller) == ("RTX 4060", "Qwen/Qwen3-4B")
 
 
 def test_where_no_card_and_no_model_is_known() -> None:

@@ -147,8 +147,8 @@ def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int
 
     Each norm keeps its input in fp32, and for its readers its output; attention keeps q, k, v and its
     result; the MLP keeps gate, act(gate), up and their product. With trainable weights norms keep the normed
-    input too, in fp32, and autocast casts it once for each matrix that reads it. Eager attention (soft-capped scores) keeps
-    a row of scores a head: before and after the cap, its softmax in fp32 and in the compute type.
+    input too, in fp32, and autocast casts it once for each matrix that reads it. Norms of heads keep their input in fp32.
+    Eager attention (soft-capped scores) keeps rows of scores.
     """
     b, hidden = setup.value_bytes, shape.hidden_size
     norms = 4 if shape.post_norms else 2
@@ -156,16 +156,20 @@ def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int
     readers = 2 if shape.model_type == "phi3" else 5
     copies = readers if full and b < 4 else 2
     found = norms * hidden * 4 * (2 if full else 1) + copies * hidden * b
-    if full and b == 4:
-        found += norms * hidden * 4
+    keys = shape.num_kv_heads * shape.head_dim
+    if shape.head_norms:
+        weighted = 4 if shape.post_norms else b  # Gemma multiplies by the weight in fp32
+        found += (shape.query_size + keys) * (4 + (weighted if full else 0))
     found += b * (shape.query_size + shape.kv_size + shape.attention_size)
+    if shape.model_type == "phi3":  # values are a view of the joint projection, which stays whole; the result is copied
+        found += b * (shape.query_size + keys + shape.attention_size)
+    if shape.model_type == "gemma2":  # scores with their cap, their softmax; keys and values once for each query head
+        found += 8 * shape.num_heads * sequence + b * (shape.query_size + shape.attention_size - shape.kv_size)
     found += b * 4 * layer.mlp_width
     if layer.expert_values:  # each expert's input and output
         found += 2 * b * hidden * max(1, layer.active_expert_values * 3 // max(1, 3 * layer.expert_values))
     if not full and setup.r:
         found += b * setup.r * len(layer.linears)
-    if shape.model_type == "gemma2":
-        found += shape.num_heads * sequence * (3 * b + 4)
     return found
 
 

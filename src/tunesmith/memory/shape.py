@@ -142,6 +142,11 @@ class ModelShape:
         """Whether a branch's output is normed before it is added."""
         return self.model_type in POST_NORMS
 
+    @property
+    def head_norms(self) -> bool:
+        """Whether the heads of queries and keys are normed."""
+        return self.model_type in HEAD_NORMS
+
     def targets(self, setting: str | list[str] | tuple[str, ...] = "all-linear") -> Iterator[tuple[int, Linear]]:
         """The linear layers that `adapter.target_modules` means, each with its number of layers.
 

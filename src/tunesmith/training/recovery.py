@@ -91,7 +91,7 @@ class MemoryRecovery:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or _world_size() > 1:  # other ranks wait in their collectives
                     raise
-                reason = str(error).partition("\n")[0].partition(". GPU ")[0]
+                reason = str(error).partition("\n")[0].partition(". GPU ")[0].rstrip(".") or "no memory left"
             # Outside of `except`: the traceback holds the step's tensors.
             self._give_way(max(len(part) for part in divided), reason)
 
