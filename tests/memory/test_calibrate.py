@@ -164,6 +164,17 @@ def test_a_plan_that_cannot_become_another_is_not_measured_twice() -> None:
         assert found is plan
 
 
+def test_fused_plans_with_as_many_recomputed_layers_are_not_the_same() -> None:
+    """Every layer drops gate and up; what else it drops is another plan."""
+    plan, card = start(2.6, "fused"), Card(more_gb=0.3)
+    found, measured = run(plan, card)
+    assert layers([plan, found]) == [24, 24]
+    assert len(measured) == 2
+    kept = [sum(len(policy.keep) for policy in one.memory.policies) for one in (plan, found)]
+    assert kept[1] < kept[0]
+    assert found.correction_gb == pytest.approx(0.3)
+
+
 @pytest.mark.parametrize("missing", ["budget_gb", "predicted_peak_gb"])
 def test_without_a_prediction_or_a_budget_there_is_nothing_to_check(missing: str) -> None:
     plan = start()
