@@ -137,9 +137,9 @@ TAIL = [100] * 97 + [200, 3000, 4000]
         ),
         # Less than a fifth would be won.
         (
-            [100] * 90 + [120] * 10,
+            [100] * 99 + [120],
             (),
-            "examples have up to 120 tokens, 95% of them at most 120; data.max_seq_length is 2048",
+            "examples have up to 120 tokens, 95% of them at most 100; data.max_seq_length is 2048",
         ),
         ([50], (), "examples have up to 50 tokens, 95% of them at most 50; data.max_seq_length is 2048"),
     ],

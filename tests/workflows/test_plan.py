@@ -681,6 +681,21 @@ def test_the_longest_really_is_the_longest(model: str, gpu: str, method: Method)
     assert not trains(config, method, target, longest + 512)
 
 
+def test_the_longest_for_many_budgets() -> None:
+    config = config_of(QWEN, "method=qlora")
+    shape = find_shape(QWEN)[1]
+    found = []
+    for memory in (7.7, 8.0, 8.35, 8.8, 9.4, 10.1, 11.0, 12.0):
+        target = target_of(None, memory)
+        longest = module._longest(config, shape, target)
+        assert longest is not None
+        assert trains(config, "qlora", target, longest)
+        assert not trains(config, "qlora", target, longest + 512)
+        found.append(longest)
+    assert found == sorted(set(found))
+    assert module._longest(config, shape, target_of(None, 7.0)) is None
+
+
 def test_no_example_is_longer_than_the_models_context() -> None:
     assert (
         lines_of(planned(QWEN, "H100"))["longer"]

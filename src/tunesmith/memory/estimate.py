@@ -166,8 +166,7 @@ def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int
     if shape.model_type == "gemma2":  # scores with their cap, their softmax; keys and values once for each query head
         found += 8 * shape.num_heads * sequence + b * (shape.query_size + shape.attention_size - shape.kv_size)
     found += b * 4 * layer.mlp_width
-    if layer.expert_values:  # each expert's input and output
-        found += 2 * b * hidden * max(1, layer.active_expert_values * 3 // max(1, 3 * layer.expert_values))
+    found += 2 * b * hidden * layer.active_experts  # each one's input and output
     if not full and setup.r:
         found += b * setup.r * len(layer.linears)
     return found

@@ -22,6 +22,9 @@ HALF_FUSED = frozenset({"mixtral", "deepseek_v2"})
 KNOWN = FUSED | HALF_FUSED | {"qwen3_moe", "smollm3"}
 """`model_type`s whose parameters are counted exactly. Others are taken for a plain decoder, and the plan says so."""
 
+WITHOUT_BIAS = frozenset({"mistral", "mixtral", "phi3"})
+"""Families whose attention has no biases, whatever their config's `attention_bias` says."""
+
 POST_NORMS = frozenset({"gemma2", "gemma3_text"})
 """Families that norm the output of attention and of the MLP too."""
 
@@ -51,13 +54,15 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A decoder layer. `expert_values` are those of all experts, `active_expert_values` what one token meets of them.
+    """A decoder layer. `expert_values` are those of all experts; one token meets `active_experts` of them, which have
+    `active_expert_values`.
 
     `other_values` are norms and routers. `mlp_width` is how many intermediate features a token has, in all MLPs it meets.
     """
 
     linears: tuple[Linear, ...]
     mlp_width: int
+    active_experts: int = 0
     expert_values: int = 0
     active_expert_values: int = 0
     other_values: int = 0
@@ -196,8 +201,13 @@ class ModelShape:
             layers=tuple(_layers(reader, kind, hidden, heads, head_dim, num_layers)),
             window=window,
             windowed=_windowed(config, kind, num_layers) if window else 0,
-            exact=kind in KNOWN,
+            exact=kind in KNOWN and not _mixes_dense_layers(config),
         )
+
+
+def _mixes_dense_layers(config: Mapping[str, Any]) -> bool:
+    """Whether a mixture of Qwen's kind has dense layers here and there, which are not told apart."""
+    return bool(config.get("mlp_only_layers")) or (config.get("decoder_sparse_step") or 1) != 1
 
 
 def _is_target(linear: Linear, setting: str | list[str] | tuple[str, ...]) -> bool:
@@ -244,7 +254,7 @@ def _layers(
         yield from _deepseek(reader, hidden, heads, num_layers)
         return
     kv = reader.number("num_key_value_heads", heads) * head_dim
-    bias = kind == "qwen2" or bool(config.get("attention_bias"))
+    bias = kind == "qwen2" or (kind not in WITHOUT_BIAS and bool(config.get("attention_bias")))
     output_bias = kind != "qwen2" and bias
     if kind == "phi3":
         attention = [Linear("self_attn.qkv_proj", hidden, heads * head_dim + 2 * kv)]
@@ -266,6 +276,7 @@ def _layers(
             Layer(
                 tuple(attention),
                 mlp_width=active * width,
+                active_experts=active,
                 expert_values=experts * 3 * hidden * width,
                 active_expert_values=active * 3 * hidden * width,
                 other_values=norms + experts * hidden,
@@ -320,6 +331,7 @@ def _deepseek(reader: _Reader, hidden: int, heads: int, num_layers: int) -> Iter
         Layer(
             (*attention, *(_mlp("mlp.shared_experts", "", hidden, shared) if shared else ())),
             mlp_width=active * width + shared,
+            active_experts=active,
             expert_values=experts * 3 * hidden * width,
             active_expert_values=active * 3 * hidden * width,
             other_values=norms + experts * hidden,

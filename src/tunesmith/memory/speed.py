@@ -64,16 +64,6 @@ HOST_LINK = 20e9
 """Bytes a second to host memory and back, for layer inputs that wait there: PCIe 4 x16. They travel beside the work."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A micro-batch as the time model sees it: floating-point operations, and bytes through the card's memory."""
-
-    products: float
-    attention: float
-    activation_bytes: float
-    made_bytes: float
-
-
 def micro_batch_seconds(
     shape: ModelShape,
     setup: Setup,

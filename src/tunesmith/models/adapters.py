@@ -178,4 +178,6 @@ def weights_gb(model: torch.nn.Module) -> float:
         while state is not None:  # with double quantization the scales have scales
             tensors.append(state.absmax)
             state = state.state2
+        if (scales := getattr(parameter, "SCB", None)) is not None:  # of int8 rows
+            tensors.append(scales)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / GB
