@@ -2,7 +2,8 @@
 
 One optimizer step: take the step's micro-batches (this rank's share of them), add up the gradient of
 Σ_terms weight · sum / count(step), clip, step. Counts come from the whole step before the first backward, so the gradient does
-not depend on how the step is split. Nothing waits for the GPU between logging points.
+not depend on how the step is split, and a step that runs out of memory is done again in smaller parts (recovery.py). Steps
+that are not finite, or spikes, are not taken (skips.py). Nothing waits for the GPU between logging points.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def train_loop(
     """Train to the end of the configured steps, or until early stopping; returns the final state.
 
     With `resume` the newest checkpoint is loaded first. `tokens_per_second` is what was predicted; `least_memory` and
-    `diagnose` are recovery.py's, for a step that runs out of memory. Raises Interrupted after saving when `stop` is set, VerificationError when steps go wrong again and again
-    or a trainable tensor has not moved, and MachineError when memory does not suffice whatever is given up.
+    `diagnose` are recovery.py's, for a step that runs out of memory. Raises Interrupted after saving when `stop` is set,
+    VerificationError when steps go wrong again and again or a trainable tensor has not moved, and MachineError when memory
+    does not suffice whatever is given up.
     """
     model, training = forward.model, config.training
     order = StepOrder([len(example) for example in examples], training, config.data.packing)
