@@ -214,6 +214,7 @@ def test_nothing_of_it_stays(
     assert torch.equal(torch.get_rng_state(), generator)
     assert cuda.states == [["the card's generators"]]
     assert not made.model.training
+    assert set(made.objective.training) == {True}
     after = made.model.state_dict()
     assert list(after) == list(before)
     assert [name for name, tensor in after.items() if not torch.equal(tensor, before[name])] == []
@@ -474,6 +475,23 @@ def test_a_peak_below_the_prediction_keeps_more(make: Callable[..., Made], cuda:
     assert {layer.policy for layer in made.layers} == {LayerPolicy()}
     assert found.correction_gb == pytest.approx(-0.1 * planned, abs=2e-9)
     assert len(events) == 2
+
+
+def test_the_last_correction_holds_though_it_is_not_measured(make: Callable[..., Made], cuda: Cuda) -> None:
+    with a_tight_budget(make) as (made, predicted):
+        second = made.plan.corrected(1.02 * predicted)
+        low = (second.memory.predicted_peak_gb or 0.0) - 0.06 * predicted
+        third = second.corrected(low)
+        assert third.memory.policies == made.plan.memory.policies
+        high = (third.memory.predicted_peak_gb or 0.0) + 0.06 * predicted
+        cuda.peaks = [1.02 * predicted, low, high]
+        found, events = calibrated(made.plan, made.step)
+        assert (cuda.peaks, len(events)) == ([], 3)
+        assert found.memory.policies == third.corrected(high).memory.policies != third.memory.policies
+        assert tuple(layer.policy for layer in made.layers) == found.memory.policies
+        assert [event["message"].endswith(f"; the plan now: {found.memory.reason}") for event in events] == [
+            *(False, False, True)
+        ]
 
 
 def test_each_plan_is_measured_as_it_says(make: Callable[..., Made], cuda: Cuda) -> None:

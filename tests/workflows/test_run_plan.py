@@ -23,8 +23,9 @@ from tunesmith.data.batches import StepOrder
 from tunesmith.errors import MachineError
 from tunesmith.hardware import Hardware, probe
 from tunesmith.memory.choose import WORTH, Candidate, step_seconds
-from tunesmith.memory.estimate import Load
-from tunesmith.memory.policy import HEADROOM
+from tunesmith.memory.estimate import Estimate, Load, Setup
+from tunesmith.memory.policy import HEADROOM, plan_memory
+from tunesmith.memory.shape import ModelShape
 from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32, weights_gb
 from tunesmith.models.catalogue import CATALOGUE
 from tunesmith.models.forward import ModelForward
@@ -613,9 +614,26 @@ def test_the_refusal_knows_free_memory_and_the_cap(gpu: Callable[..., None]) -> 
     capped = config_of("qwen", "memory.limit_gb=0.9")
     with pytest.raises(MachineError, match=r"^this run needs 1\.\d GB, and Tesla T4 has 0\.9 GB"):
         refuse_what_cannot_fit(capped, small, T4, "fp16", SHORT)
-    # With the least of everything, 0.5B parameters and one short example: what is refused cannot run.
-    barely = config_of("qwen", "memory.limit_gb=1.3", "memory.mode=fast")
-    refuse_what_cannot_fit(barely, small, T4, "fp16", SHORT)
+
+
+def test_only_what_nothing_could_save_is_refused(gpu: Callable[..., None]) -> None:
+    """With the smallest micro-batch, and everything computed again, whatever memory.mode says."""
+    small, examples = CATALOGUE["Qwen/Qwen2.5-0.5B"], examples_of(*[4000] * 8)
+    with pytest.raises(MachineError) as caught:
+        refuse_what_cannot_fit(config_of("qwen", "memory.limit_gb=0.9"), small, T4, "fp16", examples)
+    least = float(str(caught.value).split()[3])
+    estimate = Estimate(ModelShape.of(small), Setup("lora", "fused"), Load(4000, 2000, 4000))
+    assert least == pytest.approx(plan_memory(estimate, "min", None).predicted_peak_gb, abs=0.05)
+    assert least < 0.6 * (plan_memory(estimate, "fast", None).predicted_peak_gb or 0)
+    settings = ("memory.mode=fast", "training.batch_size=8")
+    refuse_what_cannot_fit(config_of("qwen", *settings, f"memory.limit_gb={least + 0.1}"), small, T4, "fp16", examples)
+    with pytest.raises(MachineError):
+        refuse_what_cannot_fit(
+            config_of("qwen", *settings, f"memory.limit_gb={least - 0.1}"), small, T4, "fp16", examples
+        )
+    four = config_of("qwen", "training.micro_batch_size=4", f"memory.limit_gb={least + 0.1}")
+    with pytest.raises(MachineError):  # four at once were asked for
+        refuse_what_cannot_fit(four, small, T4, "fp16", examples)
 
 
 def test_who_is_not_asked(gpu: Callable[..., None]) -> None:
