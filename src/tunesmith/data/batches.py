@@ -117,19 +117,6 @@ def largest_micro_batch(
     return rows * (widen(width) if widen else width)
 
 
-def largest_batch(lengths: Sequence[int], training: TrainingConfig, packing: bool) -> list[int]:
-    """Examples, as indices into `lengths`, of the largest micro-batch that training on them can give."""
-    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    if training.micro_batch_tokens is None:
-        return longest_first[: training.micro_batch]
-    chosen, room = [], training.micro_batch_tokens
-    for index in longest_first:
-        if lengths[index] <= room:
-            chosen.append(index)
-            room -= lengths[index]
-    return chosen[: len(lengths) if training.batch_tokens is not None else training.batch_size]
-
-
 Widen = Callable[[int], int]
 """Rounds the length of a row up."""
 

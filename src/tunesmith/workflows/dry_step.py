@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import few_lengths, largest_batch, make_batch
+from tunesmith.data.batches import few_lengths, make_batch
 from tunesmith.hardware import Hardware
 from tunesmith.memory.calibrate import Measured, calibrate
 from tunesmith.models.forward import ModelForward
@@ -44,13 +44,13 @@ class DryStep:
         """The peak of a step under `plan` in GB, which is applied to the model; None if it runs out of memory."""
         device = self.hardware.device
         apply_plan(self.forward, plan.memory)
-        self.optimizer.allocate()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         was_training = self.forward.model.training
         self.forward.model.train()
         try:
+            self.optimizer.allocate()
             # Where steps have several micro-batches, gradients wait while the second one's activations are there.
             for _ in range(min(2, plan.choice.candidate.count)):
                 self._forward_backward(uses_graphs(self.config, plan.setup, self.hardware))
@@ -85,12 +85,12 @@ def _largest(examples: Sequence[TokenizedExample], config: RunConfig) -> list[To
     """
     training = config.training
     lengths = [len(example) for example in examples]
+    longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if training.micro_batch_tokens is None:
-        return [examples[index] for index in largest_batch(lengths, training, config.data.packing)]
+        return [examples[index] for index in longest_first[: training.micro_batch]]
     found: list[TokenizedExample] = []
     room = training.micro_batch_tokens
-    most = len(lengths) if training.batch_tokens is not None else training.batch_size
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index])[:most]:
+    for index in longest_first[: None if training.batch_tokens is not None else training.batch_size]:
         if room == 0:
             break
         example = examples[index]
