@@ -124,7 +124,7 @@ def summary(result: dict[str, Any]) -> str:
     return (
         f"{len(pairs)} settings on one {result['hardware']} ({versions}), `python benchmarks/planner.py OUT.json`: peaks are "
         f"predicted within {min(peaks):+.1%} and {max(peaks):+.1%}, tokens/s within {min(speeds):+.0%} and {max(speeds):+.0%} "
-        "(the shares of the data sheet were fitted to these rows). Random weights and tokens, every token supervised, rank 16 on "
+        f"(the shares of the data sheet were fitted to these rows). {result.get('note', '')} Random weights and tokens, every token supervised, rank 16 on "
         "all linear layers and 8-bit AdamW unless said."
     )
 

@@ -96,7 +96,7 @@ def test_the_table_holds_every_option() -> None:
     assert len(found) == len(result["options"])
     for row, option in zip(found, result["options"], strict=True):
         label = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}[option["method"]]
-        label += " int8" if option["scheme"] == "int8" else ""
+        label += " (int8)" if option["scheme"] == "int8" else ""
         assert row[0] == label + (" *" if option == result["recommended"] else "")
         assert row[1:6] == [
             f"{option['max_seq_length']:,}",
@@ -341,7 +341,7 @@ def test_an_svg_of_the_memory(tmp_path: Path) -> None:
     assert {label for label, _ in KINDS.values()} <= set(said)
     for option in result["options"]:
         method = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}[option["method"]]
-        method += " int8" if option["scheme"] == "int8" else ""
+        method += " (int8)" if option["scheme"] == "int8" else ""
         label = (
             f"{method}, {option['micro_batch_size']} x {option['max_seq_length']:,}, {option['memory_mode']}, "
             f"{option['optimizer']}"

@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tunesmith.config import AdapterConfig
 from tunesmith.errors import ModelError
-from tunesmith.memory.shape import KNOWN, Layer, Linear, ModelShape
+from tunesmith.memory.shape import HALF_FUSED, KNOWN, Layer, Linear, ModelShape
 from tunesmith.models.adapters import add_adapter, target_modules
 from tunesmith.models.catalogue import CATALOGUE
+from tunesmith.models.families import LayerSpec, layer_spec
 
 BASE = {
     "vocab_size": 97,
@@ -96,6 +97,15 @@ def test_parameters_are_those_of_the_model(family: str) -> None:
         assert layer.values == sum(parameter.numel() for parameter in module.parameters())
     assert shape.embedding_values == model.get_input_embeddings().weight.numel()
     assert shape.tied == (model.get_input_embeddings().weight is model.get_output_embeddings().weight)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_engine_runs_what_the_shape_says(family: str) -> None:
+    """FUSED and HALF_FUSED go by `model_type`, the engine by its table of layers (models/families.py)."""
+    whole = [layer_spec(layer) for layer in model_of(family).model.layers]
+    halves = [spec.halves for spec in whole if isinstance(spec, LayerSpec)]
+    assert shape_of(family).can_fuse == (halves == [("attention", "mlp")] * 3)
+    assert (shape_of(family).model_type in HALF_FUSED) == any(len(each) == 1 for each in halves)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -207,11 +217,10 @@ def test_what_a_token_meets_of_the_experts() -> None:
         assert (layer.expert_values, layer.active_expert_values) == (4 * 3 * 24 * 9, 2 * 3 * 24 * 9)
         assert layer.mlp_width == 2 * 9 + 2 * 9, "two routed experts and two shared ones"
         assert Linear("mlp.shared_experts.gate_proj", 24, 18) in layer.linears
-    assert [shape_of(family).has_experts for family in ("llama", "mixtral", "deepseek_v2, all dense")] == [
-        False,
-        True,
-        False,
-    ]
+    families = ("llama", "mixtral", "deepseek_v2", "deepseek_v2, all dense")
+    assert [[layer.active_experts for layer in layers_of(shape_of(family))] for family in families] == [
+        [0, 0, 0], [2, 2, 2], [0, 2, 2], [0, 0, 0]
+    ]  # fmt: skip
 
 
 def raw(model_type: str, **settings: Any) -> dict[str, Any]:

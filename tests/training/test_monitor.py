@@ -550,42 +550,26 @@ def test_a_max_seq_length_that_costs_something() -> None:
             "training.micro_batch_tokens cannot be set below 4096: set data.max_seq_length=256",
         )
     ]
-    (planned,) = monitor("data.max_seq_length=2048").start(LENGTHS, planned_length=2048)
-    assert planned.message == (
-        "the longest of 4 examples has 200 tokens; data.max_seq_length 2048 has no use, and because of it memory is planned "
-        "for rows of 2048 tokens: set data.max_seq_length=256"
-    )
-    (both,) = monitor(*BUDGET).start(LENGTHS, planned_length=4096)
-    assert "memory is planned for rows of 4096 tokens and training.micro_batch_tokens cannot" in both.message
 
 
 @pytest.mark.parametrize(
-    ("overrides", "lengths", "planned"),
+    ("overrides", "lengths"),
     [
-        (["data.max_seq_length=4096"], LENGTHS, None),  # a batch is as wide as its longest row: it costs nothing
-        (["data.max_seq_length=4096"], LENGTHS, 256),
-        (BUDGET, [*LENGTHS, 1024], None),  # one example needs it
-        (["data.packing=true", "data.max_seq_length=1024", "training.micro_batch_tokens=4096"], LENGTHS, None),
-        (["data.max_seq_length=auto"], [10], 64),
-        (["data.max_seq_length=64"], [10], 64),  # no multiple of 64 is shorter
+        (["data.max_seq_length=4096"], LENGTHS),  # a batch is as wide as its longest row: it costs nothing
+        (BUDGET, [*LENGTHS, 1024]),  # one example needs it
+        (["data.packing=true", "data.max_seq_length=1024", "training.micro_batch_tokens=4096"], LENGTHS),
+        (["data.packing=true", "data.max_seq_length=auto", "training.micro_batch_tokens=64"], [10]),
+        (["data.packing=true", "data.max_seq_length=64", "training.micro_batch_tokens=64"], [10]),  # nor a shorter 64
     ],
 )
-def test_a_max_seq_length_that_costs_nothing(overrides: list[str], lengths: list[int], planned: int | None) -> None:
-    assert monitor(*overrides).start(lengths, planned_length=planned) == []
+def test_a_max_seq_length_that_costs_nothing(overrides: list[str], lengths: list[int]) -> None:
+    assert monitor(*overrides).start(lengths) == []
 
 
-def test_examples_that_were_cut() -> None:
-    watched = monitor("data.max_seq_length=128", "data.overlong=truncate")
-    assert watched.start([128] * 100, num_cut=5) == []
-    assert watched.start([128] * 100) == []
-    assert watched.start([128] * 100, num_cut=18) == [
-        Signal(
-            "examples_cut",
-            "18 of 100 examples (18%) were cut to data.max_seq_length 128: the model never sees how they end, and learns not "
-            "to end; raise data.max_seq_length, or set data.overlong=drop",
-        )
-    ]
-    assert watched.start([128] * 100, num_cut=18) == [], "each signal is said once"
+def test_what_the_data_says_is_said_once() -> None:
+    watched = monitor(*BUDGET)
+    assert len(watched.start(LENGTHS)) == 1
+    assert watched.start(LENGTHS) == []
 
 
 # -- the history ------------------------------------------------------------------------------------------------------

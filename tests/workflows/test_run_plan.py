@@ -35,7 +35,7 @@ from tunesmith.workflows import run_plan as module
 from tunesmith.workflows import train
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.run_plan import RunPlan, budget_gb, plan_run, refuse_what_cannot_fit, shape_of
-from tunesmith.workflows.setups import candidates_of, set_micro_batch
+from tunesmith.workflows.setups import candidates_of, set_micro_batch, uses_graphs
 
 CPU = Hardware("cpu", "a CPU", 64.0, False)
 H100 = Hardware("cuda:0", "NVIDIA H100 80GB HBM3", 79.18, True, (9, 0))
@@ -431,6 +431,7 @@ def test_on_the_cpu_the_weights_are_no_longer_free(forward: ModelForward, monkey
         ((), None, "fused", True),
         (("training.cuda_graphs=false",), None, "fused", False),
         (("model.engine=reference",), None, "reference", False),
+        (("adapter.dropout=0.1",), None, "fused", False),  # it draws numbers
         ((), "Triton is not installed", "reference", False),
         (("model.engine=fused",), "Triton is not installed", "fused", True),
     ],
@@ -449,6 +450,13 @@ def test_the_engine_and_the_graphs(
     _, plan = planned(forward, *settings, "training.micro_batch_size=1", examples=examples)
     assert (plan.memory.engine, plan.setup.engine, plan.graphs) == (engine, engine, graphs)
     assert plan.choice.candidate.largest.tokens == (480 if graphs else 450)  # rows are widened for graphs
+
+
+def test_graphs_want_gradients_that_stay_in_place() -> None:
+    """An adapter's do; in full fine-tuning each tensor has its own, and rows are not widened."""
+    assert [uses_graphs(config_of("tiny", f"method={method}"), "fused") for method in ("lora", "qlora", "full")] == [
+        True, True, False
+    ]  # fmt: skip
 
 
 # -- families of which half a layer is fused --------------------------------------------------------------------------

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 TIGHT = 0.8
 """Share of a card from which on a fitting plan is shown as tight."""
 
-METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
-
 
 def plan(
     config: Annotated[str | None, typer.Argument(help="Settings (YAML).", metavar="[RUN.yaml]")] = None,
@@ -91,7 +89,7 @@ def plan(
         if as_json:
             console.result({"model": run.model.name, "gpu": target.name, "method": chosen.method, "ranks": ranks})
             return
-        console.table(ranks_table(f"{run.model.name}, {METHODS[chosen.method]}, on {target.label}", ranks))
+        console.table(ranks_table(f"{run.model.name}, {planner.METHOD_NAMES[chosen.method]}, on {target.label}", ranks))
         return
     if not run.data.path or target.card is None:
         _refuse_unused({"--price-per-hour": price}, "without --data and --gpu, which say for how many hours")
@@ -114,9 +112,10 @@ def plan(
 
 def _methods(names: Sequence[str]) -> list[Any]:
     from tunesmith.errors import ConfigError
+    from tunesmith.workflows.plan import METHOD_NAMES
 
     for name in names:
-        if name not in METHODS:
+        if name not in METHOD_NAMES:
             raise ConfigError(f"--method is {name!r}: expected lora, qlora or full")
     return list(names)
 
@@ -209,12 +208,11 @@ def options_table(result: Mapping[str, Any]) -> Table:
         )
     for option in result["options"]:
         word, colour = _verdict(option["peak_gb"], option["fits"], result["memory_gb"])
-        label = METHODS[option["method"]] + ("" if option["scheme"] in (None, "nf4") else f" {option['scheme']}")
         best = option == result["recommended"]
         table.add_row(
-            f"{label} *" if best else label,
+            f"{option['label']} *" if best else option["label"],
             f"{option['max_seq_length']:,}",
-            _micro_batches(option),
+            option["micro_batches"],
             option["memory_mode"],
             option["optimizer"],
             option["recompute"].removesuffix(" layers"),
@@ -226,11 +224,6 @@ def options_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def _micro_batches(option: Mapping[str, Any]) -> str:
-    unit = " tokens" if option["micro_batch_unit"] == "tokens" else ""
-    return f"{option['micro_batch_size']:,}{unit} x {option['gradient_accumulation_steps']}"
-
-
 def methods_table(
     title: str, heading: str, key: str, rows: Sequence[Mapping[str, Any]], memory_gb: float | None
 ) -> Table:
@@ -238,12 +231,14 @@ def methods_table(
     from rich.markup import escape
     from rich.table import Table
 
+    from tunesmith.workflows.plan import METHOD_NAMES
+
     table = Table(title=escape(title))
     table.add_column(heading)
     table.add_column("GB" if key == "gpu" else "parameters", justify="right")
-    methods = [name for name in METHODS if name in rows[0]["methods"]]
+    methods = [name for name in METHOD_NAMES if name in rows[0]["methods"]]
     for name in methods:
-        table.add_column(METHODS[name])
+        table.add_column(METHOD_NAMES[name])
     for row in rows:
         size = f"{row['memory_gb']:.1f}" if key == "gpu" else f"{row['parameters'] / 1e9:.1f}B"
         cells = [_cell(row["methods"][name], memory_gb or row["memory_gb"]) for name in methods]

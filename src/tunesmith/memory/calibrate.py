@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from tunesmith.memory.policy import HEADROOM
+from tunesmith.memory.policy import HEADROOM, gives_up_alike
 from tunesmith.types import MemoryPlan
 
 CLOSE = 0.05
@@ -60,10 +60,7 @@ def calibrate(
         if peak is not None and abs(peak - predicted) <= CLOSE * predicted and peak <= HEADROOM * budget:
             break
         other = corrected(plan, max(predicted, HEADROOM * budget) + RAN_OUT * budget if peak is None else peak)
-        if (
-            other.memory.policies == plan.memory.policies
-            and other.memory.recompute_layers == plan.memory.recompute_layers
-        ):
+        if gives_up_alike(other.memory, plan.memory):
             break
         plan = other
     return plan, found

@@ -94,11 +94,6 @@ class Breakdown:
         """The peak of what PyTorch allocates."""
         return sum(getattr(self, field.name) for field in fields(self)) - self.context_gb
 
-    @property
-    def static_gb(self) -> float:
-        """What is there before the first token: all but gradients that come and go, activations and logits."""
-        return self.weights_gb + self.adapter_gb + self.optimizer_gb + self.workspace_gb
-
 
 def weight_bytes(shape: ModelShape, setup: Setup) -> float:
     """Bytes of the base model as it is stored for training.

@@ -52,6 +52,11 @@ def fits(plan: MemoryPlan) -> bool:
     return plan.predicted_peak_gb <= HEADROOM * plan.budget_gb + 1e-9
 
 
+def gives_up_alike(one: MemoryPlan, other: MemoryPlan) -> bool:
+    """Whether two plans for one model do the same to it."""
+    return one.policies == other.policies and one.recompute_layers == other.recompute_layers
+
+
 def _first_that_fits(count: int, peak: Callable[[int], float], room: float) -> int:
     """The smallest number in 0 ... count - 1 whose peak is within `room`, else the last; peaks fall with the number."""
     low, high = 0, count - 1

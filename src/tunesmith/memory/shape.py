@@ -133,11 +133,6 @@ class ModelShape:
         return self.num_kv_heads * (self.head_dim + self.value_dim)
 
     @property
-    def has_experts(self) -> bool:
-        """Whether layers have experts."""
-        return any(layer.expert_values for _, layer in self.layers)
-
-    @property
     def can_fuse(self) -> bool:
         """Whether the fused engine runs whole layers of this family."""
         return self.model_type in FUSED

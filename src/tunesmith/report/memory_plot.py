@@ -26,8 +26,6 @@ KINDS = {
 }
 """Labels and colours of a breakdown's parts, in the order of the bars."""
 
-METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
-
 WIDEST = 2.0
 """Bars are cut at this many times the card's memory; their number says how long they are."""
 
@@ -86,8 +84,7 @@ def _bars(axes: Axes, options: Sequence[Mapping[str, Any]], memory_gb: float) ->
 
 
 def _label(option: Mapping[str, Any]) -> str:
-    scheme = "" if option["scheme"] in (None, "nf4") else f" {option['scheme']}"
     return (
-        f"{METHODS[option['method']]}{scheme}, {option['micro_batch_size']} x {option['max_seq_length']:,}, "
+        f"{option['label']}, {option['micro_batch_size']} x {option['max_seq_length']:,}, "
         f"{option['memory_mode']}, {option['optimizer']}"
     )

@@ -82,10 +82,12 @@ def train_loop(
         optimizer.connect(engine_of(model))
     graphs = micro_batch_graphs(config, forward, objective, optimizer, scaler, log)
     judge = StepJudge(forward.device, config.optimizer.max_grad_norm, config.optimizer.skip_spikes, state.norms)
-    memory = MemoryRecovery(state, config.data.packing, optimizer, scaler, graphs, log, least_memory, diagnose)
+    memory = MemoryRecovery(
+        state, config.data.packing, world_size, optimizer, scaler, graphs, log, least_memory, diagnose
+    )
     skips = Skips()
     monitor = Monitor(config, total_steps, first_step=state.step, predicted_tokens_per_second=tokens_per_second)
-    say(monitor.start([len(example) for example in examples]), state.step, log)
+    say(monitor.start(order.lengths), state.step, log)
 
     while state.step < total_steps and not state.stopped_early:
         step = [[examples[index] for index in part] for part in order.step(state.step)]

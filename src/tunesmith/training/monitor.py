@@ -2,8 +2,7 @@
 
 | check | said when |
 |---|---|
-| max_seq_length_too_long | a token budget or the memory plan rests on rows that no example comes near |
-| examples_cut | more than 5% of the examples were cut |
+| max_seq_length_too_long | a token budget rests on rows that no example comes near |
 | gradient_zero | three logged gradient norms were exactly zero |
 | diverging | the loss is half as high again as it was, and above its noise |
 | loss_not_falling | after warm-up and a share of the run the loss is where it began |
@@ -75,9 +74,6 @@ SLOW = 0.5
 COMPILING = 5
 """The first steps of a process compile kernels and capture graphs: they are not timed."""
 
-CUT = 0.05
-"""Share of the examples that may be cut without a word."""
-
 TOO_LONG = 4
 """data.max_seq_length over the longest example."""
 
@@ -137,21 +133,14 @@ class Monitor:
         self._wandering = 0.0  # the largest rise of eval_loss that went away again, in nats
         self._said: set[str] = set()
 
-    def start(
-        self, lengths: Sequence[int], num_cut: int | None = None, planned_length: int | None = None
-    ) -> list[Signal]:
-        """What the training data says before the first step.
+    def start(self, lengths: Sequence[int]) -> list[Signal]:
+        """What the training data says before the first step; `lengths` are the examples' tokens.
 
-        `lengths` are the examples' tokens, `num_cut` how many of them `data.overlong: truncate` has cut (None: unknown).
-        `planned_length` is the length of row that the memory plan was made for (None: it was made for `lengths`).
-
-        `data.max_seq_length` alone costs nothing, since a batch is as wide as its longest row. It is too long only where
-        something rests on it: the memory plan, or a `training.micro_batch_tokens` that it keeps from being smaller.
+        `data.max_seq_length` alone costs nothing, since a batch is as wide as its longest row. It is too long only where a
+        `training.micro_batch_tokens` rests on it, which it keeps from being smaller. Rows that were cut are the data's own
+        findings.
         """
-        return self._new(
-            ("max_seq_length_too_long", self._too_long(lengths, planned_length)),
-            ("examples_cut", self._cut(len(lengths), num_cut)),
-        )
+        return self._new(("max_seq_length_too_long", self._too_long(lengths)))
 
     def step(self, metrics: StepMetrics) -> list[Signal]:
         """Take in a logged step, and return what is to be said now."""
@@ -206,30 +195,14 @@ class Monitor:
         self._said |= {signal.check for signal in signals}
         return signals
 
-    def _too_long(self, lengths: Sequence[int], planned_length: int | None) -> str | None:
+    def _too_long(self, lengths: Sequence[int]) -> str | None:
         limit, longest, budget = self.config.data.max_seq_length, max(lengths), self.config.training.micro_batch_tokens
         enough = 64 * math.ceil(longest / 64)
-        if limit == "auto" or limit <= TOO_LONG * longest or enough >= limit:
-            return None
-        costs = []
-        if planned_length is not None and planned_length > TOO_LONG * longest:
-            costs.append(f"memory is planned for rows of {planned_length} tokens")
-        if budget == limit:
-            costs.append(f"training.micro_batch_tokens cannot be set below {budget}")
-        if not costs:
+        if limit == "auto" or limit <= TOO_LONG * longest or enough >= limit or budget != limit:
             return None
         return (
             f"the longest of {len(lengths)} examples has {longest} tokens; data.max_seq_length {limit} has no use, and "
-            f"because of it {' and '.join(costs)}: set data.max_seq_length={enough}"
-        )
-
-    def _cut(self, num_examples: int, num_cut: int | None) -> str | None:
-        if num_cut is None or num_cut <= CUT * num_examples:
-            return None
-        return (
-            f"{num_cut} of {num_examples} examples ({num_cut / num_examples:.0%}) were cut to data.max_seq_length "
-            f"{self.config.data.max_seq_length}: the model never sees how they end, and learns not to end; raise "
-            "data.max_seq_length, or set data.overlong=drop"
+            f"because of it training.micro_batch_tokens cannot be set below {budget}: set data.max_seq_length={enough}"
         )
 
     def _gradient_zero(self) -> str | None:

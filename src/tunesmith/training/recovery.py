@@ -60,6 +60,7 @@ class MemoryRecovery:
         self,
         state: TrainState,
         packing: bool,
+        world_size: int,
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
         graphs: GraphedMicroBatches | None,
@@ -67,7 +68,7 @@ class MemoryRecovery:
         least_memory: Callable[[], bool],
         diagnose: Callable[[str, int], str],
     ):
-        self.state, self.packing = state, packing
+        self.state, self.packing, self.world_size = state, packing, world_size
         self.optimizer, self.scaler, self.graphs, self.log = optimizer, scaler, graphs, log
         self.least_memory, self.diagnose = least_memory, diagnose
         if state.least_memory:
@@ -89,7 +90,7 @@ class MemoryRecovery:
             try:
                 return attempt(divided)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or _world_size() > 1:  # other ranks wait in their collectives
+                if not is_out_of_memory(error) or self.world_size > 1:  # other ranks wait in their collectives
                     raise
                 reason = str(error).partition("\n")[0].partition(". GPU ")[0].rstrip(".") or "no memory left"
             # Outside of `except`: the traceback holds the step's tensors.
@@ -118,8 +119,3 @@ class MemoryRecovery:
         self.log(
             {"event": "out_of_memory", "step": self.state.step, "halvings": self.state.halvings, "message": message}
         )
-
-
-def _world_size() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1

@@ -28,6 +28,7 @@ from typing import Any, Literal, cast, get_args
 
 from tunesmith.config import DType
 from tunesmith.errors import ConfigError, DataError, MachineError
+from tunesmith.models.catalogue import CATALOGUE
 from tunesmith.types import Progress, no_progress
 
 Runner = Literal["tunesmith", "reference", "transformers", "liger", "unsloth"]
@@ -48,54 +49,10 @@ PEER_PACKAGES: dict[str, str] = {"transformers": "peft", "liger": "liger_kernel"
 """The module whose presence says that a peer is installed."""
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "rope_theta": 500000.0,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-    },
-    "qwen2.5-3b": {
-        "model_type": "qwen2",
-        "hidden_size": 2048,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "rope_theta": 1000000.0,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-    "qwen2.5-0.5b": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "rope_theta": 1000000.0,
-        "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    },
-    "smollm2-135m": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "rope_theta": 100000.0,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
+    "llama-3.1-8b": CATALOGUE["meta-llama/Llama-3.1-8B"],
+    "qwen2.5-3b": CATALOGUE["Qwen/Qwen2.5-3B"],
+    "qwen2.5-0.5b": CATALOGUE["Qwen/Qwen2.5-0.5B"],
+    "smollm2-135m": CATALOGUE["HuggingFaceTB/SmolLM2-135M"],
     "tiny": {
         "model_type": "qwen2",
         "hidden_size": 64,
@@ -109,7 +66,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Settings of transformers' configuration of each shape, as in the makers' config.json. `tiny` is for the CPU."""
+"""Settings of transformers' configuration of each shape. `tiny` is for the CPU."""
 
 RESULT_MARK = "BENCH_RESULT "
 """What precedes a row's JSON on the stdout of its process: peers print banners there."""

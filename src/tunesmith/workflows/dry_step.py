@@ -20,7 +20,7 @@ from tunesmith.training.optimizers import Optimizer
 from tunesmith.training.prepare import apply_plan
 from tunesmith.training.recovery import is_out_of_memory
 from tunesmith.types import GB, Event, TokenizedExample
-from tunesmith.workflows.run_plan import RunPlan, uses_graphs
+from tunesmith.workflows.run_plan import RunPlan
 
 
 class DryStep:
@@ -53,7 +53,7 @@ class DryStep:
             self.optimizer.allocate()
             # Where steps have several micro-batches, gradients wait while the second one's activations are there.
             for _ in range(min(2, plan.choice.candidate.count)):
-                self._forward_backward(uses_graphs(self.config, plan.setup, self.hardware))
+                self._forward_backward(plan.graphs)
             torch.cuda.synchronize(device)
             return torch.cuda.max_memory_allocated(device) / GB
         except RuntimeError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tunesmith.cards import CARDS, Card, card_of, find_card
-from tunesmith.config import Method, RunConfig
+from tunesmith.config import Method, ModelConfig, RunConfig
 from tunesmith.errors import ConfigError, MachineError, ModelError
 from tunesmith.hardware import ComputeDType
 from tunesmith.memory.choose import Choice, best, options
@@ -25,9 +25,10 @@ from tunesmith.memory.estimate import CONTEXT_GB, Setup
 from tunesmith.memory.policy import HEADROOM, Mode
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.catalogue import CATALOGUE, find_model_config, nearest_models
+from tunesmith.models.load import HUB_ID, find_model
 from tunesmith.types import GB
 from tunesmith.workflows.diagnosis import largest_that_fits, least_gb, smallest_card
-from tunesmith.workflows.setups import candidates_of, engine_on_gpu, setup_of
+from tunesmith.workflows.setups import candidates_of, engine_on_gpu, setup_of, uses_graphs
 
 SEQUENCE = 2048
 """Tokens of an example where nothing is said of the data."""
@@ -38,11 +39,12 @@ SEQUENCES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 PARALLEL = 0.95
 """What each card of several reaches of one alone: the ranks wait for each other's gradients."""
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-ARITHMETIC = "arithmetic"
 RATED_CARD = "H100"
 """The card that speeds were measured on (memory/speed.py)."""
+
+
+METHOD_NAMES: dict[str, str] = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+"""How people write the methods."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,7 @@ class Option:
     @property
     def label(self) -> str:
         """How people call the method."""
-        names = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
-        return names[self.method] + (f" ({self.scheme})" if self.scheme not in (None, "nf4") else "")
+        return METHOD_NAMES[self.method] + (f" ({self.scheme})" if self.scheme not in (None, "nf4") else "")
 
     @property
     def micro_batches(self) -> str:
@@ -110,9 +111,6 @@ def find_shape(name: str) -> tuple[str, ModelShape]:
     if path.is_dir():
         return path.resolve().name, _shape_in(path)
     if path.suffix == ".gguf":
-        from tunesmith.config import ModelConfig
-        from tunesmith.models.load import find_model
-
         return path.stem, _shape_in(find_model(ModelConfig(name=name)).path)
     if (known := find_model_config(name)) is not None:
         return known[0].rpartition("/")[2], ModelShape.of(known[1])
@@ -220,7 +218,7 @@ def plan_option(
 ) -> Option:
     """The best micro-batch and memory policy of one setting on one card, as `train` would choose them."""
     setup = _setup(config, shape)
-    graphs = setup.engine == "fused" and config.training.cuda_graphs
+    graphs = uses_graphs(config, setup.engine)
     training = config.training
     share = config
     if target.count > 1:
@@ -418,7 +416,7 @@ def asked_length(config: RunConfig, sequence: int | None) -> int:
 
 
 def _json(option: Option, trained: float | None, price: float | None) -> dict[str, Any]:
-    values = asdict(option)
+    values = asdict(option) | {"label": option.label, "micro_batches": option.micro_batches}
     hours = None
     if trained is not None and option.tokens_per_second:
         hours = trained / option.tokens_per_second / 3600
@@ -438,9 +436,9 @@ def _trained_tokens(config: RunConfig, lengths: Sequence[int]) -> float:
 
 def basis(target: Target, shape: ModelShape) -> dict[str, str]:
     """Where memory and speed come from, in words."""
-    memory = f"{ARITHMETIC} on the model's config.json, within 5% of what was measured on an H100"
+    memory = "arithmetic on the model's config.json, within 5% of what was measured on an H100"
     if not shape.exact:
-        memory = f"{ARITHMETIC} for a plain decoder: {shape.model_type or 'this'} is not a family that tunesmith knows"
+        memory = f"arithmetic for a plain decoder: {shape.model_type or 'this'} is not a family that tunesmith knows"
     if target.card is None:
         speed = "unknown: no card was named"
     elif target.card.name == RATED_CARD:

@@ -14,14 +14,14 @@ from tunesmith.errors import ConfigError, MachineError, ModelError
 from tunesmith.hardware import ComputeDType, Hardware, free_memory_gb, no_fused_engine
 from tunesmith.memory.choose import Candidate, Choice, best, options, step_seconds
 from tunesmith.memory.estimate import Estimate, Setup
-from tunesmith.memory.policy import Mode, plan_memory
+from tunesmith.memory.policy import Mode, gives_up_alike, plan_memory
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.adapters import count_parameters, weights_gb
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import why_not_fused
 from tunesmith.types import GB, MemoryPlan, TokenizedExample
 from tunesmith.workflows.diagnosis import diagnose
-from tunesmith.workflows.setups import candidates_of, engine_on_gpu, set_micro_batch, setup_of
+from tunesmith.workflows.setups import candidates_of, engine_on_gpu, set_micro_batch, setup_of, uses_graphs
 
 SHAPE_KEYS = (
     "hidden_size",
@@ -71,12 +71,7 @@ class RunPlan:
         if self.shape is None or self.memory.mode == "min":
             return self
         found = self._again("min", self.correction_gb)
-        return (
-            self
-            if found.memory.policies == self.memory.policies
-            and (found.memory.recompute_layers == self.memory.recompute_layers)
-            else found
-        )
+        return self if gives_up_alike(found.memory, self.memory) else found
 
     def _again(self, mode: Mode, correction_gb: float) -> RunPlan:
         assert self.shape is not None
@@ -104,7 +99,7 @@ def plan_run(
     if config.method != "full":
         weights -= 4 * trainable / GB
     setup = setup_of(config, engine, forward.dtype, getattr(forward.model, "peft_config", None))
-    graphs = uses_graphs(config, setup, hardware)
+    graphs = hardware.type == "cuda" and uses_graphs(config, engine)
     candidates = candidates_of(config, *_lengths(examples), graphs, hardware.type)
     card = card_of(hardware.name, hardware.memory_gb) if hardware.type == "cuda" else None
     if shape is None:
@@ -169,11 +164,6 @@ def shape_of(config: Any) -> ModelShape | None:
         return ModelShape.of({**values, **{key: value for key, value in named.items() if value is not None}})
     except ModelError:
         return None
-
-
-def uses_graphs(config: RunConfig, setup: Setup, hardware: Hardware) -> bool:
-    """Whether CUDA graphs may replay micro-batches (training/graphs.py), whose rows are widened for that."""
-    return config.training.cuda_graphs and hardware.type == "cuda" and setup.engine == "fused"
 
 
 def budget_gb(config: RunConfig, hardware: Hardware, weights: float) -> float:

@@ -46,6 +46,15 @@ def setup_of(
     )
 
 
+def uses_graphs(config: RunConfig, engine: Literal["reference", "fused"]) -> bool:
+    """Whether CUDA graphs may replay micro-batches on a GPU, whose rows are widened for that (training/graphs.py).
+
+    They need gradients that stay in place, as an adapter's do, and layers that draw no random numbers.
+    """
+    fixed = config.method != "full" and config.adapter.dropout == 0
+    return config.training.cuda_graphs and engine == "fused" and fixed
+
+
 def candidates_of(
     config: RunConfig, lengths: Sequence[int], supervised: Sequence[int], graphs: bool, device: str
 ) -> list[Candidate]:
