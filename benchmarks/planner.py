@@ -1,7 +1,10 @@
 """The planner's predictions against a card: peak memory and tokens/s of whole steps, and of the moments that make the peak.
 
-    python benchmarks/planner.py OUT.json [--only TEXT]     (on a GPU: measure)
-    python benchmarks/planner.py --table OUT.json           (anywhere: the table of docs/planner.md)
+    python benchmarks/planner.py OUT.json [--cases fitted|fresh] [--only TEXT]     (on a GPU: measure)
+    python benchmarks/planner.py --table OUT.json                                  (anywhere: the table of docs/planner.md)
+
+`fitted` are the settings that the speeds of memory/speed.py were fitted to, `fresh` are others: they say what a prediction is
+worth.
 
 Random weights and tokens, every token supervised, rank 16 (unless said) on all linear layers. Of each setting: what is
 allocated with the optimizer's states there, after the forward of the decoder's layers, the head's peak, the backward's peak,
@@ -33,18 +36,21 @@ from tunesmith.workflows.bench import SHAPES, Row
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One setting. `mode` is `memory.mode`: everything kept (`fast`) or given up (`min`); `micro` micro-batches a step."""
+    """One setting. `mode` is `memory.mode`: everything kept (`fast`), given up (`min`), or what fits `limit` GB (`auto`);
+    `micro` micro-batches a step.
+    """
 
     shape: str
     method: Method
     engine: Literal["auto", "reference"]
-    mode: Literal["fast", "min"]
+    mode: Literal["fast", "min", "auto"]
     batch: int
     seq: int
     optimizer: str = "adamw_8bit"
     packed: bool = False
     rank: int = 16
     micro: int = 1
+    limit: float | None = None
 
     @property
     def name(self) -> str:
@@ -58,7 +64,7 @@ def _cases(shape: str, method: Method, *settings: tuple[Any, ...]) -> Iterator[C
 
 
 FULL_STATES = {"optimizer": "adamw"}
-CASES: list[Case] = [
+FITTED: list[Case] = [
     *_cases(
         "qwen2.5-3b", "qlora", ("auto", "fast", 4, 1024), ("auto", "min", 4, 1024), ("reference", "fast", 4, 1024),
         ("reference", "min", 4, 1024), ("auto", "min", 1, 8192), ("auto", "fast", 8, 512, {"packed": True}),
@@ -92,6 +98,35 @@ CASES: list[Case] = [
     *_cases("smollm2-135m", "full", ("auto", "fast", 16, 128, FULL_STATES), ("reference", "fast", 8, 1024, FULL_STATES)),
 ]  # fmt: skip
 
+PAGED = {"optimizer": "paged_adamw_8bit"}
+FRESH: list[Case] = [
+    *_cases(
+        "qwen2.5-3b", "qlora", ("auto", "auto", 8, 1024, {"limit": 16}), ("auto", "auto", 4, 2048, {"limit": 8}),
+        ("reference", "auto", 4, 1024, {"limit": 12}), ("auto", "fast", 2, 4096), ("auto", "min", 8, 512, PAGED),
+    ),
+    *_cases(
+        "llama-3.1-8b", "qlora", ("auto", "auto", 4, 2048, {"limit": 24}), ("auto", "auto", 2, 4096, {"limit": 16}),
+        ("reference", "auto", 2, 2048, {"limit": 24}), ("auto", "fast", 2, 512), ("auto", "min", 4, 1024),
+        ("auto", "fast", 3, 1024, {"packed": True}),
+    ),
+    *_cases(
+        "llama-3.1-8b", "lora", ("auto", "auto", 4, 2048, {"limit": 32}), ("auto", "min", 2, 4096),
+        ("reference", "min", 2, 2048), ("auto", "fast", 1, 512),
+    ),
+    *_cases("qwen2.5-3b", "lora", ("auto", "auto", 8, 2048, {"limit": 24}), ("reference", "min", 1, 8192)),
+    *_cases("qwen2.5-3b", "full", ("auto", "auto", 4, 1024, {"limit": 40}), ("auto", "min", 2, 2048)),
+    *_cases(
+        "qwen2.5-0.5b", "lora", ("auto", "fast", 1, 8192), ("auto", "auto", 8, 1024, {"limit": 4}), ("reference", "min", 2, 4096),
+    ),
+    *_cases(
+        "qwen2.5-0.5b", "full", ("auto", "auto", 8, 1024, {"limit": 10, **FULL_STATES}), ("reference", "fast", 4, 512, PAGED),
+        ("auto", "fast", 2, 2048, PAGED),
+    ),
+    *_cases("qwen3-4b", "qlora", ("auto", "fast", 2, 2048), ("auto", "min", 4, 2048), ("reference", "min", 2, 2048)),
+    *_cases("phi-3.5-mini", "lora", ("auto", "fast", 2, 2048), ("reference", "min", 2, 2048)),
+    *_cases("gemma-2-2b", "qlora", ("auto", "fast", 2, 2048), ("auto", "min", 4, 1024), ("reference", "min", 2, 1024)),
+]  # fmt: skip
+
 
 # -- prediction -------------------------------------------------------------------------------------------------------
 
@@ -108,9 +143,9 @@ def predict(row: dict[str, Any], card: str = "H100") -> tuple[float, float]:
         scheme="nf4" if row["method"] == "qlora" else None,
     )
     load = Load(tokens, tokens, row["seq"], row["micro"] > 1)
-    plan = plan_memory(Estimate(shape, setup, load), row["mode"], None)
+    plan = plan_memory(Estimate(shape, setup, load), row["mode"], row.get("limit"), graphs=row.get("graphs", False))
     candidate = Candidate(row["batch"], row["micro"], load, load)
-    seconds = step_seconds(shape, setup, candidate, plan, find_card(card), graphs=row["graphed"])
+    seconds = step_seconds(shape, setup, candidate, plan, find_card(card), row["graphed"], row.get("host", 1.0))
     assert plan.predicted_peak_gb is not None
     return plan.predicted_peak_gb, tokens * row["micro"] / seconds
 
@@ -142,11 +177,15 @@ def table(rows: list[dict[str, Any]]) -> str:
         size = f"{row['batch']} x {row['seq']}" + (f" x {row['micro']}" if row["micro"] > 1 else "")
         lines.append(
             f"| {row['shape']} | {', '.join([row['method'], *more])} | {row['engine_used']} "
-            f"| {'kept' if row['mode'] == 'fast' else 'given up'} | {size}{' packed' if row['packed'] else ''} "
+            f"| {_activations(row)} | {size}{' packed' if row['packed'] else ''} "
             f"| {row['peak_step']:.2f} | {peak:.2f} | {peak / row['peak_step'] - 1:+.1%} "
             f"| {row['tok_s']:,.0f} | {speed:,.0f} | {speed / row['tok_s'] - 1:+.0%} |"
         )
     return "\n".join(lines)
+
+
+def _activations(row: dict[str, Any]) -> str:
+    return {"fast": "kept", "min": "given up"}.get(row["mode"], f"what fits {row.get('limit')} GB")
 
 
 # -- measurement ------------------------------------------------------------------------------------------------------
@@ -174,10 +213,11 @@ def measure(case: Case, model: Any, hardware: Any) -> dict[str, Any]:
     clean(hardware)
     row = _row(case)
     config = configuration(row, case.engine)
-    config.optimizer.name, config.method = case.optimizer, case.method
+    config.optimizer.name, config.method, config.memory.limit_gb = case.optimizer, case.method, case.limit
     forward = ModelForward(model, hardware.device, "bf16")
     examples = documents(row, row.documents)
-    plan = plan_run(config, forward, hardware, examples).memory
+    run_plan = plan_run(config, forward, hardware, examples)
+    plan = run_plan.memory
     forward.loss_rows = plan.loss_rows
     prepare(model, plan, torch.bfloat16)
     optimizer = make_optimizer(model, config.optimizer, config.lr)
@@ -189,13 +229,14 @@ def measure(case: Case, model: Any, hardware: Any) -> dict[str, Any]:
         accumulate_gradients(forward, objective, parts, case.packed, 0, scaler, graphs)
         optimizer.step(scaler, config.optimizer.max_grad_norm)
 
-    def peak() -> float:
+    def peak() -> float:  # managed memory counts as if it lay on the GPU
         torch.cuda.synchronize()
-        found = torch.cuda.max_memory_allocated() / GB
+        found = (torch.cuda.max_memory_allocated() + optimizer.paged_bytes) / GB
         torch.cuda.reset_peak_memory_stats()
         return found
 
-    found: dict[str, Any] = {**asdict(case), "engine_used": plan.engine, "hw": hardware.name}
+    found: dict[str, Any] = {**asdict(case), "engine_used": plan.engine, "hw": hardware.name, "plan": plan.reason}
+    found |= {"graphs": run_plan.choice.graphs, "host": run_plan.host}
     step()
     step()
     peak()
@@ -236,6 +277,7 @@ def clean(hardware: Any) -> None:
     import torch
 
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # of the streams that graphs were captured on
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(hardware.device)
 
@@ -265,6 +307,7 @@ def load(case: Case, hardware: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--cases", choices=("fitted", "fresh"), default="fitted")
     parser.add_argument("--only", default="")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -278,7 +321,8 @@ def main() -> None:
     hardware = probe("cuda")
     rows: list[dict[str, Any]] = []
     model, loaded = None, None
-    for case in (case for case in CASES if options.only in case.name):
+    cases = FITTED if options.cases == "fitted" else FRESH
+    for case in (case for case in cases if options.only in case.name):
         key = (case.shape, case.method, case.rank)
         if key != loaded:
             model = None

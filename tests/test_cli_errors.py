@@ -655,6 +655,28 @@ def test_steps_that_always_run_out_of_memory(
     assert [line[:3] for line in lines[1:]] == ["1. ", "2. ", "3. ", "4. ", "5. "]
 
 
+def test_a_prompt_that_runs_out_of_memory_alone(finished: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.models import generate
+
+    def none_left(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(generate, "_generate_batch", none_left)
+    with untouched(finished):
+        result = tunesmith("eval", finished, "--data", data, "--rows", 4, "--max-new-tokens", 3)
+    assert (result.code, result.out) == (3, "")
+    (problem,) = result.problems
+    assert re.fullmatch(
+        r"tunesmith: one prompt of \d+ tokens with up to 3 new ones ran out of memory: no memory left; shorten the .*",
+        problem,
+    )
+    for count in (4, 2):
+        assert (
+            f"\nanswering {count} prompts at once ran out of memory and is done again; from now on half as "
+            in result.err
+        )
+
+
 def test_a_result_with_nan_is_valid_json(capsys: pytest.CaptureFixture[str]) -> None:
     from tunesmith.cli.console import Console
 

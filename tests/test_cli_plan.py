@@ -16,7 +16,9 @@ from rich.text import Text
 from command_line import Result, tunesmith
 from tiny import chat_rows, write_jsonl
 from tunesmith.cli.plan import _hours, _verdict, options_table
+from tunesmith.measurements import Measurement, record
 from tunesmith.report.memory_plot import KINDS
+from tunesmith.version import __version__
 from tunesmith.workflows.plan import rounded
 
 QWEN = "qwen2.5-7b"
@@ -25,8 +27,9 @@ T4 = ("--model", QWEN, "--gpu", "T4")
 
 @pytest.fixture(autouse=True)
 def no_local_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This machine may have a card."""
+    """This machine may have a card, and something measured on it."""
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -317,6 +320,37 @@ def test_ranks() -> None:
     ]
     assert as_json(*T4, "--rank", "8", "--method", "qlora")["method"] == "qlora"
     assert table(printed(*T4, "--rank", "8"))[0][-1] == "no"
+
+
+# -- calibrated -------------------------------------------------------------------------------------------------------
+
+
+def test_speeds_that_runs_calibrated() -> None:
+    arguments = ("--model", QWEN, "--gpu", "H100", "--method", "lora")
+    ranks = (*arguments, "--rank", "8")
+    before = as_json(*arguments)["recommended"]["tokens_per_second"]
+    slow = as_json(*ranks)["ranks"][0]["tokens_per_second"]
+    figures = {"predicted_peak_gb": 20.0, "measured_peak_gb": 19.6, "predicted_tokens_per_second": 1000.0, "steps": 90}
+    record(
+        Measurement(
+            time=1.0, version=__version__, card="H100", engine="fused", method="lora", scheme=None, model_type="llama",
+            parameters=8 * 10**9, host=1.0, tokens_per_second=500.0, **figures,
+        )
+    )  # fmt: skip
+    chosen = as_json(*arguments)["recommended"]
+    assert chosen["tokens_per_second"] == 0.5 * before
+    assert chosen["basis"] == {"memory": "arithmetic", "speed": "calibrated", "runs": 1}
+    lines = printed(*arguments)
+    assert lines[0].endswith(f", about {rounded(0.5 * before)} tokens/s")
+    assert lines[-2].endswith("; 1 run on this card measured 98% of it")
+    assert lines[-1] == "speed: calibrated on this card: LoRA by 1 run (0.50 of the arithmetic)"
+    # Tables without these lines say it of each speed.
+    assert table(printed(*ranks))[0][6] == f"{rounded(0.5 * slow)} (calibrated)"
+    found = {row[0]: row[2] for row in table(printed("--gpu", "H100", "--method", "lora"))}
+    assert found["Qwen/Qwen2.5-7B"].endswith(f", {rounded(0.5 * before)}/s (calibrated)")
+    assert found["HuggingFaceTB/SmolLM2-135M"].endswith("/s")
+    cards = {row[0]: row[2] for row in table(printed("--model", QWEN, "--method", "lora"))}
+    assert [name for name, cell in cards.items() if "calibrated" in cell] == ["H100"]
 
 
 # -- the plot ---------------------------------------------------------------------------------------------------------

@@ -212,7 +212,7 @@ def sha256_text(parts: Iterable[str]) -> str:
 
 
 def cache_folder() -> Path:
-    """Where converted models and hashes are kept: $TUNESMITH_CACHE, else tunesmith/ in the user's cache folder."""
+    """Where converted models, hashes and measurements are kept: $TUNESMITH_CACHE, else tunesmith/ in the user's cache folder."""
     if custom := os.environ.get("TUNESMITH_CACHE"):
         return Path(custom)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tunesmith"

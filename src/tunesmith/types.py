@@ -266,7 +266,8 @@ class MemoryPlan:
     checkpointing, those that `policies` say, one for each layer, in the fused engine. `reason` says why, for the log.
     `predicted_peak_gb` is arithmetic, not a measurement; None where nothing was predicted. `loss_rows` are the supervised
     rows whose logits exist at once (None: as many as are fast). `breakdown` is the predicted peak by kind, as
-    memory/estimate.py's Breakdown has it.
+    memory/estimate.py's Breakdown has it. `pool_gb` is what CUDA graphs hold beside the peak: their memory is their own, and
+    shapes that no graph knows yet need theirs.
     """
 
     mode: Literal["auto", "min", "fast"]
@@ -279,6 +280,7 @@ class MemoryPlan:
     policies: tuple[LayerPolicy, ...] = ()
     loss_rows: int | None = None
     breakdown: Mapping[str, float] = field(default_factory=dict)
+    pool_gb: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

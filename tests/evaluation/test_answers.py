@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from out_of_memory import REASON, fail_at
 from tiny import chat_rows, write_jsonl
 from tunesmith.config import EvaluationConfig, ModelConfig
 from tunesmith.data.chat import ChatFormat
@@ -16,6 +17,7 @@ from tunesmith.errors import DataError
 from tunesmith.evaluation import answers
 from tunesmith.evaluation.answers import check_questions, encode_questions, generate_answers, sample_rows
 from tunesmith.hardware import probe
+from tunesmith.models import generate
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import find_model, load_model
 from tunesmith.types import Example, Generation, Message
@@ -44,7 +46,14 @@ class Spy:
         self.prompts: list[list[int]] = []
 
     def __call__(
-        self, forward: Any, tokenizer: Any, prompts: Any, max_new_tokens: int, batch_size: int, on_progress: Any
+        self,
+        forward: Any,
+        tokenizer: Any,
+        prompts: Any,
+        max_new_tokens: int,
+        batch_size: int,
+        on_progress: Any,
+        halving: Any,
     ) -> list[list[int]]:
         self.prompts = [list(prompt) for prompt in prompts]
         self.settings = (max_new_tokens, batch_size)
@@ -138,6 +147,22 @@ def test_progress_counts_rows(forward: ModelForward, tiny_tokenizer: Any) -> Non
         "asking",
     )
     assert seen == [("asking", done, 5) for done in (0, 2, 4, 5)]
+
+
+def test_answers_that_run_out_of_memory_are_the_same_and_progress_is_told(
+    forward: ModelForward, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int, int]] = []
+    settings = EvaluationConfig(max_new_tokens=3, batch_size=4)
+    chat = ChatFormat(tiny_tokenizer)
+    plain = generate_answers(forward, tiny_tokenizer, chat, questions(5), settings)
+    fail_at(monkeypatch, generate, "_generate_batch", {1})
+    found = generate_answers(
+        forward, tiny_tokenizer, chat, questions(5), settings, lambda *told: seen.append(told), "asking"
+    )
+    assert found == plain
+    line = f"answering 4 prompts at once ran out of memory and is done again; from now on half as many: {REASON}"
+    assert seen == [("asking", 0, 5), (line, 0, 1), ("asking", 2, 5), ("asking", 4, 5), ("asking", 5, 5)]
 
 
 def test_every_question_that_cannot_be_encoded_is_named(tiny_tokenizer: Any) -> None:

@@ -43,9 +43,14 @@ def test_no_other_size_divides_a_step_more_evenly(batch: int) -> None:
 # -- the best of some -------------------------------------------------------------------------------------------------
 
 
-def choice(size: int, peak: float, seconds: float | None = None, recompute: int = 0, budget: float = 10.0) -> Choice:
-    plan = MemoryPlan("auto", recompute, 24, budget, peak, "made up")
-    return Choice(Candidate(size, 16 // size, Load(size, size, 1), Load(size, size, 1)), plan, seconds)
+def choice(
+    size: int, peak: float, seconds: float | None = None, recompute: int = 0, pool: float | None = None
+) -> Choice:
+    """With a pool CUDA graphs replay it."""
+    plan = MemoryPlan("auto", recompute, 24, 10.0, peak, "made up", pool_gb=pool or 0.0)
+    return Choice(
+        Candidate(size, 16 // size, Load(size, size, 1), Load(size, size, 1)), plan, seconds, pool is not None
+    )
 
 
 @pytest.mark.parametrize(
@@ -55,10 +60,11 @@ def choice(size: int, peak: float, seconds: float | None = None, recompute: int 
         ([choice(1, 3.0, 1.0), choice(2, 5.0, 0.7), choice(4, 8.0, 0.8)], 2),
         ([choice(1, 3.0, 1.0), choice(2, 5.0, 0.9), choice(4, 9.5, 0.1)], 2),  # 9.5 of 10 is more than 90%
         ([choice(1, 3.0, 1.0), choice(2, 9.0, 0.9)], 2),  # 90% itself fits
-        ([choice(1, 3.0, 1.0), choice(2, 5.0, 0.985)], 1),  # 1.5% is not worth 2 GB
-        ([choice(1, 3.0, 1.0), choice(2, 5.0, 0.979)], 2),
+        ([choice(1, 3.0, 1.0), choice(2, 5.0, 0.996)], 1),  # 0.4% is not worth 2 GB
+        ([choice(1, 3.0, 1.0), choice(2, 5.0, 0.994)], 2),
         # Of many small steps the sum counts: each is compared with the one that would be taken.
-        ([choice(1, 3.0, 1.0), choice(2, 4.0, 0.985), choice(4, 5.0, 0.975)], 4),
+        ([choice(1, 3.0, 1.0), choice(2, 4.0, 0.996), choice(4, 5.0, 0.993)], 4),
+        ([choice(1, 3.0, 1.0), choice(2, 5.0, 0.9, pool=4.0), choice(4, 5.0, 0.1, pool=4.1)], 2),  # the pool counts
         ([choice(1, 9.5, 0.1), choice(2, 5.0, 2.0), choice(4, 8.0, 1.0)], 4),  # the smallest need not fit
     ],
 )
@@ -68,7 +74,7 @@ def test_the_least_time_of_those_that_fit(found: list[Choice], size: int, mode: 
 
 
 def test_what_a_larger_micro_batch_must_be_worth() -> None:
-    assert WORTH == 0.98
+    assert WORTH == 0.995
     at = [choice(1, 3.0, 1.0), choice(2, 5.0, WORTH)]
     assert best(at, "auto").candidate.size == 1
 
@@ -97,6 +103,15 @@ def test_where_none_fits_the_one_that_needs_least(mode: Mode) -> None:
 def test_min_is_the_least_memory_whatever_the_time() -> None:
     assert best([choice(1, 3.0, 9.0), choice(2, 2.5, 99.0), choice(4, 8.0, 1.0)], "min").candidate.size == 2
     assert best([choice(1, 3.0), choice(2, 3.0)], "min").candidate.size == 1, "the smallest of equals"
+
+
+def test_min_takes_graphs_where_they_fit() -> None:
+    plain, graphed = choice(1, 3.0), choice(1, 3.0, pool=2.0)
+    assert best([plain, graphed], "min") is graphed
+    larger = choice(2, 4.0, pool=5.0)
+    assert best([plain, choice(2, 2.5), larger], "min") is larger, "9 of 10 fit; without graphs 2.5 would do"
+    assert best([plain, choice(1, 3.0, pool=6.1)], "min") is plain
+    assert best([choice(1, 12.0), choice(1, 11.0, pool=9.0)], "min").graphs is False, "none fits"
 
 
 def test_without_a_prediction_everything_fits() -> None:
@@ -128,28 +143,42 @@ CANDIDATES = [
 ]
 
 
-def made(name: str, engine: Any, budget: float | None, mode: Mode = "auto", card: Card | None = H100) -> list[Choice]:
+def made(
+    name: str,
+    engine: Any,
+    budget: float | None,
+    mode: Mode = "auto",
+    card: Card | None = H100,
+    graphs: bool = False,
+    host: float = 1.0,
+) -> list[Choice]:
     setup = Setup("qlora", engine, optimizer="adamw_8bit", scheme="nf4")
-    return list(options(ModelShape.of(SHAPES[name]), setup, CANDIDATES, mode, budget, card))
+    return list(options(ModelShape.of(SHAPES[name]), setup, CANDIDATES, mode, budget, card, graphs=graphs, host=host))
 
 
-def test_each_option_is_planned_for_its_largest_and_timed_for_its_typical_micro_batch() -> None:
+@pytest.mark.parametrize(("graphs", "host"), [(True, 1.0), (False, 1.0), (False, 3.0)])
+def test_each_option_is_planned_for_its_largest_and_timed_for_its_typical_micro_batch(
+    graphs: bool, host: float
+) -> None:
     shape, setup = ModelShape.of(SHAPES["qwen2.5-3b"]), Setup("qlora", "fused", optimizer="adamw_8bit", scheme="nf4")
-    found = made("qwen2.5-3b", "fused", 12.0)
+    found = made("qwen2.5-3b", "fused", 12.0, graphs=graphs, host=host)
     assert [one.candidate for one in found] == CANDIDATES
     for one in found:
-        assert one.plan == plan_memory(Estimate(shape, setup, one.candidate.largest), "auto", 12.0)
-        once = micro_batch_seconds(shape, setup, one.candidate.typical, H100, one.plan.policies)
-        expected = one.candidate.count * once + optimizer_seconds(shape, setup, H100)
-        assert one.step_seconds == expected == step_seconds(shape, setup, one.candidate, one.plan, H100)
+        assert one.graphs == graphs
+        assert one.plan == plan_memory(Estimate(shape, setup, one.candidate.largest), "auto", 12.0, graphs=graphs)
+        once = micro_batch_seconds(
+            shape, setup, one.candidate.typical, H100, one.plan.policies, graphs=graphs, host=host
+        )
+        expected = one.candidate.count * once + optimizer_seconds(shape, setup, H100, host)
+        assert one.step_seconds == expected == step_seconds(shape, setup, one.candidate, one.plan, H100, graphs, host)
         assert one.tokens_per_second == one.candidate.count * one.candidate.size * 900 / expected
-    assert all(one.step_seconds is None for one in made("qwen2.5-3b", "fused", 12.0, card=None))
+    assert all(one.step_seconds is None for one in made("qwen2.5-3b", "fused", 12.0, card=None, graphs=graphs))
 
 
 def test_options_take_a_loaded_models_numbers_and_what_graphs_save() -> None:
     shape, setup = ModelShape.of(SHAPES["smollm2-135m"]), Setup("lora", "fused")
     candidate = Candidate(1, 1, Load(64, 64, 64, False), Load(64, 64, 64, False))
-    (plain,) = options(shape, setup, [candidate], "auto", 10.0, H100)
+    (plain,) = options(shape, setup, [candidate], "auto", 10.0, H100, graphs=True)
     (loaded,) = options(shape, setup, [candidate], "auto", 10.0, H100, graphs=False, weights_gb=3.0, trainable=10**6)
     assert loaded.plan.breakdown["weights_gb"] == 3.0
     assert loaded.plan.breakdown["optimizer_gb"] == 8e6 / 2**30
@@ -159,25 +188,27 @@ def test_options_take_a_loaded_models_numbers_and_what_graphs_save() -> None:
 
 
 @pytest.mark.parametrize("card", [H100, None])
-@pytest.mark.parametrize("engine", ["fused", "reference"])
+@pytest.mark.parametrize(("engine", "graphs"), [("fused", True), ("fused", False), ("reference", False)])
 @pytest.mark.parametrize("name", ["qwen2.5-3b", "llama-3.1-8b"])
 def test_a_choice_is_within_its_share_of_the_budget_unless_nothing_is(
-    name: str, engine: str, card: Card | None
+    name: str, engine: str, graphs: bool, card: Card | None
 ) -> None:
     for budget in BUDGETS:
         found = made(name, engine, budget, card=card)
+        if graphs:
+            found += made(name, engine, budget, card=card, graphs=True)
         chosen = best(found, "auto")
         peak = chosen.plan.predicted_peak_gb
         assert peak is not None
-        if peak > HEADROOM * budget:
+        if peak + chosen.plan.pool_gb > HEADROOM * budget:
             least = [one.plan.predicted_peak_gb or 0.0 for one in found]
             assert peak == min(least) > HEADROOM * budget
 
 
-@pytest.mark.parametrize("engine", ["fused", "reference"])
+@pytest.mark.parametrize(("engine", "graphs"), [("fused", True), ("fused", False), ("reference", False)])
 @pytest.mark.parametrize("name", ["qwen2.5-3b", "llama-3.1-8b"])
-def test_as_memory_shrinks_each_micro_batch_keeps_less(name: str, engine: str) -> None:
-    plans = [[one.plan.recompute_layers for one in made(name, engine, budget)] for budget in BUDGETS]
+def test_as_memory_shrinks_each_micro_batch_keeps_less(name: str, engine: str, graphs: bool) -> None:
+    plans = [[one.plan.recompute_layers for one in made(name, engine, budget, graphs=graphs)] for budget in BUDGETS]
     for column in zip(*plans, strict=True):
         assert list(column) == sorted(column)
     for row in plans:
@@ -192,9 +223,10 @@ def test_as_memory_shrinks_each_micro_batch_keeps_less(name: str, engine: str) -
 def test_as_memory_shrinks_a_step_takes_longer(name: str, engine: str) -> None:
     """The micro-batch shrinks first, until everything may have to be recomputed: then a large one is the faster one again.
 
-    What a choice is worth is told to 2%, so that a step may be that much shorter than with more memory.
+    What a choice is worth is told to 0.5%, so that a step may be that much shorter than with more memory.
     """
-    chosen = [best(made(name, engine, budget), "auto") for budget in BUDGETS]
+    host = 0.0 if engine == "fused" else 1.0  # as fast as graphs, but without their pool
+    chosen = [best(made(name, engine, budget, host=host), "auto") for budget in BUDGETS]
     fitting = [one for one in chosen if one.fits]
     assert len(fitting) >= 12
     slowest = 0.0
@@ -208,21 +240,26 @@ def test_as_memory_shrinks_a_step_takes_longer(name: str, engine: str) -> None:
 
 
 def test_a_smaller_micro_batch_is_preferred_to_computing_again() -> None:
-    """Qwen2.5-3B, fused: sizes and recomputed layers as memory shrinks, until nothing can be kept of two examples."""
-    budgets = [budget for budget in BUDGETS if budget >= 8]
-    chosen = [best(made("qwen2.5-3b", "fused", budget), "auto") for budget in budgets]
+    """Qwen2.5-3B, fused: sizes and recomputed layers as memory shrinks, until little can be kept of four examples.
+
+    Launching takes no time here: where it does, large micro-batches are worth more.
+    """
+    budgets = [budget for budget in BUDGETS if budget >= 9]
+    chosen = [best(made("qwen2.5-3b", "fused", budget, host=0.0), "auto") for budget in budgets]
     sizes = [one.candidate.size for one in chosen]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == 16
-    assert sizes[-1] < 4
+    assert sizes[-1] == 4
     for size in set(sizes):
         recomputed = [one.plan.recompute_layers for one in chosen if one.candidate.size == size]
         assert recomputed == sorted(recomputed)
+    tight = best(made("qwen2.5-3b", "fused", 8.0, host=0.0), "auto")
+    assert (tight.candidate.size, tight.plan.recompute_layers) == (16, 36), "then all of it is recomputed at once"
 
 
 def test_no_choice_is_much_slower_than_another_that_fits() -> None:
     for budget in BUDGETS:
-        found = made("llama-3.1-8b", "fused", budget)
+        found = made("llama-3.1-8b", "fused", budget) + made("llama-3.1-8b", "fused", budget, graphs=True)
         chosen = best(found, "auto")
         if chosen.fits:
             assert chosen.step_seconds is not None
@@ -237,5 +274,5 @@ def test_min_takes_the_smallest_micro_batch() -> None:
 
 
 def test_fast_keeps_everything_of_as_much_as_fits() -> None:
-    chosen = best(made("qwen2.5-3b", "fused", 16.0, "fast"), "fast")
+    chosen = best(made("qwen2.5-3b", "fused", 16.0, "fast", graphs=False), "fast")
     assert (chosen.candidate.size, chosen.plan.recompute_layers, chosen.fits) == (4, 0, True)

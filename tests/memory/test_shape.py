@@ -388,3 +388,30 @@ def test_a_config_in_other_words_is_refused(config: dict[str, Any]) -> None:
 )
 def test_models_of_the_catalogue_have_the_parameters_that_they_are_known_for(name: str, parameters: int) -> None:
     assert ModelShape.of(CATALOGUE[name]).num_parameters == parameters
+
+
+@pytest.mark.parametrize(
+    ("config", "softcapped", "capturable"),
+    [
+        ({}, False, True),
+        ({"model_type": "gemma2", "attn_logit_softcapping": 50.0}, True, False),
+        ({"model_type": "gemma2", "attn_logit_softcapping": None}, False, True),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, False, False),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, False, False),
+        ({"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, False, False),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, False, True),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, False, True),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "longrope"}}, False, False),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, False, True),
+        ({"rope_parameters": {"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {}}}, False, False),
+    ],
+)
+def test_what_cuda_graphs_can_replay(config: dict[str, Any], softcapped: bool, capturable: bool) -> None:
+    shape = ModelShape.of({**BASE, "model_type": "llama", **config})
+    assert (shape.softcapped, shape.capturable) == (softcapped, capturable)
+
+
+def test_gemma2_caps_its_scores_as_transformers_has_it() -> None:
+    assert (shape_of("gemma2").softcapped, shape_of("gemma2").capturable) == (True, False)
+    for family in ("llama", "phi3", "gemma3_text"):
+        assert (shape_of(family).softcapped, shape_of(family).capturable) == (False, True)

@@ -46,6 +46,8 @@ def round_rates(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(speed.FULL_PASSES, engine, 1.5)
         for method in ("lora", "qlora", "full"):
             monkeypatch.setitem(speed.LAUNCH_MS, (engine, method), (1.0, 3.0))
+    for name, value in (("8bit", 5.0), ("paged", 3.0)):
+        monkeypatch.setitem(speed.TENSOR_MS, name, value)
     for name, value in (("BANDWIDTH", 0.5), ("RANK", 16), ("RANK_PASSES", 2.0), ("HOST_LINK", 1e9)):
         monkeypatch.setattr(speed, name, value)
 
@@ -128,7 +130,7 @@ def test_what_checkpointing_computes_again() -> None:
 @pytest.mark.usefixtures("round_rates")
 def test_few_tokens_take_as_long_as_reading_the_weights() -> None:
     """Up to 100 here: a value's 2 bytes at 5e11 a second take as long as 2 · 100 operations at 5e13."""
-    few = [micro_batch_seconds(SHAPE, LORA, Load(tokens, tokens, 1), CARD) for tokens in (1, 2)]
+    few = [micro_batch_seconds(SHAPE, LORA, Load(tokens, tokens, 1), CARD, graphs=True) for tokens in (1, 2)]
     assert few[0] == pytest.approx(2 * 2 * (MATRICES + 32768 * 1024) / 5e11 + 0.1e-3, rel=5e-3)
     assert few[1] == pytest.approx(few[0], rel=5e-3), "what is left is of activations"
 
@@ -138,38 +140,88 @@ def test_launching_from_python_is_a_lower_bound() -> None:
     few = Load(16, 16, 16)
     assert micro_batch_seconds(DEEP, LORA, few, CARD, graphs=False) == pytest.approx(24 * 1.0e-3)
     assert micro_batch_seconds(DEEP, LORA, few, CARD, graphs=True) < 6e-3
-    # The reference engine and full fine-tuning are never replayed.
     assert micro_batch_seconds(DEEP, REFERENCE, few, CARD, recompute_layers=4) == pytest.approx((20 + 4 * 3) * 1e-3)
     policies = [LayerPolicy(frozenset())] * 4 + [LayerPolicy()] * 20
     assert micro_batch_seconds(DEEP, FULL, few, CARD, policies) == pytest.approx((20 + 4 * 3) * 1e-3)
     many = Load(65536, 1, 4096)
-    assert micro_batch_seconds(DEEP, LORA, many, CARD, graphs=False) == micro_batch_seconds(DEEP, LORA, many, CARD)
+    plain, graphed = (micro_batch_seconds(DEEP, LORA, many, CARD, graphs=graphs) for graphs in (False, True))
+    assert plain == graphed
+
+
+@pytest.mark.usefixtures("round_rates")
+@pytest.mark.parametrize(
+    ("gone", "share"),
+    [
+        (("mlp_output", "attention_output"), 0),  # no group of its own: nothing is launched for it
+        (("gate_up", "mlp_output"), 1),
+        (("gate_up", "mlp_output", "middle", "attention_output"), 2),
+        (("gate_up", "mlp_output", "middle", "attention_output", "qkv"), 3),
+        (LAYER_TENSORS, 4),
+    ],
+)
+def test_launching_grows_with_each_group_that_a_layer_computes_again(gone: Any, share: int) -> None:
+    policy = LayerPolicy(frozenset(LAYER_TENSORS) - frozenset(gone))
+    found = micro_batch_seconds(DEEP, LORA, Load(16, 16, 16), CARD, [policy] * 24)
+    assert found == pytest.approx(24 * (1.0 + share / 4 * 2.0) * 1e-3)
+
+
+@pytest.mark.usefixtures("round_rates")
+def test_a_slower_host_takes_longer_to_launch_but_not_to_replay() -> None:
+    few = Load(16, 16, 16)
+    assert micro_batch_seconds(DEEP, LORA, few, CARD, host=2.5) == pytest.approx(24 * 2.5e-3)
+    assert micro_batch_seconds(DEEP, REFERENCE, few, CARD, (), 24, host=2.5) == pytest.approx(24 * 3 * 2.5e-3)
+    once, slow = (micro_batch_seconds(DEEP, LORA, few, CARD, graphs=True, host=host) for host in (1.0, 2.5))
+    assert once == slow < 6e-3
+    once, slow = (micro_batch_seconds(DEEP, LORA, LOAD, CARD, host=host) for host in (1.0, 2.5))
+    assert once == slow, "the card is what is waited for"
+
+
+@pytest.mark.usefixtures("round_rates")
+def test_norms_and_soft_caps_take_longer_to_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "NORM_LAUNCHES", 1.5)
+    monkeypatch.setattr(speed, "FLEX_LAUNCH_MS", (4.0, 6.0))
+    few = Load(16, 16, 16)
+    for family, times in (("qwen3", 1.5), ("gemma2", 2.25), ("gemma3_text", 3.375)):
+        shape = ModelShape.of({**CONFIG, "model_type": family, "num_hidden_layers": 24})
+        assert micro_batch_seconds(shape, REFERENCE, few, CARD) == pytest.approx(24 * times * 1e-3)
+        assert micro_batch_seconds(shape, LORA, few, CARD) == pytest.approx(24 * 1e-3)
+    capped = replace(DEEP, softcapped=True)
+    assert micro_batch_seconds(capped, LORA, few, CARD) == pytest.approx(24 * 4e-3)
+    assert micro_batch_seconds(capped, LORA, few, CARD, [LayerPolicy(frozenset())] * 24) == pytest.approx(24 * 6e-3)
+    assert micro_batch_seconds(capped, REFERENCE, few, CARD) == pytest.approx(24 * 1e-3)
 
 
 @pytest.mark.usefixtures("round_rates")
 def test_inputs_that_wait_in_host_memory_may_be_what_is_waited_for() -> None:
     """There and back at 1e9 bytes a second here, beside everything else."""
     kept, moved = LayerPolicy(frozenset()), LayerPolicy(frozenset(), offload_input=True)
-    assert micro_batch_seconds(DEEP, LORA, LOAD, CARD, [moved] * 24) == pytest.approx(2 * 24 * 4096 * 1024 * 2 / 1e9)
-    one = [moved] + [kept] * 23
-    assert micro_batch_seconds(DEEP, LORA, LOAD, CARD, one) == micro_batch_seconds(DEEP, LORA, LOAD, CARD, [kept] * 24)
+    for graphs in (False, True):
+        every, one, none = (
+            micro_batch_seconds(DEEP, LORA, LOAD, CARD, [moved] * count + [kept] * (24 - count), graphs=graphs)
+            for count in (24, 1, 0)
+        )
+        assert every == pytest.approx(2 * 24 * 4096 * 1024 * 2 / 1e9)
+        assert one == none
 
 
 @pytest.mark.usefixtures("round_rates")
 @pytest.mark.parametrize(
-    ("setup", "values", "bytes_a_value"),
+    ("setup", "values", "bytes_a_value", "waited_ms"),
     [
         # The gradient's norm (4), clipping (4 + 4), the gradient (4), the weight (4 + 4), two moments (8 + 8)
-        (LORA, 16 * 22016, 40),
-        (FULL, SHAPE.num_parameters, 40),
-        (replace(FULL, optimizer="paged_adamw_32bit"), SHAPE.num_parameters, 40),
+        (LORA, 16 * 22016, 40, 0),
+        (FULL, SHAPE.num_parameters, 40, 0),
+        # bitsandbytes waits for each of 11 tensors: embeddings and last norm, seven linear layers, two norms of the layer
+        (replace(FULL, optimizer="paged_adamw_32bit"), SHAPE.num_parameters, 40, 11 * 3),
         # 8-bit moments are looked up, which takes as long as 30 bytes
-        (replace(FULL, optimizer="adamw_8bit"), SHAPE.num_parameters, 54),
-        (replace(LORA, optimizer="paged_adamw_8bit", r=8), 8 * 22016, 54),
+        (replace(FULL, optimizer="adamw_8bit"), SHAPE.num_parameters, 54, 11 * 5),
+        (replace(LORA, optimizer="paged_adamw_8bit", r=8), 8 * 22016, 54, 5 + 3),  # an adapter is one tensor
     ],
 )
-def test_the_optimizers_step_by_hand(setup: Setup, values: int, bytes_a_value: int) -> None:
-    assert optimizer_seconds(SHAPE, setup, CARD) == pytest.approx(bytes_a_value * values / 5e11)
+def test_the_optimizers_step_by_hand(setup: Setup, values: int, bytes_a_value: int, waited_ms: int) -> None:
+    for host in (1.0, 2.5):
+        expected = bytes_a_value * values / 5e11 + host * waited_ms / 1e3
+        assert optimizer_seconds(SHAPE, setup, CARD, host) == pytest.approx(expected)
 
 
 # -- windows and experts ----------------------------------------------------------------------------------------------
@@ -230,31 +282,35 @@ LOADS = st.builds(
 H100, A100 = find_card("H100"), find_card("A100 80GB")
 
 
-@given(SHAPES, SETUPS, LOADS, st.integers(2, 20))
+@given(SHAPES, SETUPS, LOADS, st.integers(2, 20), st.booleans())
 def test_more_tokens_take_longer_but_never_out_of_proportion(
-    shape: ModelShape, setup: Setup, load: Load, times: int
+    shape: ModelShape, setup: Setup, load: Load, times: int, graphs: bool
 ) -> None:
     """Weights are read, dequantized and launched once, whatever the tokens."""
     many = replace(load, tokens=times * load.tokens, supervised=times * load.supervised)
-    one, more = (micro_batch_seconds(shape, setup, size, H100) for size in (load, many))
+    one, more = (micro_batch_seconds(shape, setup, size, H100, graphs=graphs) for size in (load, many))
     assert one <= more <= times * one * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("setup", [LORA, QLORA, FULL, REFERENCE])
-def test_at_small_sizes_twice_the_tokens_take_much_less_than_twice_the_time(setup: Setup) -> None:
-    few, twice = (micro_batch_seconds(DEEP, setup, Load(size, size, size), H100) for size in (128, 256))
+@pytest.mark.parametrize(
+    ("setup", "graphs"), [(LORA, True), (QLORA, True), (LORA, False), (QLORA, False), (FULL, False), (REFERENCE, False)]
+)
+def test_at_small_sizes_twice_the_tokens_take_much_less_than_twice_the_time(setup: Setup, graphs: bool) -> None:
+    few, twice = (micro_batch_seconds(DEEP, setup, Load(size, size, size), H100, graphs=graphs) for size in (128, 256))
     assert few <= twice < 1.3 * few
-    many, double = (micro_batch_seconds(DEEP, setup, Load(size, size, 1024), H100) for size in (65536, 131072))
+    many, double = (
+        micro_batch_seconds(DEEP, setup, Load(size, size, 1024), H100, graphs=graphs) for size in (65536, 131072)
+    )
     assert 1.8 * many < double <= 2 * many
 
 
-@given(SHAPES, SETUPS, LOADS)
-def test_computing_again_takes_longer(shape: ModelShape, setup: Setup, load: Load) -> None:
+@given(SHAPES, SETUPS, LOADS, st.booleans())
+def test_computing_again_takes_longer(shape: ModelShape, setup: Setup, load: Load, graphs: bool) -> None:
     layers = shape.num_layers
 
     def seconds(given_up: int) -> float:
         policies = [LayerPolicy(frozenset())] * given_up + [LayerPolicy()] * (layers - given_up)
-        return micro_batch_seconds(shape, setup, load, H100, policies, given_up)
+        return micro_batch_seconds(shape, setup, load, H100, policies, given_up, graphs)
 
     times = [seconds(count) for count in range(layers + 1)]
     assert times == sorted(times)
@@ -262,10 +318,11 @@ def test_computing_again_takes_longer(shape: ModelShape, setup: Setup, load: Loa
         assert times[-1] > times[0]
 
 
-@given(SHAPES, SETUPS, LOADS)
-def test_a_faster_card_is_faster(shape: ModelShape, setup: Setup, load: Load) -> None:
+@given(SHAPES, SETUPS, LOADS, st.booleans())
+def test_a_faster_card_is_faster(shape: ModelShape, setup: Setup, load: Load, graphs: bool) -> None:
     fast, slow = (
-        micro_batch_seconds(shape, setup, load, card) + optimizer_seconds(shape, setup, card) for card in (H100, A100)
+        micro_batch_seconds(shape, setup, load, card, graphs=graphs) + optimizer_seconds(shape, setup, card)
+        for card in (H100, A100)
     )
     assert fast < slow
     assert slow <= fast * max(H100.flops / A100.flops, H100.bandwidth / A100.bandwidth) * (1 + 1e-9)

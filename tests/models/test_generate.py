@@ -11,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from out_of_memory import ALWAYS, REASON, fail_at
 from tiny import make_tiny_model
 from tunesmith.config import AdapterConfig, ModelConfig
-from tunesmith.hardware import ComputeDType, probe
+from tunesmith.errors import MachineError
+from tunesmith.hardware import ComputeDType, Halving, probe
 from tunesmith.models import generate
 from tunesmith.models.adapters import add_adapter
 from tunesmith.models.forward import ModelForward
@@ -235,6 +237,111 @@ def test_the_mode_is_left_as_it_was(subject: Subject, training: bool) -> None:
         assert subject.model.training is training
     finally:
         subject.model.eval()
+
+
+# -- out of memory ----------------------------------------------------------------------------------------------------
+
+PLACES: dict[str, tuple[Any, str, list[set[int]]]] = {
+    "reading": (generate, "_read", [{2}, {3}, {2, 3}, {9}, {2, 7}]),
+    "copying the prefix": (generate.copy, "deepcopy", [{1}, {2}, {1, 2}]),
+    "logits": (ModelForward, "logits", [{1}, {2}, {1, 2}, {9}, {2, 7}]),
+}
+"""What fails, and at which of its calls: all where a batch has several prompts."""
+
+
+@pytest.mark.parametrize(
+    ("place", "calls"), [(place, calls) for place, (_, _, cases) in PLACES.items() for calls in cases]
+)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_batches_that_run_out_of_memory_give_the_same_answers(
+    subjects: dict[str, Subject], monkeypatch: pytest.MonkeyPatch, family: str, place: str, calls: set[int]
+) -> None:
+    subject = subjects[family]
+    prompts = subject.encode(*(SHARED + question for question in QUESTIONS))
+    expected = subject.theirs(prompts, new=6)
+    warnings: list[str] = []
+    fail_at(monkeypatch, *PLACES[place][:2], calls)
+    assert subject.ours(prompts, new=6, batch_size=3, halving=Halving(warnings.append)) == expected
+    assert len(warnings) == len(calls)
+
+
+def sizes_read(monkeypatch: pytest.MonkeyPatch, limit: int) -> list[tuple[int, int]]:
+    """The shapes that are read, as they come; those of more than `limit` rows run out of memory."""
+    shapes: list[tuple[int, int]] = []
+    read = generate._read
+
+    def only(forward: Any, ids: torch.Tensor, *rest: Any) -> Any:
+        shapes.append((ids.shape[0], ids.shape[1]))
+        if len(ids) > limit:
+            raise torch.OutOfMemoryError(REASON)
+        return read(forward, ids, *rest)
+
+    monkeypatch.setattr(generate, "_read", only)
+    return shapes
+
+
+def test_what_follows_begins_with_the_batch_that_fitted(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = subject.encode(*(SHARED + question for question in QUESTIONS))
+    expected = subject.theirs(prompts, new=1)
+    shapes = sizes_read(monkeypatch, limit=1)
+    warnings: list[str] = []
+    done: list[int] = []
+    halving = Halving(warnings.append)
+    assert subject.ours(prompts, new=1, batch_size=4, on_progress=done.append, halving=halving) == expected
+    assert [rows for rows, _ in shapes] == [1, 4, 2, 1, 1, 1, 1, 1]
+    assert [width for _, width in shapes].count(len(SHARED)) == 1, "the shared prefix is read once all the same"
+    assert done == [1, 2, 3, 4, 5]
+    assert warnings == [
+        f"answering {count} prompts at once ran out of memory and is done again; from now on half as many: {REASON}"
+        for count in (4, 2)
+    ]
+    shapes.clear()
+    assert subject.ours(prompts, new=1, batch_size=4, halving=halving) == expected
+    assert [rows for rows, _ in shapes] == [1, 1, 1, 1, 1, 1]
+    assert len(warnings) == 2
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_prompt_that_does_not_fit_alone(subject: Subject, monkeypatch: pytest.MonkeyPatch, shared: bool) -> None:
+    """Nor does the prefix that all prompts share: it is read first."""
+    prompts = subject.encode(*(SHARED + question if shared else question for question in QUESTIONS))
+    shapes = sizes_read(monkeypatch, limit=0)
+    subject.model.train()
+    try:
+        with pytest.raises(MachineError) as caught:
+            subject.ours(prompts, batch_size=2)
+        assert subject.model.training
+    finally:
+        subject.model.eval()
+    longest = max(map(len, prompts))
+    assert str(caught.value) == (
+        f"one prompt of {longest} tokens with up to 24 new ones ran out of memory: {REASON}; shorten the prompt, leave it out, "
+        "or lower evaluation.max_new_tokens; in training, evaluation.generate: false leaves the answers to `tunesmith eval`, "
+        "where no optimizer needs memory"
+    )
+    assert caught.value.exit_code == 3
+    assert [rows for rows, _ in shapes] == ([1] if shared else [2, 1])
+
+
+def test_answers_that_outgrow_memory(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt fits, its answer does not: the first of the others is named, as they are done longest first."""
+    prompts = subject.encode(*QUESTIONS)
+    fail_at(monkeypatch, subject.forward, "logits", ALWAYS[4:])
+    with pytest.raises(MachineError, match=f"^one prompt of {max(map(len, prompts))} tokens with up to 24 new ones"):
+        subject.ours(prompts, batch_size=1)
+
+
+@pytest.mark.parametrize("call", [1, 3])
+def test_other_errors_are_not_caught(subject: Subject, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    prompts = subject.encode(*(SHARED + question for question in QUESTIONS))
+    error = RuntimeError("CUDA error: an illegal memory access")
+    seen = fail_at(monkeypatch, generate, "_read", {call}, error)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        subject.ours(prompts)
+    assert seen == list(range(1, call + 1))
+
+
+# -- the shared prefix ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

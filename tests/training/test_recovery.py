@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from out_of_memory import ALWAYS, REASON, fail_at
+from tunesmith.config import load_config
 from tunesmith.errors import MachineError
+from tunesmith.hardware import Halving
+from tunesmith.models import generate
 from tunesmith.training import loop, objectives
 from tunesmith.training.optimizers import Optimizer
-from tunesmith.training.recovery import halve, is_out_of_memory
-from tunesmith.types import TokenizedExample
+from tunesmith.training.recovery import halve
+from tunesmith.types import Term, TokenizedExample
 from tunesmith.workflows.train import TrainingSession, restart
 
 Session = Callable[..., TrainingSession]
@@ -35,24 +38,6 @@ def losses(run: TrainingSession) -> list[float]:
 
 def weights(run: TrainingSession) -> dict[str, torch.Tensor]:
     return load_file(run.run.adapter_path / "adapter_model.safetensors")
-
-
-def fail_at(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: set[int], error: BaseException | None = None
-) -> list[int]:
-    """Make `owner.name` run out of memory at those of its calls; returns the numbers of the calls, as they come."""
-    original, numbers, seen = getattr(owner, name), itertools.count(1), []
-
-    def run_out(*arguments: Any, **options: Any) -> Any:
-        seen.append(next(numbers))
-        if seen[-1] in calls:
-            raise error or torch.OutOfMemoryError(
-                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity"
-            )
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, run_out)
-    return seen
 
 
 STAGES: dict[str, tuple[Callable[[TrainingSession], tuple[Any, str]], set[int]]] = {
@@ -139,7 +124,7 @@ def test_halved_again_and_then_everything_is_computed_again(session: Session, mo
 
 def test_when_nothing_is_left_the_run_ends_with_a_diagnosis(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     run = session(*SETTINGS, "training.save_every=1", "data.max_seq_length=256")
-    fail_at(monkeypatch, run.forward, "hidden", set(range(3, 1000)))
+    fail_at(monkeypatch, run.forward, "hidden", ALWAYS[2:])
     with pytest.raises(MachineError) as caught:
         run.train()
     text = str(caught.value).split("\n")
@@ -184,16 +169,6 @@ def test_other_errors_are_not_caught(session: Session, monkeypatch: pytest.Monke
     assert seen == [1]
 
 
-def test_what_counts_as_out_of_memory() -> None:
-    assert is_out_of_memory(torch.OutOfMemoryError("x"))
-    assert is_out_of_memory(MemoryError())
-    assert is_out_of_memory(
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 8 bytes")
-    )
-    assert not is_out_of_memory(RuntimeError("shapes do not match"))
-    assert not is_out_of_memory(ValueError("can't allocate memory"))
-
-
 def test_fp16_goes_on_with_the_same_scale(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scaler had unscaled the gradients of the step that failed; it must not refuse to do so again, nor change its scale."""
     runs = [session(*SETTINGS) for _ in range(2)]
@@ -205,6 +180,156 @@ def test_fp16_goes_on_with_the_same_scale(session: Session, monkeypatch: pytest.
         runs[1].train()
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), rel=1e-3)
     assert len(losses(runs[1])) == 5
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+PLACES: dict[str, Callable[[TrainingSession], tuple[Any, str]]] = {
+    "batch": lambda run: (loop, "make_batch"),
+    "forward": lambda run: (run.forward, "hidden"),
+    "loss": lambda run: (objectives, "cross_entropy_sum"),
+}
+
+
+def seen_sizes(run: TrainingSession, monkeypatch: pytest.MonkeyPatch, limit: int = 1000) -> list[int]:
+    """The examples of each micro-batch that is evaluated, as they come; those of more than `limit` run out of memory."""
+    sizes: list[int] = []
+    hidden = run.forward.hidden
+
+    def only(batch: Any) -> torch.Tensor:
+        if not run.forward.model.training:
+            sizes.append(batch.num_examples)
+            if batch.num_examples > limit:
+                raise torch.OutOfMemoryError(f"{REASON}. GPU 0 has a total capacity")
+        return hidden(batch)
+
+    monkeypatch.setattr(run.forward, "hidden", only)
+    return sizes
+
+
+def evaluation_loss(run: TrainingSession, packing: bool, halving: Halving | None = None) -> float:
+    """The loss of the eight held-out rows, in micro-batches of four."""
+    config = load_config(None, ["training.micro_batch_size=4", f"data.packing={packing}"])
+    return loop.evaluate_loss(run.forward, run.objective, run.data.eval, config, 0, halving)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize(
+    ("calls", "sizes"),
+    [
+        ({1}, [4, 2, 2, 2, 2]),
+        ({2}, [4, 4, 2, 2]),
+        ({1, 2}, [4, 2, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ({1, 3}, [4, 2, 2, 1, 1, 1, 1, 1, 1]),
+        ({2, 4}, [4, 4, 2, 2, 1, 1]),
+    ],
+)
+def test_an_evaluation_that_runs_out_of_memory_has_the_same_loss(
+    session: Session, monkeypatch: pytest.MonkeyPatch, place: str, packing: bool, calls: set[int], sizes: list[int]
+) -> None:
+    run = session("data.eval_path=HELD")
+    plain = evaluation_loss(run, packing)
+    tried: list[int] = []
+    make = loop.make_batch
+    monkeypatch.setattr(loop, "make_batch", lambda part, *rest: (tried.append(len(part)), make(part, *rest))[1])
+    fail_at(monkeypatch, *PLACES[place](run), calls)
+    assert evaluation_loss(run, packing) == pytest.approx(plain, rel=1e-6)
+    assert tried == ([size for call, size in enumerate(sizes, 1) if call not in calls] if place == "batch" else sizes)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_evaluations_begin_with_what_fitted_before(
+    session: Session, monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    options = [*SETTINGS, "data.eval_path=HELD", "training.eval_every=2", f"data.packing={packing}"]
+    plain, run = session(*options), session(*options)
+    plain.train()
+    sizes = seen_sizes(run, monkeypatch, limit=2)
+    run.train()
+    assert sizes == [4, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    (warning,) = [e for e in events(run, "warning") if "ran out of memory" in e["message"]]
+    assert (warning["step"], warning["message"]) == (
+        2,
+        f"evaluating 4 examples at once ran out of memory and is done again; from now on half as many: {REASON}",
+    )
+    assert losses(run) == losses(plain), "training is not divided for it"
+    found, expected = ([e["metrics"]["eval_loss"] for e in events(each, "eval")] for each in (run, plain))
+    assert len(found) == 3
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_example_that_cannot_be_evaluated_alone(
+    session: Session, monkeypatch: pytest.MonkeyPatch, packing: bool
+) -> None:
+    run = session("data.eval_path=HELD")
+    run.forward.model.train()
+    warnings: list[str] = []
+    seen_sizes(run, monkeypatch, limit=0)
+    with pytest.raises(MachineError) as caught:
+        evaluation_loss(run, packing, Halving(warnings.append))
+    example = max(run.data.eval, key=len)
+    assert str(caught.value) == (
+        f"evaluation ran out of memory with one example of {len(example)} tokens ({example.where}): {REASON}; leave rows that "
+        "long out of the evaluation data, or set data.max_seq_length (now 2048) below that, with data.overlong: truncate"
+    )
+    assert caught.value.exit_code == 3
+    assert [text[:13] for text in warnings] == ["evaluating 4 ", "evaluating 2 "]
+    assert run.forward.model.training
+
+
+def test_no_term_of_a_micro_batch_counts_before_all_of_it_succeeded(session: Session) -> None:
+    run = session("data.eval_path=HELD")
+    failures = [torch.OutOfMemoryError(REASON)]
+
+    class TwoTerms:
+        def counts(self, examples: Iterable[TokenizedExample]) -> dict[str, int]:
+            return {"rows": len(list(examples)), "more": 1}
+
+        def terms(self, forward: Any, batch: Any) -> Iterator[Term]:
+            yield Term("rows", torch.tensor(float(batch.num_examples)), 1)
+            if failures:
+                raise failures.pop()
+            yield Term("more", torch.tensor(0.5 * batch.num_examples), 1, weight=2.0)
+
+    run.objective = TwoTerms()  # type: ignore[assignment]
+    assert evaluation_loss(run, packing=False) == 1 + 8
+
+
+def test_other_errors_of_an_evaluation_are_not_caught(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = session("data.eval_path=HELD")
+    seen = fail_at(monkeypatch, run.forward, "hidden", {2}, RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        evaluation_loss(run, packing=False)
+    assert seen == [1, 2]
+
+
+def test_answers_during_training_that_run_out_of_memory(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = [
+        *SETTINGS, "data.eval_path=HELD", "training.eval_every=3", "evaluation.generate=true",
+        "evaluation.max_new_tokens=3", "evaluation.batch_size=4",
+    ]  # fmt: skip
+    plain, run = session(*options), session(*options)
+    plain.train()
+    sizes: list[int] = []
+    answer = generate._generate_batch
+
+    def only_two(forward: Any, prompts: Any, *rest: Any) -> Any:
+        sizes.append(len(prompts))
+        if len(prompts) > 2:
+            raise torch.OutOfMemoryError(REASON)
+        return answer(forward, prompts, *rest)
+
+    monkeypatch.setattr(generate, "_generate_batch", only_two)
+    run.train()
+    assert sizes == [4, 2, 2, 2, 2, 2, 2, 2, 2], "two evaluations"
+    (warning,) = [e for e in events(run, "warning") if "ran out of memory" in e["message"]]
+    assert (warning["step"], warning["message"]) == (
+        3,
+        f"answering 4 prompts at once ran out of memory and is done again; from now on half as many: {REASON}",
+    )
+    assert [e["metrics"] for e in events(run, "eval")] == [e["metrics"] for e in events(plain, "eval")]
 
 
 # -- halves -----------------------------------------------------------------------------------------------------------

@@ -47,14 +47,18 @@ def poison(
     return attempts
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_step_that_is_not_finite_changes_nothing(
-    session: Session, monkeypatch: pytest.MonkeyPatch, method: str, optimizer: str
+    session: Session, monkeypatch: pytest.MonkeyPatch, method: str, optimizer: str, device: str
 ) -> None:
     run = session(
         "training.max_steps=6", "training.save_every=1", "training.save_total_limit=9", f"method={method}",
-        f"optimizer.name={optimizer}", "optimizer.schedule=constant",
+        f"optimizer.name={optimizer}", "optimizer.schedule=constant", f"model.device={device}",
     )  # fmt: skip
     poison(run, monkeypatch, lambda attempt, rows: attempt == 4)
     assert run.train().status == "finished"

@@ -71,6 +71,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, note(name, answer))
     monkeypatch.setattr(run_plan, "no_fused_engine", lambda hardware: None)
+    monkeypatch.setattr(run_plan, "host_factor", lambda device: 1.0)
     return found
 
 
@@ -182,6 +183,15 @@ def test_the_optimizers_states_are_there_while_it_is_measured(make: Callable[...
     (state,) = made.step.optimizer.state_dict()["state"].values()
     assert state["step"] == 0
     assert (state["exp_avg"].count_nonzero(), state["exp_avg_sq"].count_nonzero()) == (0, 0)
+
+
+def test_paged_states_count_as_if_they_lay_on_the_gpu(
+    make: Callable[..., Made], cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make()
+    monkeypatch.setattr(type(made.step.optimizer), "paged_bytes", GB // 2)
+    cuda.peaks = [1.0]
+    assert made.step.measure(made.plan) == 1.5
 
 
 # -- nothing stays ----------------------------------------------------------------------------------------------------
@@ -382,7 +392,7 @@ LONG = examples_of(*[300] * 8)
 @contextmanager
 def a_tight_budget(make: Callable[..., Made], *settings: str) -> Iterator[tuple[Made, float]]:
     """A run whose plan keeps everything and fills what it may; and the peak that it predicts."""
-    one = ("training.micro_batch_size=4", *settings)
+    one = ("training.micro_batch_size=4", "training.cuda_graphs=false", *settings)
     free = make(*one, examples=LONG)
     predicted = free.plan.memory.predicted_peak_gb or 0.0
     made = make(*one, f"memory.limit_gb={1.0001 * predicted / HEADROOM}", examples=LONG)
@@ -466,7 +476,8 @@ def test_a_step_that_ran_out_of_memory(make: Callable[..., Made], cuda: Cuda) ->
 def test_a_peak_below_the_prediction_keeps_more(make: Callable[..., Made], cuda: Cuda) -> None:
     with a_tight_budget(make) as (free, predicted):
         pass
-    made = make("training.micro_batch_size=4", f"memory.limit_gb={0.97 * predicted / HEADROOM}", examples=LONG)
+    one = ("training.micro_batch_size=4", "training.cuda_graphs=false")
+    made = make(*one, f"memory.limit_gb={0.97 * predicted / HEADROOM}", examples=LONG)
     planned = made.plan.memory.predicted_peak_gb or 0.0
     assert made.plan.memory.recompute_layers > 0
     cuda.peaks = [0.9 * planned, 0.9 * predicted]

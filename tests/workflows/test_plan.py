@@ -21,12 +21,14 @@ import pytest
 from tunesmith.cards import CARDS, find_card
 from tunesmith.config import Method, RunConfig, load_config
 from tunesmith.errors import ConfigError, MachineError, ModelError
+from tunesmith.measurements import Measurement, record
 from tunesmith.memory.choose import WORTH
 from tunesmith.memory.estimate import CONTEXT_GB
 from tunesmith.memory.policy import HEADROOM
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.catalogue import CATALOGUE
 from tunesmith.types import GB
+from tunesmith.version import __version__
 from tunesmith.workflows import plan as module
 from tunesmith.workflows.diagnosis import largest_that_fits, least_gb
 from tunesmith.workflows.plan import (
@@ -39,14 +41,12 @@ from tunesmith.workflows.plan import (
     find_target,
     full_name,
     plan,
-    plan_cards,
-    plan_models,
     plan_option,
-    plan_ranks,
     refuse_unless_fits,
     rounded,
     with_settings,
 )
+from tunesmith.workflows.plan_lists import plan_cards, plan_models, plan_ranks
 
 QWEN = "qwen2.5-7b"
 QWEN_PARAMETERS = 7_615_616_512  # its model card: 7.61B
@@ -67,6 +67,12 @@ def model_folder(path: Path, **changes: Any) -> Path:
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(TINY | changes))
     return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was measured on any card yet."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -361,8 +367,9 @@ def planned(
     methods: tuple[Method, ...] = (),
     sequence: int | None = None,
 ) -> dict[str, Any]:
-    """A plan. Read it only: several tests have the same one."""
-    return plan(config_of(model, *settings), target_of(gpu, memory), methods=methods, sequence=sequence)
+    """A plan by arithmetic alone. Read it only: several tests have the same one."""
+    target = replace(target_of(gpu, memory), measured=())
+    return plan(config_of(model, *settings), target, methods=methods, sequence=sequence)
 
 
 PACKED = ("data.packing=true",)
@@ -645,7 +652,7 @@ def test_what_does_not_fit_is_answered_with_what_would(
     """The model is not too large for this card, and another card is not what is needed first."""
     result = planned(QWEN, "T4", None, settings, methods, sequence)
     assert result["recommended"] is None
-    assert result["advice"] == ["method: QLoRA trains here, up to 65,536 tokens with micro-batch 1 (memory.mode: min)"]
+    assert result["advice"] == ["method: QLoRA trains here, up to 68,608 tokens with micro-batch 1 (memory.mode: min)"]
 
 
 # -- advice -----------------------------------------------------------------------------------------------------------
@@ -857,13 +864,13 @@ def test_several_cards_share_a_step_in_tokens() -> None:
             "H100",
             None,
             "arithmetic on the model's config.json, within 5% of what was measured on an H100",
-            "arithmetic calibrated on an H100, within 15% of what was measured there",
+            "arithmetic with shares of the data sheet that were fitted on an H100, within 15% of what was measured there",
         ),
         (
             "T4",
             None,
             "arithmetic on the model's config.json, within 5% of what was measured on an H100",
-            "arithmetic on the card's data sheet, with the shares of it that were reached on an H100",
+            "arithmetic with shares of the data sheet that were fitted on an H100",
         ),
         (
             None,
@@ -875,8 +882,8 @@ def test_several_cards_share_a_step_in_tokens() -> None:
             "2xH100",
             None,
             "arithmetic on the model's config.json, within 5% of what was measured on an H100",
-            "arithmetic calibrated on an H100, within 15% of what was measured there; several cards: each holds the whole "
-            "model and reaches 95%",
+            "arithmetic with shares of the data sheet that were fitted on an H100, within 15% of what was measured there; "
+            "several cards: each holds the whole model and reaches 95%",
         ),
     ],
 )
@@ -884,6 +891,146 @@ def test_each_figure_says_what_it_rests_on(
     gpu: str | None, memory: float | None, memory_basis: str, speed_basis: str
 ) -> None:
     assert planned(QWEN, gpu, memory)["basis"] == {"memory": memory_basis, "speed": speed_basis}
+
+
+def measured(tokens_per_second: float = 800.0, peak: float | None = 10.2, **other: Any) -> None:
+    """Some run of a 7B with LoRA on an H100 was to reach 1,000 tokens/s, and to take 10 GB."""
+    run = Measurement(
+        time=1.0,
+        version=__version__,
+        card="H100",
+        engine="fused",
+        method="lora",
+        scheme=None,
+        model_type="llama",
+        parameters=7 * 10**9,
+        host=1.0,
+        predicted_peak_gb=10.0,
+        measured_peak_gb=peak,
+        predicted_tokens_per_second=1000.0,
+        tokens_per_second=tokens_per_second,
+        steps=100,
+    )
+    record(replace(run, **other))
+
+
+def now(gpu: str | None = "H100", *settings: str, memory: float | None = None, **options: Any) -> dict[str, Any]:
+    """A plan with what was measured until now."""
+    return plan(config_of(QWEN, *settings), target_of(gpu, memory), **options)
+
+
+ARITHMETIC = {"memory": "arithmetic", "speed": "arithmetic", "runs": 0}
+SHARES = "arithmetic with shares of the data sheet that were fitted on an H100, within 15% of what was measured there"
+SHAPE = "arithmetic on the model's config.json, within 5% of what was measured on an H100"
+
+
+def test_runs_on_this_card_calibrate_its_speed() -> None:
+    for speed, peak in ((700.0, 9.9), (3000.0, None), (950.0, 10.2)):
+        measured(speed, peak)
+    before, after = planned(QWEN, "H100"), now()
+    assert len(after["options"]) == len(before["options"])
+    for old, new in zip(before["options"], after["options"], strict=True):
+        lora = old["method"] == "lora"
+        assert new["tokens_per_second"] == (0.95 * old["tokens_per_second"] if lora else old["tokens_per_second"])
+        assert old["basis"] == ARITHMETIC
+        assert new["basis"] == (ARITHMETIC | {"speed": "calibrated", "runs": 3} if lora else ARITHMETIC)
+        different = {key for key in old if old[key] != new[key]}
+        assert different == ({"tokens_per_second", "basis"} if lora else set())  # memory stays arithmetic
+    assert after["basis"] == {
+        "memory": f"{SHAPE}; 2 runs on this card measured 99% to 102% of it",
+        "speed": f"calibrated on this card: LoRA by 3 runs (0.95 of the arithmetic); the rest {SHARES}",
+    }
+    assert after["answer"].endswith(f", about {rounded(after['recommended']['tokens_per_second'])} tokens/s")
+    json.dumps(after)
+
+
+def test_launching_takes_what_it_took_in_the_runs() -> None:
+    """The reference engine waits for Python, here with twice the time of the H100's host; the runs' own plans knew that."""
+    reference: dict[str, Any] = {"settings": ("model.engine=reference", "training.batch_size=1"), "sequence": 128}
+    before = planned("qwen2.5-0.5b", "H100", methods=("lora",), **reference)["options"][0]
+    measured(1000.0, engine="reference", parameters=5 * 10**8, host=2.0)
+    config = config_of("qwen2.5-0.5b", *reference["settings"])
+    after = plan(config, target_of("H100"), methods=("lora",), sequence=128)["options"][0]
+    assert after["tokens_per_second"] == pytest.approx(0.5 * before["tokens_per_second"], rel=0.01)
+
+
+def test_where_every_method_was_measured_there_is_no_rest() -> None:
+    measured(900.0, 9.95)
+    measured(1100.0, None, method="full")
+    assert now(methods=("full", "lora"))["basis"] == {
+        "memory": f"{SHAPE}; 1 run on this card measured 99% of it",
+        "speed": "calibrated on this card: full by 1 run (1.10 of the arithmetic), LoRA by 1 run (0.90 of the arithmetic)",
+    }
+    assert now("2xH100", methods=("lora",))["basis"]["speed"] == (
+        "calibrated on this card: LoRA by 1 run (0.90 of the arithmetic); several cards: each holds the whole model and "
+        "reaches 95%"
+    )
+
+
+def test_calibration_may_change_the_recommendation() -> None:
+    assert planned(QWEN, "H100")["recommended"]["method"] == "lora"
+    measured(500.0)
+    assert now()["recommended"]["method"] == "qlora"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"card": "H100 PCIe"},
+        {"card": "A100 80GB"},
+        {"engine": "reference"},
+        {"method": "full"},
+        {"parameters": 135_000_000},
+        {"version": "0.0.9"},
+    ],
+)
+def test_what_does_not_compare_calibrates_nothing(other: dict[str, Any]) -> None:
+    measured(**other)
+    assert now(methods=("lora",)) == planned(QWEN, "H100", methods=("lora",))
+
+
+def test_only_the_card_that_was_measured_is_calibrated() -> None:
+    measured()
+    lora: dict[str, Any] = {"methods": ("lora",)}
+    for gpu, memory in (("A100-80", None), (None, 79.18)):
+        assert now(gpu, memory=memory, **lora) == planned(QWEN, gpu, memory, methods=("lora",))
+    speed = planned(QWEN, "H100", methods=("lora",))["recommended"]["tokens_per_second"]
+    for name in ("h100 sxm", "NVIDIA H100 80GB HBM3"):
+        assert now(name, **lora)["recommended"]["tokens_per_second"] == 0.8 * speed
+    several = planned(QWEN, "4xH100", methods=("lora",))["recommended"]["tokens_per_second"]
+    assert now("4xH100", **lora)["recommended"]["tokens_per_second"] == pytest.approx(0.8 * several)
+
+
+def test_this_machines_card_is_calibrated(nvidia_smi: Callable[..., None]) -> None:
+    measured()
+    nvidia_smi("NVIDIA H100 80GB HBM3, 81559")
+    assert now(None, methods=("lora",))["recommended"]["basis"]["speed"] == "calibrated"
+
+
+def test_quantization_is_measured_by_itself() -> None:
+    measured(method="qlora", scheme="nf4")
+    measured(600.0, method="qlora", scheme="int8", engine="reference")
+    found = {option["label"]: option for option in now(methods=("qlora",))["options"]}
+    before = {option["label"]: option for option in planned(QWEN, "H100", methods=("qlora",))["options"]}
+    ratios = {label: found[label]["tokens_per_second"] / before[label]["tokens_per_second"] for label in before}
+    assert ratios == {"QLoRA": pytest.approx(0.8), "QLoRA (int8)": pytest.approx(0.6)}
+
+
+def test_lists_are_calibrated_too() -> None:
+    before = plan_cards(config_of(), None, ("lora",))[1]
+    measured()
+    for old, new in zip(before, plan_cards(config_of(), None, ("lora",))[1], strict=True):
+        if new["gpu"] == "H100":
+            found = new["methods"]["lora"]
+            assert found["tokens_per_second"] == 0.8 * old["methods"]["lora"]["tokens_per_second"]
+            assert found["basis"] == ARITHMETIC | {"speed": "calibrated", "runs": 1}
+        else:
+            assert new == old
+    models = {row["model"]: row["methods"]["lora"] for row in plan_models(config_of(""), target_of("H100"), None)}
+    assert models["Qwen/Qwen2.5-7B"] == found
+    assert models["HuggingFaceTB/SmolLM2-135M"]["basis"] == ARITHMETIC
+    (rank,) = plan_ranks(config_of(), target_of("H100"), [16], None)
+    assert (rank["tokens_per_second"], rank["basis"]) == (found["tokens_per_second"], found["basis"])
 
 
 @pytest.mark.parametrize(("kind", "said"), [("olmo", "olmo"), ("", "this")])
@@ -929,7 +1076,7 @@ def test_ranks_add_parameters_and_memory() -> None:
     # Ranks differ in nothing else: all have the micro-batch of the highest.
     same = planned(QWEN, "H100", None, ("adapter.r=128",))["options"][1]
     assert {row["micro_batch_size"] for row in rows} == {same["micro_batch_size"]}
-    keys = ("peak_gb", "tokens_per_second", "recompute", "fits")
+    keys = ("peak_gb", "tokens_per_second", "recompute", "fits", "basis")
     assert [rows[4][key] for key in keys] == [same[key] for key in keys]
     assert same["adapter_parameters"] == rows[4]["parameters"]
     assert [row["fits"] for row in plan_ranks(config_of(), target_of(None, 19.0), [8, 128], None)] == [True, False]
@@ -962,12 +1109,15 @@ def test_what_trains_on_a_card() -> None:
     found = {row["model"]: row["methods"] for row in rows}
     same = planned()["recommended"]
     assert found["Qwen/Qwen2.5-7B"]["qlora"] == {
-        key: same[key] for key in ("fits", "peak_gb", "tokens_per_second", "micro_batch_size", "recompute")
+        key: same[key] for key in ("fits", "peak_gb", "tokens_per_second", "micro_batch_size", "recompute", "basis")
     }
     shape = find_shape(QWEN)[1]
     for method in ("full", "lora"):
         least = least_gb(shape, method, config_of())
-        assert found["Qwen/Qwen2.5-7B"][method] == {"fits": False, "peak_gb": least, "tokens_per_second": None}
+        nothing = {"memory": "arithmetic", "speed": None, "runs": 0}
+        assert found["Qwen/Qwen2.5-7B"][method] == {
+            "fits": False, "peak_gb": least, "tokens_per_second": None, "basis": nothing,
+        }  # fmt: skip
     assert sum(methods["qlora"]["fits"] for methods in found.values()) > 25
     assert sum(methods["full"]["fits"] for methods in found.values()) == 6
 

@@ -22,6 +22,7 @@ from tunesmith.config import RunConfig, load_config
 from tunesmith.data.batches import StepOrder
 from tunesmith.errors import MachineError
 from tunesmith.hardware import Hardware, probe
+from tunesmith.measurements import Measurement, record
 from tunesmith.memory.choose import WORTH, Candidate, step_seconds
 from tunesmith.memory.estimate import Estimate, Load, Setup
 from tunesmith.memory.policy import HEADROOM, plan_memory
@@ -31,6 +32,7 @@ from tunesmith.models.catalogue import CATALOGUE
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import find_model, load_model
 from tunesmith.types import GB, LayerPolicy, TokenizedExample
+from tunesmith.version import __version__
 from tunesmith.workflows import run_plan as module
 from tunesmith.workflows import train
 from tunesmith.workflows.diagnosis import diagnose
@@ -52,6 +54,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: int(reserved * GB))
 
     monkeypatch.setattr(module, "no_fused_engine", lambda hardware: None if hardware.type == "cuda" else "no GPU")
+    monkeypatch.setattr(module, "host_factor", lambda device: 1.0)
     pretend(free=79.0)
     return pretend
 
@@ -149,6 +152,7 @@ def test_sizes_divide_the_batch_evenly() -> None:
 def test_packed_micro_batches_by_hand() -> None:
     assert loads(LENGTHS, SUPERVISED, "data.packing=true", "data.max_seq_length=auto") == [
         (60, "tokens", 2, Load(60, 40, 60, True), Load(60, 20, 30, True)),
+        (90, "tokens", 2, Load(90, 40, 60, True), Load(60, 20, 30, True)),
         (120, "tokens", 1, Load(120, 40, 60, False), Load(120, 40, 30, False)),
     ]
     # A budget below `data.max_seq_length` would be refused; above what a step has it is the step.
@@ -270,11 +274,48 @@ def test_with_room_the_largest_micro_batch_is_the_fastest(gpu: Callable[..., Non
     config, plan = planned(forward)
     assert plan.card is not None
     assert plan.card.name == "H100"
-    assert (plan.memory.engine, plan.memory.recompute_layers, plan.graphs) == ("fused", 0, True)
+    assert (plan.memory.engine, plan.memory.recompute_layers, plan.choice.graphs) == ("fused", 0, True)
     assert set(plan.memory.policies) == {LayerPolicy()}
     assert plan.choice.candidate.size == config.training.micro_batch_size == 16
     assert plan.choice.tokens_per_second is not None
     assert config.training.batch_size == 16
+
+
+def test_runs_on_this_card_say_what_to_expect(
+    gpu: Callable[..., None], forward: ModelForward, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    _, before = planned(forward)
+    assert before.shape is not None
+    assert before.tokens_per_second == before.choice.tokens_per_second
+    assert before.basis == {"memory": "arithmetic", "speed": "arithmetic", "runs": 0}
+    known = Measurement(
+        time=1.0,
+        version=__version__,
+        card="H100",
+        engine="fused",
+        method="lora",
+        scheme=None,
+        model_type="llama",
+        parameters=before.shape.num_parameters,
+        host=1.0,
+        predicted_peak_gb=1.0,
+        measured_peak_gb=None,
+        predicted_tokens_per_second=100.0,
+        tokens_per_second=75.0,
+        steps=50,
+    )
+    record(known)
+    record(replace(known, engine="reference", tokens_per_second=10.0))
+    _, after = planned(forward)
+    assert after.choice == before.choice  # the arithmetic
+    assert after.tokens_per_second == 0.75 * (before.choice.tokens_per_second or 0)
+    assert after.basis == {"memory": "arithmetic", "speed": "calibrated", "runs": 1}
+    for again in (after.least(), after.corrected(2.0)):  # what is planned again is calibrated too
+        assert again.tokens_per_second == 0.75 * (again.choice.tokens_per_second or 0)
+    assert after.corrected(2.0).basis == {"memory": "calibrated", "speed": "calibrated", "runs": 1}
+    for hardware in (T4, UNKNOWN, CPU):
+        assert planned(forward, hardware=hardware)[1].basis["speed"] == ("arithmetic" if hardware is T4 else None)
 
 
 def test_the_micro_batch_takes_the_least_time_within_the_budget(
@@ -319,7 +360,7 @@ def test_a_packed_run_gets_a_token_budget(gpu: Callable[..., None], forward: Mod
     training = config.training
     assert (training.micro_batch_size, training.batch_size, training.batch_tokens) == ("auto", 12, None)
     assert training.micro_batch_tokens == plan.choice.candidate.size
-    assert training.micro_batch_tokens in [1950 * 2**power for power in range(5)]
+    assert training.micro_batch_tokens in [1950 * halves // 2 for halves in (2, 3, 4, 6, 8, 12, 16, 24)]
     # It is one that steps can be made with, and that a run's config.yaml may hold.
     again = RunConfig.model_validate(config.model_dump())
     steps = StepOrder([len(example) for example in LONG], again.training, True)
@@ -448,15 +489,48 @@ def test_the_engine_and_the_graphs(
     monkeypatch.setattr(module, "no_fused_engine", lambda hardware: reason)
     examples = examples_of(*[450] * 16)
     _, plan = planned(forward, *settings, "training.micro_batch_size=1", examples=examples)
-    assert (plan.memory.engine, plan.setup.engine, plan.graphs) == (engine, engine, graphs)
+    assert (plan.memory.engine, plan.setup.engine, plan.choice.graphs) == (engine, engine, graphs)
     assert plan.choice.candidate.largest.tokens == (480 if graphs else 450)  # rows are widened for graphs
+
+
+def test_graphs_run_where_their_memory_fits_beside_a_step(gpu: Callable[..., None], forward: ModelForward) -> None:
+    """They hold what a step takes once more. Where that does not fit, all activations are kept without them."""
+    config, plan = planned(forward, "training.micro_batch_size=4")
+    peak = plan.memory.predicted_peak_gb or 0
+    assert (plan.choice.graphs, config.training.cuda_graphs, plan.memory.pool_gb > 0) == (True, True, True)
+    for needed, graphs in ((peak + plan.memory.pool_gb, True), (peak, False)):
+        limit = f"memory.limit_gb={1.001 * needed / HEADROOM}"
+        config, tight = planned(forward, "training.micro_batch_size=4", limit)
+        assert tight.choice.fits
+        assert (tight.choice.graphs, config.training.cuda_graphs, tight.memory.pool_gb > 0) == (graphs, graphs, graphs)
+        assert set(tight.memory.policies) == {LayerPolicy()}
+    # A run on the CPU has none, and its configuration stays as it is.
+    config, plan = planned(forward, hardware=CPU)
+    assert (plan.choice.graphs, config.training.cuda_graphs) == (False, True)
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_grow_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch, name: str | None) -> None:
+    for each in module.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(each, raising=False)
+    if name is not None:
+        monkeypatch.setenv(name, "backend:native")
+    found: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", found.append)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    module.limit_memory(config_of("tiny"), CPU)
+    assert found == []
+    module.limit_memory(config_of("tiny"), H100)
+    assert found == (["expandable_segments:True"] if name is None else [])
 
 
 def test_graphs_want_gradients_that_stay_in_place() -> None:
     """An adapter's do; in full fine-tuning each tensor has its own, and rows are not widened."""
-    assert [uses_graphs(config_of("tiny", f"method={method}"), "fused") for method in ("lora", "qlora", "full")] == [
-        True, True, False
-    ]  # fmt: skip
+    shape = ModelShape.of(CATALOGUE["Qwen/Qwen2.5-0.5B"])
+    configs = [config_of("tiny", f"method={method}") for method in ("lora", "qlora", "full")]
+    assert [uses_graphs(config, "fused", shape) for config in configs] == [True, True, False]
+    # And layers that a graph can replay.
+    assert not any(uses_graphs(config, "fused", replace(shape, capturable=False)) for config in configs)
 
 
 # -- families of which half a layer is fused --------------------------------------------------------------------------
@@ -475,7 +549,7 @@ def test_half_fused_families_use_the_models_own_layers_where_memory_is_short(
     gpu: Callable[..., None], mixtral: ModelForward
 ) -> None:
     one = "training.micro_batch_size=1"
-    _, whole = planned(mixtral, one)
+    _, whole = planned(mixtral, one, "training.cuda_graphs=false")  # whose rows are not widened
     needed = whole.memory.predicted_peak_gb or 0
     _, plan = planned(mixtral, one, f"memory.limit_gb={0.99 * needed}")
     assert (plan.memory.engine, plan.memory.recompute_layers > 0, plan.memory.policies) == ("reference", True, ())
@@ -537,7 +611,7 @@ def test_without_a_shape_nothing_is_predicted_or_refused(
 
 
 def test_a_measured_peak_corrects_the_plan(gpu: Callable[..., None], forward: ModelForward) -> None:
-    _, one = planned(forward, "training.micro_batch_size=4")
+    _, one = planned(forward, "training.micro_batch_size=4", "training.cuda_graphs=false")
     predicted = one.memory.predicted_peak_gb or 0
     plan = replace(one, budget_gb=1.05 * predicted / HEADROOM)
     plan = plan.corrected(predicted)

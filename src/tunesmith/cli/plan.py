@@ -48,6 +48,7 @@ def plan(
     from tunesmith.config import load_config
     from tunesmith.errors import ConfigError
     from tunesmith.workflows import plan as planner  # not from api: this needs no PyTorch
+    from tunesmith.workflows import plan_lists
 
     methods = _methods(method or [])
     # Settings of the quantization are there for QLoRA, be it one of several methods.
@@ -62,7 +63,7 @@ def plan(
         if target is None:
             raise ConfigError("no model and no card: pass --model, --gpu or --memory")
         _refuse_unused({"--data": data, "--rank": rank, "--price-per-hour": price, "--plot": plot}, "without --model")
-        rows = planner.plan_models(run, target, sequence, methods)
+        rows = plan_lists.plan_models(run, target, sequence, methods)
         if as_json:
             console.result({"gpu": target.name, "memory_gb": target.memory_gb, "models": rows})
             return
@@ -73,7 +74,7 @@ def plan(
     if target is None:
         unused = {"--data": data, "--rank": rank, "--price-per-hour": price, "--plot": plot}
         _refuse_unused(unused | {"--num-gpus": num_gpus if num_gpus > 1 else None}, "without --gpu or --memory")
-        name, rows = planner.plan_cards(run, sequence, methods)
+        name, rows = plan_lists.plan_cards(run, sequence, methods)
         if as_json:
             console.result({"model": name, "gpus": rows})
             return
@@ -85,7 +86,7 @@ def plan(
         if len(methods) > 1:
             raise ConfigError("--rank is for one method: pass --method lora or qlora, not both")
         chosen = planner.with_settings(run, method=methods[0]) if methods else run
-        ranks = planner.plan_ranks(chosen, target, _ranks(rank), sequence)
+        ranks = plan_lists.plan_ranks(chosen, target, _ranks(rank), sequence)
         if as_json:
             console.result({"model": run.model.name, "gpu": target.name, "method": chosen.method, "ranks": ranks})
             return
@@ -250,7 +251,7 @@ def _cell(found: Mapping[str, Any], memory_gb: float) -> str:
     word, colour = _verdict(found["peak_gb"], found["fits"], memory_gb)
     if not found["fits"]:
         return f"[{colour}]no: {found['peak_gb']:.0f} GB at least[/{colour}]"
-    speed = "" if found["tokens_per_second"] is None else f", {_speed(found['tokens_per_second'])}/s"
+    speed = "" if found["tokens_per_second"] is None else f", {_speed(found['tokens_per_second'])}/s{_note(found)}"
     return f"[{colour}]{word}: {found['peak_gb']:.1f} GB{speed}[/{colour}]"
 
 
@@ -265,6 +266,11 @@ def _speed(value: float | None) -> str:
     from tunesmith.workflows.plan import rounded
 
     return "-" if value is None else rounded(value)
+
+
+def _note(found: Mapping[str, Any]) -> str:
+    """What a speed is where no line below the table says it."""
+    return " (calibrated)" if found["basis"]["speed"] == "calibrated" else ""
 
 
 def ranks_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -284,7 +290,7 @@ def ranks_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{1024 * row['adapter_gb']:.1f}",
             row["recompute"].removesuffix(" layers"),
             f"{row['peak_gb']:.2f}",
-            _speed(row["tokens_per_second"]),
+            _speed(row["tokens_per_second"]) + _note(row),
             f"[{colour}]{word}[/{colour}]",
         )
     return table

@@ -61,7 +61,7 @@ class StepOrder:
         """The steps of an epoch: their packs, or all examples of each as one part."""
         training, rng = self.training, random.Random(f"{self.training.seed}/{epoch}")
         if training.batch_tokens is not None:
-            assert training.micro_batch_tokens is not None  # config.contradictions
+            assert training.micro_batch_tokens is not None  # contradictions.py
             packs = best_fit(self.lengths, training.micro_batch_tokens, rng)
             rng.shuffle(packs)
             size = training.batch_tokens // training.micro_batch_tokens

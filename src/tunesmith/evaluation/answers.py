@@ -14,6 +14,7 @@ from tunesmith.config import EvaluationConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import DataError
 from tunesmith.evaluation.metrics import is_correct
+from tunesmith.hardware import Halving
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.generate import generate_greedy
 from tunesmith.types import Example, Generation, PreferenceExample, Progress, no_progress
@@ -72,8 +73,12 @@ def generate_answers(
     settings: EvaluationConfig,
     progress: Progress = no_progress,
     stage: str = "generating answers",
+    halving: Halving | None = None,
 ) -> list[Generation]:
-    """The model's greedy answer to each example's last question, in the examples' order."""
+    """The model's greedy answer to each example's last question, in the examples' order.
+
+    Batches that run out of memory are halved: by `halving`, or else for these answers alone, which `progress` is told.
+    """
     prompts = encode_questions(chat, examples)
     progress(stage, 0, len(prompts))
     answers = generate_greedy(
@@ -83,6 +88,7 @@ def generate_answers(
         settings.max_new_tokens,
         settings.batch_size,
         lambda done: progress(stage, done, len(prompts)),
+        halving or Halving(lambda text: progress(text, 0, 1)),
     )
     rows = []
     for example, ids in zip(examples, answers, strict=True):

@@ -57,7 +57,11 @@ def calibrate(
             break
         peak = measure(plan)
         found.append(Measured(predicted, peak))
-        if peak is not None and abs(peak - predicted) <= CLOSE * predicted and peak <= HEADROOM * budget:
+        if (
+            peak is not None
+            and abs(peak - predicted) <= CLOSE * predicted
+            and peak + plan.memory.pool_gb <= HEADROOM * budget
+        ):
             break
         other = corrected(plan, max(predicted, HEADROOM * budget) + RAN_OUT * budget if peak is None else peak)
         if gives_up_alike(other.memory, plan.memory):

@@ -14,7 +14,7 @@ from tunesmith.memory.shape import ModelShape
 from tunesmith.memory.speed import micro_batch_seconds, optimizer_seconds
 from tunesmith.types import MemoryPlan
 
-WORTH = 0.98
+WORTH = 0.995
 """A larger micro-batch must take less than this share of a smaller one's time: memory is not spent on nothing."""
 
 
@@ -34,11 +34,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A candidate with its plan. `step_seconds` is predicted, None without a known card."""
+    """A candidate with its plan. `step_seconds` is predicted, None without a known card. `graphs` says whether CUDA graphs
+    may replay its micro-batches.
+    """
 
     candidate: Candidate
     plan: MemoryPlan
     step_seconds: float | None
+    graphs: bool = False
 
     @property
     def fits(self) -> bool:
@@ -66,35 +69,44 @@ def options(
     budget_gb: float | None,
     card: Card | None,
     *,
-    graphs: bool = True,
+    graphs: bool,
+    host: float = 1.0,
     weights_gb: float | None = None,
     trainable: int | None = None,
 ) -> Iterator[Choice]:
-    """Each candidate with its plan and, on a known card, its time."""
+    """Each candidate with its plan and, on a known card, its time. `host` is speed.py's."""
     for candidate in candidates:
-        plan = plan_memory(Estimate(shape, setup, candidate.largest, weights_gb, trainable), mode, budget_gb)
-        yield Choice(
-            candidate, plan, None if card is None else step_seconds(shape, setup, candidate, plan, card, graphs)
-        )
+        estimate = Estimate(shape, setup, candidate.largest, weights_gb, trainable)
+        plan = plan_memory(estimate, mode, budget_gb, graphs=graphs)
+        seconds = None if card is None else step_seconds(shape, setup, candidate, plan, card, graphs, host)
+        yield Choice(candidate, plan, seconds, graphs)
 
 
 def step_seconds(
-    shape: ModelShape, setup: Setup, candidate: Candidate, plan: MemoryPlan, card: Card, graphs: bool = True
+    shape: ModelShape,
+    setup: Setup,
+    candidate: Candidate,
+    plan: MemoryPlan,
+    card: Card,
+    graphs: bool,
+    host: float = 1.0,
 ) -> float:
     """Predicted seconds of an optimizer step."""
-    one = micro_batch_seconds(shape, setup, candidate.typical, card, plan.policies, plan.recompute_layers, graphs)
-    return candidate.count * one + optimizer_seconds(shape, setup, card)
+    one = micro_batch_seconds(shape, setup, candidate.typical, card, plan.policies, plan.recompute_layers, graphs, host)
+    return candidate.count * one + optimizer_seconds(shape, setup, card, host)
 
 
 def best(found: Sequence[Choice], mode: Mode) -> Choice:
     """The best of at least one choice, the smallest first in `found`.
 
-    `min`: the least memory. Else, of those that fit, the least time; without a known card, the largest that keeps as much
-    as any. If none fits, the one that needs the least.
+    `min`: the least memory, with CUDA graphs where they fit beside it. Else, of those that fit, the least time; without a
+    known card, the largest that keeps as much as any. If none fits, the one that needs the least.
     """
     fitting = [choice for choice in found if choice.fits]
     if mode == "min" or not fitting:
-        return min(found, key=lambda choice: choice.plan.predicted_peak_gb or 0.0)
+        graphed = [choice for choice in fitting if choice.graphs]
+        plain = [choice for choice in found if not choice.graphs]
+        return min(graphed or plain or found, key=lambda choice: choice.plan.predicted_peak_gb or 0.0)
     chosen = fitting[0]
     for choice in fitting[1:]:
         if choice.step_seconds is None or chosen.step_seconds is None:

@@ -266,7 +266,9 @@ class Estimate:
         tokens = self.load.tokens
         stored = backward = 0.0
         known: dict[tuple[int, int], tuple[float, float, float]] = {}  # layers that are alike share objects
-        for index, (layer, policy) in enumerate(zip(self.layers, policies, strict=True)):
+        if any(policy.offload_input for policy in policies):  # one is on its way while the next layer runs
+            stored = tokens * self.sizes[id(self.layers[0])]["hidden"]
+        for layer, policy in zip(self.layers, policies, strict=True):
             key = (id(layer), id(policy))
             if key not in known:
                 sizes = self.sizes[id(layer)]
@@ -274,7 +276,7 @@ class Estimate:
                 known[key] = (tokens * kept, tokens * sizes["hidden"], self._backward_bytes(layer, policy))
             kept_bytes, hidden, needed = known[key]
             stored += kept_bytes
-            if not policy.offload_input or index < 2:  # this layer's input and the next one's are there
+            if not policy.offload_input:
                 stored += hidden
             backward = max(backward, stored + needed)
         return self._moments(stored, backward, loss_rows)

@@ -7,7 +7,7 @@ by tensor, so that its plan can fill the card: what costs the least time for its
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Literal
 
 from tunesmith.memory.estimate import Breakdown, Estimate
@@ -34,22 +34,26 @@ TIGHT_LOSS_ROWS = 512
 """Rows of logits at once where memory is short: 131 MB for a vocabulary of 128,256 in 16 bits."""
 
 
-def plan_memory(estimate: Estimate, mode: Mode, budget_gb: float | None, correction_gb: float = 0.0) -> MemoryPlan:
+def plan_memory(
+    estimate: Estimate, mode: Mode, budget_gb: float | None, correction_gb: float = 0.0, graphs: bool = False
+) -> MemoryPlan:
     """The plan for a setup under a load: `auto` gives up the least whose predicted peak fits 90% of `budget_gb`.
 
     Without a budget, and in mode `fast`, everything is kept; in mode `min` everything is given up. `correction_gb` is added to
-    every prediction: what a measurement found above (or below) the arithmetic.
+    every prediction: what a measurement found above (or below) the arithmetic. With `graphs` CUDA graphs hold what a step
+    takes once more (the fused engine).
     """
     room = None if budget_gb is None else HEADROOM * budget_gb
-    choose = _plan_fused if estimate.setup.engine == "fused" and estimate.shape.can_fuse else _plan_reference
-    return choose(estimate, mode, budget_gb, room, correction_gb)
+    if estimate.setup.engine == "fused" and estimate.shape.can_fuse:
+        return _plan_fused(estimate, mode, budget_gb, room, correction_gb, graphs)
+    return _plan_reference(estimate, mode, budget_gb, room, correction_gb)
 
 
 def fits(plan: MemoryPlan) -> bool:
     """Whether the predicted peak is within the plan's share of its budget, or there is no budget."""
     if plan.budget_gb is None or plan.predicted_peak_gb is None:
         return True
-    return plan.predicted_peak_gb <= HEADROOM * plan.budget_gb + 1e-9
+    return plan.predicted_peak_gb + plan.pool_gb <= HEADROOM * plan.budget_gb + 1e-9
 
 
 def gives_up_alike(one: MemoryPlan, other: MemoryPlan) -> bool:
@@ -84,44 +88,51 @@ def _plan_reference(
 
 
 def _plan_fused(
-    estimate: Estimate, mode: Mode, budget_gb: float | None, room: float | None, correction_gb: float
+    estimate: Estimate, mode: Mode, budget_gb: float | None, room: float | None, correction_gb: float, graphs: bool
 ) -> MemoryPlan:
     num_layers, tokens = estimate.shape.num_layers, estimate.load.tokens
     pieces = estimate.mlp_rows()
-    # What is given up, from nothing to everything: tensors layer by layer, then short pieces, then host memory.
-    last = len(DROP_ORDER) * num_layers + 2
+    # What is given up, from nothing to everything: tensors layer by layer, then short pieces, then inputs layer by layer.
+    tight = len(DROP_ORDER) * num_layers + 1
+    last = tight + num_layers
 
     def policies(given_up: int) -> tuple[LayerPolicy, ...]:
-        drops = min(given_up, last - 2)
+        drops = min(given_up, tight - 1)
         counts = [min(num_layers, max(0, drops - index * num_layers)) for index in range(len(DROP_ORDER))]
         gone = {name: count for names, count in zip(DROP_ORDER, counts, strict=True) for name in names}
         found = []
-        kinds: dict[frozenset[LayerTensor], LayerPolicy] = {}  # one object for layers that are alike
+        kinds: dict[tuple[frozenset[LayerTensor], bool], LayerPolicy] = {}  # one object for layers that are alike
         for layer in range(num_layers):
             keep = frozenset(name for name in LAYER_TENSORS if layer >= gone[name])
-            if keep not in kinds:
-                rows = pieces if given_up >= last - 1 and pieces < tokens else None
-                kinds[keep] = LayerPolicy(keep, offload_input=given_up == last, mlp_rows=rows)
-            found.append(kinds[keep])
+            offload = layer < given_up - tight
+            if (keep, offload) not in kinds:
+                rows = pieces if given_up >= tight and pieces < tokens else None
+                kinds[keep, offload] = LayerPolicy(keep, offload, rows)
+            found.append(kinds[keep, offload])
         return tuple(found)
 
     def loss_rows(given_up: int) -> int | None:
-        return TIGHT_LOSS_ROWS if given_up >= last - 1 else None
+        return TIGHT_LOSS_ROWS if given_up >= tight else None
 
-    def peak(given_up: int) -> float:
-        return estimate.fused(policies(given_up), loss_rows(given_up)).peak_gb + correction_gb
+    def pool(found: Breakdown) -> float:
+        return max(0.0, found.peak_gb + correction_gb - estimate.static.peak_gb) if graphs else 0.0
+
+    def needed(given_up: int) -> float:
+        found = estimate.fused(policies(given_up), loss_rows(given_up))
+        return found.peak_gb + correction_gb + pool(found)
 
     given_up = last if mode == "min" else 0
     if mode == "auto" and room is not None:
-        given_up = _first_that_fits(last + 1, peak, room)
+        given_up = _first_that_fits(last + 1, needed, room)
     chosen = policies(given_up)
     found = estimate.fused(chosen, loss_rows(given_up))
     counts = {names[0]: sum(names[0] not in policy.keep for policy in chosen) for names in DROP_ORDER}
     gone = ", ".join(f"{name} of {count}" for name, count in counts.items() if count)
     what = f"recompute {gone} of {num_layers} layers" if gone else "keep all activations"
-    if given_up == last:
-        what += ", layer inputs in host memory"
-    return _plan(estimate, mode, budget_gb, correction_gb, found, what, counts["gate_up"], chosen, loss_rows(given_up))
+    if given_up > tight:
+        what += f", the inputs of {given_up - tight} in host memory"
+    plan = _plan(estimate, mode, budget_gb, correction_gb, found, what, counts["gate_up"], chosen, loss_rows(given_up))
+    return replace(plan, pool_gb=pool(found))
 
 
 def _plan(

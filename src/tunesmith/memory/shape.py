@@ -80,6 +80,7 @@ class ModelShape:
 
     `value_dim` is the width of a value head (`head_dim` but in latent attention). `window` is the sliding window of
     `windowed` of its layers, in tokens. `exact` says whether the family is known, so that parameters are counted exactly.
+    `softcapped` says whether attention scores are (FlexAttention runs them), `capturable` whether CUDA graphs can replay layers.
     """
 
     model_type: str
@@ -95,6 +96,8 @@ class ModelShape:
     window: int | None = None
     windowed: int = 0
     exact: bool = True
+    softcapped: bool = False
+    capturable: bool = True
 
     @property
     def num_layers(self) -> int:
@@ -183,6 +186,7 @@ class ModelShape:
             value_dim = reader.number("v_head_dim")
         num_layers = reader.number("num_hidden_layers")
         window = _window(config, kind)
+        softcapped = config.get("attn_logit_softcapping") is not None
         return cls(
             model_type=kind,
             hidden_size=hidden,
@@ -197,7 +201,17 @@ class ModelShape:
             window=window,
             windowed=_windowed(config, kind, num_layers) if window else 0,
             exact=kind in KNOWN and not _mixes_dense_layers(config),
+            softcapped=softcapped,
+            capturable=not softcapped and not _rotates_by_length(config),
         )
+
+
+def _rotates_by_length(config: Mapping[str, Any]) -> bool:
+    """Whether the rotation of queries and keys depends on the longest position, which transformers looks at on the CPU."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
+    names = [str(kind.get("rope_type", kind.get("type", ""))) for kind in kinds]
+    return any("dynamic" in name or name == "longrope" for name in names)
 
 
 def _mixes_dense_layers(config: Mapping[str, Any]) -> bool:

@@ -17,6 +17,9 @@ from tunesmith.memory.estimate import Load, Setup, trainable_values
 from tunesmith.memory.shape import Layer, ModelShape
 from tunesmith.types import LayerPolicy
 
+LAUNCHED = frozenset({"gate_up", "middle", "qkv", "attention"})
+"""What a fused layer may compute again: each takes about as many launches."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rates:
@@ -35,7 +38,7 @@ class Rates:
 
 RATES = {
     "fused": Rates(products=0.81, attention=0.51, passes=7.7, makes=1.67, layer_ms=0.22),
-    "reference": Rates(products=0.82, attention=0.40, passes=24.0, makes=2.75, layer_ms=0.0),
+    "reference": Rates(products=0.78, attention=0.46, passes=27.0, makes=2.75, layer_ms=0.0),
 }
 
 LAUNCH_MS = {
@@ -44,10 +47,20 @@ LAUNCH_MS = {
     ("reference", "full"): (2.3, 4.4),
     ("fused", "lora"): (2.9, 5.5),
     ("fused", "qlora"): (2.9, 5.5),
-    ("fused", "full"): (2.9, 5.6),
+    ("fused", "full"): (2.6, 4.9),
 }
 """Milliseconds that Python takes to launch a layer's forward and backward, activations kept and computed again, on the
-H100's host. A slower host takes longer."""
+H100's host. `host` below is how many times longer another one takes."""
+
+FLEX_LAUNCH_MS = (5.7, 8.1)
+"""The same for layers of the fused engine whose attention is FlexAttention (soft caps): it goes through autograd."""
+
+NORM_LAUNCHES = 1.12
+"""How much longer the reference engine launches for families with norms of heads, and once more for norms of branches."""
+
+TENSOR_MS = {"8bit": 0.09, "paged": 0.04}
+"""Milliseconds that bitsandbytes' optimizers take for each tensor, which they wait for; more for each with paged states. An
+adapter's tensors are one (training/flat.py)."""
 
 BANDWIDTH = 0.8
 """Share of the data sheet's bandwidth that plain reads and writes reach (2.7 of 3.35 TB/s)."""
@@ -71,18 +84,19 @@ def micro_batch_seconds(
     card: Card,
     policies: Sequence[LayerPolicy] = (),
     recompute_layers: int = 0,
-    graphs: bool = True,
+    graphs: bool = False,
+    host: float = 1.0,
 ) -> float:
     """Seconds of one forward and backward over `load.tokens` tokens.
 
     `policies` are the fused engine's, one a layer (none: keep all); `recompute_layers` the reference engine's. `graphs` says
-    whether CUDA graphs may replay it.
+    whether CUDA graphs may replay it, `host` how many times longer than the H100's host this one takes to launch kernels.
     """
     rates = RATES[setup.engine]
     b, tokens = setup.value_bytes, load.tokens
     layers = [layer for count, layer in shape.layers for _ in range(count)]
     keep_all = LayerPolicy()
-    seconds, recomputed = 0.0, 0
+    seconds, recomputed = 0.0, 0.0
     known: dict[tuple[int, int, bool, bool], float] = {}  # layers that are alike share objects
     for index, layer in enumerate(layers):
         if setup.engine == "fused" and policies:
@@ -94,16 +108,21 @@ def micro_batch_seconds(
         if key not in known:
             known[key] = _layer_seconds(shape, layer, setup, load, card, policy, again, windowed)
         seconds += known[key]
-        recomputed += again or policy.keep != keep_all.keep
+        recomputed += 1.0 if again else 1 - len(policy.keep & LAUNCHED) / len(LAUNCHED)
     head_products = 3 if setup.method == "full" else 2
     seconds += head_products * _product_seconds(shape.embedding_values, load.supervised, b, card, rates.products)
     seconds += 3 * b * load.supervised * shape.vocab_size / (card.bandwidth * BANDWIDTH)
-    if setup.engine == "reference" or not graphs or setup.method == "full":
-        kept_ms, again_ms = LAUNCH_MS[setup.engine, setup.method]
-        launching = (len(layers) - recomputed) * kept_ms + recomputed * again_ms
-        return max(seconds, launching / 1e3)
     offloaded = sum(policy.offload_input for policy in policies)
-    return max(seconds, 2 * offloaded * tokens * shape.hidden_size * b / HOST_LINK)
+    seconds = max(seconds, 2 * offloaded * tokens * shape.hidden_size * b / HOST_LINK)
+    if graphs:
+        return seconds
+    kept_ms, again_ms = LAUNCH_MS[setup.engine, setup.method]
+    if setup.engine == "fused" and shape.softcapped:
+        kept_ms, again_ms = FLEX_LAUNCH_MS
+    launching = host * ((len(layers) - recomputed) * kept_ms + recomputed * again_ms)
+    if setup.engine == "reference":
+        launching *= NORM_LAUNCHES ** (shape.head_norms + 2 * shape.post_norms)
+    return max(seconds, launching / 1e3)
 
 
 def _layer_seconds(
@@ -169,9 +188,13 @@ def _product_seconds(values: float, tokens: int, value_bytes: int, card: Card, s
     return max(2 * values * tokens / (flops * share), values * value_bytes / (card.bandwidth * BANDWIDTH))
 
 
-def optimizer_seconds(shape: ModelShape, setup: Setup, card: Card) -> float:
+def optimizer_seconds(shape: ModelShape, setup: Setup, card: Card, host: float = 1.0) -> float:
     """Seconds of clipping and of the optimizer's step: each trainable value is read and written with its moments."""
     # bitsandbytes' 8-bit kernel looks its codes up: it takes as long as if its 4 bytes of moments were 30.
     state = 30 if "8bit" in setup.optimizer else 16
     a_value = 4 + 8 + 4 + 8 + state  # the norm, the clipping, the gradient, the weight, its two moments
-    return a_value * trainable_values(shape, setup) / (card.bandwidth * BANDWIDTH)
+    tensors = 1
+    if setup.method == "full":
+        tensors = 2 + sum(count * (len(layer.linears) + 2) for count, layer in shape.layers)
+    waited = sum(ms for name, ms in TENSOR_MS.items() if name in setup.optimizer)
+    return a_value * trainable_values(shape, setup) / (card.bandwidth * BANDWIDTH) + host * tensors * waited / 1e3

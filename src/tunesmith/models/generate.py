@@ -10,6 +10,9 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tunesmith.errors import MachineError
+from tunesmith.hardware import Halving, OutOfMemory, within_memory
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,32 +34,50 @@ def generate_greedy(
     max_new_tokens: int,
     batch_size: int,
     on_progress: Callable[[int], None] = lambda done: None,
+    halving: Halving | None = None,
 ) -> list[list[int]]:
     """The greedy answer to each prompt, as token ids without the end token, in the prompts' order.
 
     `on_progress` is called with the number of prompts done after each batch. Prompts are sorted by length, so that a
     batch holds little padding, and a row leaves its batch when its answer ends; results depend on neither beyond rounding.
+    A batch that runs out of memory is halved, which `halving` remembers. Raises MachineError when one prompt is too much.
     """
     import torch
 
     ends = set(end_tokens(forward.base, tokenizer))
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    chunks = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    shared = shared_prefix(prompts) if _can_share(forward) else 0
+    prefix = None
+    done = 0
+
+    def read(ids: Sequence[int]) -> Any:
+        return _read(forward, torch.tensor([ids]), torch.ones(1, len(ids)), None)[1]
+
+    def generate(chunk: list[int]) -> list[list[int]]:
+        return _generate_batch(forward, [prompts[index] for index in chunk], shared, prefix, ends, max_new_tokens)
+
+    def refusal(index: int, reason: str) -> str:
+        return (
+            f"one prompt of {len(prompts[index]):,} tokens with up to {max_new_tokens:,} new ones ran out of memory: {reason}; "
+            "shorten the prompt, leave it out, or lower evaluation.max_new_tokens; in training, evaluation.generate: false "
+            "leaves the answers to `tunesmith eval`, where no optimizer needs memory"
+        )
+
     was_training = forward.model.training
     forward.model.eval()
     try:
         with torch.inference_mode(), forward.autocast():
-            shared = shared_prefix(prompts) if _can_share(forward) else 0
-            prefix = None
             if shared:
-                prefix = _read(forward, torch.tensor([prompts[0][:shared]]), torch.ones(1, shared), None)[1]
-            for start in range(0, len(order), batch_size):
-                chunk = order[start : start + batch_size]
-                asked = [prompts[index] for index in chunk]
-                found = _generate_batch(forward, asked, shared, prefix, ends, max_new_tokens)
+                prefix = within_memory(read, prompts[0][:shared])
+                if isinstance(prefix, OutOfMemory):  # no prompt is shorter
+                    raise MachineError(refusal(order[0], prefix.reason))
+            for chunk, found in (halving or Halving()).run(chunks, generate, "answering {} prompts", refusal):
                 for index, answer in zip(chunk, found, strict=True):
                     answers[index] = answer
-                on_progress(start + len(chunk))
+                done += len(chunk)
+                on_progress(done)
     finally:
         forward.model.train(was_training)
     return answers

@@ -103,6 +103,7 @@ class GraphedMicroBatches:
         self.forward, self.objective, self.optimizer, self.scaler = forward, objective, optimizer, scaler
         self.log = log
         self.known: OrderedDict[Shape, Known] = OrderedDict()
+        self.given_up = False
         self._pool: Any = None
         self._stream = torch.cuda.Stream(forward.device)
         self._inverse: dict[str, torch.Tensor] = {}
@@ -110,12 +111,24 @@ class GraphedMicroBatches:
     @property
     def pay(self) -> bool:
         """Whether a graph may still be worth its shape: before anything is known, or of a shape that was seen."""
+        if self.given_up:
+            return False
         return self.runs <= FIRST_WARM_UPS or any(known.pays for known in self.known.values())
+
+    @property
+    def captured(self) -> bool:
+        """Whether there are graphs, which hold memory."""
+        return any(known.graph is not None for known in self.known.values())
 
     def clear(self) -> None:
         """Forget all graphs, with their memory: shapes are looked at anew."""
         self.known.clear()
         self._pool = None
+
+    def give_up(self) -> None:
+        """Forget all graphs for good: micro-batches go launch by launch."""
+        self.given_up = True
+        self.clear()
 
     def set_counts(self, counts: dict[str, int]) -> None:
         """The counts of the step that begins: what its terms are divided by."""

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import StepOrder, deal, few_lengths, micro_batches, split
+from tunesmith.data.batches import StepOrder, deal, few_lengths, make_batch, micro_batches, split
 from tunesmith.errors import ConfigError, Interrupted, VerificationError
+from tunesmith.hardware import Halving
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
 from tunesmith.models.row_dropout import step_seed
@@ -27,7 +28,7 @@ from tunesmith.training.guards import MovementCheck, StopRequest
 from tunesmith.training.monitor import Monitor, Signal
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer, learning_rate
-from tunesmith.training.recovery import MemoryRecovery, Parts
+from tunesmith.training.recovery import MemoryRecovery, Parts, halve
 from tunesmith.training.skips import MAX_ROLLBACKS, ROLLBACK_FACTOR, Skips, StepJudge
 from tunesmith.training.window import Window
 from tunesmith.types import Evaluate, EventSink, TokenizedExample
@@ -237,22 +238,40 @@ def evaluate_loss(
     examples: Sequence[TokenizedExample],
     config: RunConfig,
     pad_id: int,
+    halving: Halving | None = None,
 ) -> float:
     """The objective over `examples` without gradients, normalised by all their units together.
 
-    The micro-batches are made as in training. Every rank evaluates all of them.
+    The micro-batches are made as in training; those that run out of memory are halved, and `halving` remembers it for the
+    next evaluation. Every rank evaluates all of them. Raises MachineError when one example alone is too much.
     """
+    packing, limit = config.data.packing, config.data.max_seq_length
     counts = objective.counts(examples)
-    positions = split([len(example) for example in examples], config.training, config.data.packing)
+    positions = split([len(example) for example in examples], config.training, packing)
     parts = [[examples[position] for position in part] for part in positions]
     total = torch.zeros((), device=forward.device)
+
+    def loss(part: list[TokenizedExample]) -> torch.Tensor:
+        batch = make_batch(part, packing, pad_id, forward.device)
+        with torch.no_grad(), forward.autocast():
+            terms = objective.terms(forward, batch)
+            return torch.stack([term.weight * term.sum / counts[term.name] for term in terms]).sum()
+
+    def refusal(example: TokenizedExample, reason: str) -> str:
+        return (
+            f"evaluation ran out of memory with one example of {len(example):,} tokens ({example.where}): {reason}; leave "
+            f"rows that long out of the evaluation data, or set data.max_seq_length (now {limit}) below that, with "
+            "data.overlong: truncate"
+        )
+
     was_training = forward.model.training
     forward.model.eval()
     try:
-        for batch in micro_batches(parts, config.data.packing, pad_id, forward.device):
-            with torch.no_grad(), forward.autocast():
-                for term in objective.terms(forward, batch):
-                    total += term.weight * term.sum / counts[term.name]
+        work = (halving or Halving()).run(
+            parts, loss, "evaluating {} examples", refusal, lambda part: halve(part, packing)
+        )
+        for _, part_loss in work:
+            total += part_loss
     finally:
         forward.model.train(was_training)
     return float(total)

@@ -78,6 +78,12 @@ class Optimizer:
                 if not state[parameter]:
                     inner.init_state(group, parameter, group_index, index)
 
+    @property
+    def paged_bytes(self) -> int:
+        """Bytes of states in managed memory, which PyTorch's allocator knows nothing of."""
+        states = [value for state in self.inner.state.values() for value in state.values()]
+        return sum(value.nbytes for value in states if getattr(value, "is_paged", False))
+
     def step(self, scaler: torch.amp.GradScaler, max_grad_norm: float, judge: Judge | None = None) -> torch.Tensor:
         """The end of an optimizer step: unscale the gradients, clip their norm, update, and forget them.
 

@@ -1,4 +1,4 @@
-"""A step that runs out of memory is repeated, not lost: with smaller micro-batches, then with more computed again.
+"""A step that runs out of memory is repeated, not lost: without CUDA graphs, with smaller micro-batches, with more computed again.
 
 A step changes nothing before its optimizer does, and the optimizer's states exist before the first step
 (`Optimizer.allocate`), so what failed can be forgotten and done again. The gradient is that of the whole step whatever its
@@ -8,13 +8,13 @@ how a step is divided: the losses are those of a run with room.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
 from tunesmith.errors import MachineError
+from tunesmith.hardware import OutOfMemory, halve_in_order, release_memory, within_memory
 from tunesmith.training.checkpoint import TrainState
 from tunesmith.training.graphs import GraphedMicroBatches
 from tunesmith.training.optimizers import Optimizer
@@ -26,13 +26,6 @@ Parts = list[list[TokenizedExample]]
 Result = TypeVar("Result")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or on the CPU the machine, had no memory left for a tensor."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # PyTorch's allocator on the CPU
-
-
 def halve(part: Sequence[TokenizedExample], packing: bool) -> Parts:
     """A micro-batch as two of about the same number of tokens; one example stays one.
 
@@ -41,8 +34,7 @@ def halve(part: Sequence[TokenizedExample], packing: bool) -> Parts:
     if len(part) == 1:
         return [list(part)]
     if not packing:
-        middle = (len(part) + 1) // 2
-        return [list(part[:middle]), list(part[middle:])]
+        return halve_in_order(part)
     halves: Parts = [[], []]
     for example in sorted(part, key=len, reverse=True):
         min(halves, key=lambda half: sum(len(other) for other in half)).append(example)
@@ -87,24 +79,23 @@ class MemoryRecovery:
         """
         while True:
             divided = self.divided(parts)
-            try:
+            if self.world_size > 1:  # other ranks wait in their collectives
                 return attempt(divided)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or self.world_size > 1:  # other ranks wait in their collectives
-                    raise
-                reason = str(error).partition("\n")[0].partition(". GPU ")[0].rstrip(".") or "no memory left"
-            # Outside of `except`: the traceback holds the step's tensors.
-            self._give_way(max(len(part) for part in divided), reason)
+            result = within_memory(attempt, divided)
+            if not isinstance(result, OutOfMemory):
+                return result
+            self._give_way(max(len(part) for part in divided), result.reason)
 
     def _give_way(self, largest: int, reason: str) -> None:
         step = self.state.step + 1
         self.optimizer.abandon(self.scaler)
+        graphs = self.graphs is not None and self.graphs.captured
         if self.graphs is not None:
-            self.graphs.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if largest > 1:
+            self.graphs.give_up()  # they hold memory of their own
+        release_memory()
+        if graphs:
+            what = "without CUDA graphs"
+        elif largest > 1:
             self.state.halvings += 1
             what = f"micro-batches of half the size, {2**self.state.halvings} times as many as planned"
         elif self.least_memory():

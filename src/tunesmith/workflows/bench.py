@@ -52,6 +52,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": CATALOGUE["meta-llama/Llama-3.1-8B"],
     "qwen2.5-3b": CATALOGUE["Qwen/Qwen2.5-3B"],
     "qwen2.5-0.5b": CATALOGUE["Qwen/Qwen2.5-0.5B"],
+    "qwen3-4b": CATALOGUE["Qwen/Qwen3-4B"],
+    "phi-3.5-mini": CATALOGUE["microsoft/Phi-3.5-mini-instruct"],
+    "gemma-2-2b": CATALOGUE["google/gemma-2-2b"],
     "smollm2-135m": CATALOGUE["HuggingFaceTB/SmolLM2-135M"],
     "tiny": {
         "model_type": "qwen2",

@@ -121,7 +121,8 @@ def random_model(row: Row, dtype: ComputeDType, device: str, quantize: bool) -> 
 
     config = AutoConfig.for_model(**SHAPES[row.model], bos_token_id=1, eos_token_id=2, pad_token_id=0)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), attn_implementation="sdpa")
+        attention = "sdpa" if getattr(config, "attn_logit_softcapping", None) is None else "eager"  # as models/load.py
+        model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(dtype), attn_implementation=attention)
     if quantize:
         _use_4bit_layers(model, torch_dtype(dtype))
     generator = torch.Generator(device).manual_seed(SEED)

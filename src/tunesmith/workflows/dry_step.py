@@ -12,13 +12,12 @@ import torch
 
 from tunesmith.config import RunConfig
 from tunesmith.data.batches import few_lengths, make_batch
-from tunesmith.hardware import Hardware
+from tunesmith.hardware import Hardware, is_out_of_memory
 from tunesmith.memory.calibrate import Measured, calibrate
 from tunesmith.models.forward import ModelForward
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.training.prepare import apply_plan
-from tunesmith.training.recovery import is_out_of_memory
 from tunesmith.types import GB, Event, TokenizedExample
 from tunesmith.workflows.run_plan import RunPlan
 
@@ -41,7 +40,10 @@ class DryStep:
         self.examples = _largest(examples, config)
 
     def measure(self, plan: RunPlan) -> float | None:
-        """The peak of a step under `plan` in GB, which is applied to the model; None if it runs out of memory."""
+        """The peak of a step under `plan` in GB, which is applied to the model; None if it runs out of memory.
+
+        Paged states count as if they lay on the GPU: that is where a step wants them.
+        """
         device = self.hardware.device
         apply_plan(self.forward, plan.memory)
         torch.cuda.empty_cache()
@@ -53,9 +55,9 @@ class DryStep:
             self.optimizer.allocate()
             # Where steps have several micro-batches, gradients wait while the second one's activations are there.
             for _ in range(min(2, plan.choice.candidate.count)):
-                self._forward_backward(plan.graphs)
+                self._forward_backward(plan.choice.graphs)
             torch.cuda.synchronize(device)
-            return torch.cuda.max_memory_allocated(device) / GB
+            return (torch.cuda.max_memory_allocated(device) + self.optimizer.paged_bytes) / GB
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

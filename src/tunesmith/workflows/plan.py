@@ -20,15 +20,15 @@ from tunesmith.cards import CARDS, Card, card_of, find_card
 from tunesmith.config import Method, ModelConfig, RunConfig
 from tunesmith.errors import ConfigError, MachineError, ModelError
 from tunesmith.hardware import ComputeDType
-from tunesmith.memory.choose import Choice, best, options
+from tunesmith.measurements import ARITHMETIC, Calibration, Measurement, calibration, read_measured
+from tunesmith.memory.choose import Choice, best
 from tunesmith.memory.estimate import CONTEXT_GB, Setup
 from tunesmith.memory.policy import HEADROOM, Mode
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.catalogue import CATALOGUE, find_model_config, nearest_models
 from tunesmith.models.load import HUB_ID, find_model
-from tunesmith.types import GB
 from tunesmith.workflows.diagnosis import largest_that_fits, least_gb, smallest_card
-from tunesmith.workflows.setups import candidates_of, engine_on_gpu, setup_of, uses_graphs
+from tunesmith.workflows.setups import choices_of, engine_on_gpu, setup_of
 
 SEQUENCE = 2048
 """Tokens of an example where nothing is said of the data."""
@@ -49,12 +49,16 @@ METHOD_NAMES: dict[str, str] = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is planned for: `count` cards alike, or so many GB of memory with a card that is not known."""
+    """What is planned for: `count` cards alike, or so many GB of memory with a card that is not known.
+
+    `measured` is what runs measured, on this card and others.
+    """
 
     name: str
     memory_gb: float
     card: Card | None = None
     count: int = 1
+    measured: tuple[Measurement, ...] = ()
 
     @property
     def budget_gb(self) -> float:
@@ -72,7 +76,10 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One way to train: the setting, and what it needs and gives. `recompute` is in words; speed is of all cards together."""
+    """One way to train: the setting, and what it needs and gives. `recompute` is in words; speed is of all cards together.
+
+    `calibration` is in the speed already.
+    """
 
     method: Method
     scheme: str | None
@@ -89,6 +96,12 @@ class Option:
     tokens_per_second: float | None
     adapter_parameters: int | None
     breakdown: Mapping[str, float]
+    calibration: Calibration = ARITHMETIC
+
+    @property
+    def basis(self) -> dict[str, Any]:
+        """Whether `memory` and `speed` are arithmetic or calibrated on this card, and by how many `runs`."""
+        return self.calibration.basis(self.tokens_per_second)
 
     @property
     def label(self) -> str:
@@ -176,7 +189,7 @@ def find_target(gpu: str | None, memory_gb: float | None, count: int = 1) -> Tar
         )
     if count > 1 < len(cards) != count:
         raise ConfigError(f"--gpu names {len(cards)} cards and --num-gpus is {count}: leave --num-gpus out")
-    return Target(cards[0].name, memory_gb or cards[0].memory_gb, cards[0], max(count, len(cards)))
+    return Target(cards[0].name, memory_gb or cards[0].memory_gb, cards[0], max(count, len(cards)), read_measured())
 
 
 def _numbered(name: str) -> list[Card]:
@@ -207,7 +220,7 @@ def _local_target() -> Target | None:
         return None
     name, gb, card = min(found, key=lambda entry: entry[1])
     alike = sum(other == name for other, _, _ in found)
-    return Target(card.name if card else name, card.memory_gb if card else gb, card, alike)
+    return Target(card.name if card else name, card.memory_gb if card else gb, card, alike, read_measured())
 
 
 # -- options ----------------------------------------------------------------------------------------------------------
@@ -218,7 +231,6 @@ def plan_option(
 ) -> Option:
     """The best micro-batch and memory policy of one setting on one card, as `train` would choose them."""
     setup = _setup(config, shape)
-    graphs = uses_graphs(config, setup.engine)
     training = config.training
     share = config
     if target.count > 1:
@@ -228,10 +240,9 @@ def plan_option(
             share.training.batch_tokens = max(
                 training.micro_batch_tokens or 0, -(-training.batch_tokens // target.count)
             )
-    candidates = candidates_of(share, lengths, supervised, graphs, "cuda")
-    found = options(shape, setup, candidates, config.memory.mode, target.budget_gb, target.card, graphs=graphs)
-    choice = best(list(found), config.memory.mode)
-    return _option(config, shape, setup, target, max(lengths), choice)
+    known = calibration(target.measured, target.card, setup.engine, config.method, setup.scheme, shape.num_parameters)
+    found = choices_of(share, shape, setup, lengths, supervised, target.budget_gb, target.card, host=known.host)
+    return _option(config, shape, setup, target, max(lengths), best(found, config.memory.mode), known)
 
 
 def _setup(config: RunConfig, shape: ModelShape) -> Setup:
@@ -241,12 +252,18 @@ def _setup(config: RunConfig, shape: ModelShape) -> Setup:
 
 
 def _option(
-    config: RunConfig, shape: ModelShape, setup: Setup, target: Target, sequence: int, choice: Choice
+    config: RunConfig,
+    shape: ModelShape,
+    setup: Setup,
+    target: Target,
+    sequence: int,
+    choice: Choice,
+    known: Calibration,
 ) -> Option:
     plan, candidate = choice.plan, choice.candidate
     speed = choice.tokens_per_second
-    if speed is not None and target.count > 1:
-        speed *= PARALLEL * target.count
+    if speed is not None:
+        speed *= known.speed * (PARALLEL * target.count if target.count > 1 else 1)
     count = plan.recompute_layers
     words = "none" if not count else f"{count} of {plan.num_layers} layers"
     if any(policy.offload_input for policy in plan.policies):
@@ -267,6 +284,7 @@ def _option(
         tokens_per_second=speed,
         adapter_parameters=None if config.method == "full" else shape.adapter_values(setup.r, setup.targets),
         breakdown=plan.breakdown,
+        calibration=known,
     )
 
 
@@ -280,6 +298,13 @@ def with_settings(config: RunConfig, **changes: Any) -> RunConfig:
             section = section[part]
         section[last] = value
     return RunConfig.model_validate(values)
+
+
+def micro_batch_of(option: Option) -> dict[str, int]:
+    """The micro-batch of an option, as `with_settings` takes it."""
+    return {
+        f"training__micro_batch_{'tokens' if option.micro_batch_unit == 'tokens' else 'size'}": option.micro_batch_size
+    }
 
 
 WAYS: tuple[tuple[Method, str], ...] = (("full", "nf4"), ("lora", "nf4"), ("qlora", "nf4"), ("qlora", "int8"))
@@ -320,7 +345,7 @@ def plan(
     data`, as docs/planner.md says; `recommended` is null if nothing fits. Raises ConfigError and ModelError.
     """
     name, shape = find_shape(config.model.name)
-    length = _sequence(config, shape, sequence, data)
+    length = longest_example(config, shape, sequence, data)
     asked = data or Data.of_length(length, config.training.batch_size)
     found: list[Option] = []
 
@@ -354,7 +379,7 @@ def plan(
         "options": [_json(option, trained, price_per_hour) for option in found],
         "recommended": None if chosen is None else _json(chosen, trained, price_per_hour),
         "breakdown": None if chosen is None else dict(chosen.breakdown),
-        "basis": basis(target, shape),
+        "basis": basis(target, shape, found),
         "data": None if data is None else _facts(data),
         "advice": list(_advice(config, name, shape, target, main, chosen, length)),
     }
@@ -392,7 +417,7 @@ def _of(config: RunConfig, way: tuple[Method, str]) -> RunConfig:
     return with_settings(config, method=method, quantization__scheme=scheme)
 
 
-def _sequence(config: RunConfig, shape: ModelShape, sequence: int | None, data: Data | None) -> int:
+def longest_example(config: RunConfig, shape: ModelShape, sequence: int | None, data: Data | None) -> int:
     """Tokens of the longest example. Raises ConfigError for one beyond the model's context."""
     length = max(data.lengths) if data is not None else asked_length(config, sequence)
     context = shape.context_length
@@ -416,7 +441,8 @@ def asked_length(config: RunConfig, sequence: int | None) -> int:
 
 
 def _json(option: Option, trained: float | None, price: float | None) -> dict[str, Any]:
-    values = asdict(option) | {"label": option.label, "micro_batches": option.micro_batches}
+    values = asdict(option) | {"label": option.label, "micro_batches": option.micro_batches, "basis": option.basis}
+    del values["calibration"]  # which `basis` tells
     hours = None
     if trained is not None and option.tokens_per_second:
         hours = trained / option.tokens_per_second / 3600
@@ -434,20 +460,32 @@ def _trained_tokens(config: RunConfig, lengths: Sequence[int]) -> float:
     return min(training.epochs * tokens, step * (training.max_steps or math.inf))
 
 
-def basis(target: Target, shape: ModelShape) -> dict[str, str]:
-    """Where memory and speed come from, in words."""
+def basis(target: Target, shape: ModelShape, options: Sequence[Option]) -> dict[str, str]:
+    """Where memory and speed of these options come from, in words."""
     memory = "arithmetic on the model's config.json, within 5% of what was measured on an H100"
     if not shape.exact:
         memory = f"arithmetic for a plain decoder: {shape.model_type or 'this'} is not a family that tunesmith knows"
+    known = {option.label: option.calibration for option in options if option.calibration.runs}
+    if peaks := [peak for each in known.values() for peak in each.peaks]:
+        low, high = f"{min(peaks):.0%}", f"{max(peaks):.0%}"
+        memory += f"; {_runs(len(peaks))} on this card measured {low if low == high else f'{low} to {high}'} of it"
     if target.card is None:
         speed = "unknown: no card was named"
     elif target.card.name == RATED_CARD:
-        speed = "arithmetic calibrated on an H100, within 15% of what was measured there"
+        speed = "arithmetic with shares of the data sheet that were fitted on an H100, within 15% of what was measured there"
     else:
-        speed = "arithmetic on the card's data sheet, with the shares of it that were reached on an H100"
+        speed = "arithmetic with shares of the data sheet that were fitted on an H100"
+    if known:
+        said = [f"{label} by {_runs(each.runs)} ({each.speed:.2f} of the arithmetic)" for label, each in known.items()]
+        rest = "" if {option.label for option in options} == set(known) else f"; the rest {speed}"
+        speed = f"calibrated on this card: {', '.join(said)}{rest}"
     if target.count > 1:
         speed += f"; several cards: each holds the whole model and reaches {PARALLEL:.0%}"
     return {"memory": memory, "speed": speed}
+
+
+def _runs(count: int) -> str:
+    return f"{count} run{'s' * (count > 1)}"
 
 
 def answer(name: str, target: Target, option: Option) -> str:
@@ -513,7 +551,7 @@ def _faster(
     if chosen.recompute_layers:
         wide = replace(target, memory_gb=1e4)
         kept = plan_option(
-            with_settings(_of(config, way), **_micro_batch(chosen)),
+            with_settings(_of(config, way), **micro_batch_of(chosen)),
             shape, wide, examples.lengths, examples.supervised,
         )  # fmt: skip
         needed = kept.peak_gb / HEADROOM + CONTEXT_GB
@@ -551,115 +589,6 @@ def _longest(config: RunConfig, shape: ModelShape, target: Target) -> int | None
         else:
             high = middle - 1
     return 512 * low or None
-
-
-# -- the other questions ----------------------------------------------------------------------------------------------
-
-
-def plan_ranks(config: RunConfig, target: Target, ranks: Sequence[int], sequence: int | None) -> list[dict[str, Any]]:
-    """For each rank: adapter parameters, the adapter's file in GB (fp32), the predicted peak, and whether it fits.
-
-    The micro-batch is the one that the highest rank takes, so that ranks differ in nothing else.
-    """
-    _, shape = find_shape(config.model.name)
-    if config.method == "full":
-        raise ConfigError("--rank has no effect with method: full, which has no adapter; use --method lora or qlora")
-    length = _sequence(config, shape, sequence, None)
-    examples = Data.of_length(length, config.training.batch_size)
-    for rank in ranks:
-        if not 1 <= rank <= 4096:
-            raise ConfigError(f"--rank {rank}: expected 1 to 4096")
-
-    def look(settings: RunConfig, rank: int) -> Option:
-        changed = with_settings(settings, adapter__r=rank)
-        return plan_option(changed, shape, target, examples.lengths, examples.supervised)
-
-    fixed = with_settings(config, **_micro_batch(look(config, max(ranks))))
-    rows = []
-    for rank in ranks:
-        option = look(fixed, rank)
-        parameters = option.adapter_parameters or 0
-        rows.append(
-            {
-                "rank": rank,
-                "parameters": parameters,
-                "share": parameters / shape.num_parameters,
-                "adapter_gb": 4 * parameters / GB,
-                "micro_batch_size": option.micro_batch_size,
-                "recompute": option.recompute,
-                "peak_gb": option.peak_gb,
-                "fits": option.fits,
-                "tokens_per_second": option.tokens_per_second,
-            }
-        )
-    return rows
-
-
-def _micro_batch(option: Option) -> dict[str, int]:
-    """The micro-batch of an option, as `with_settings` takes it."""
-    return {
-        f"training__micro_batch_{'tokens' if option.micro_batch_unit == 'tokens' else 'size'}": option.micro_batch_size
-    }
-
-
-def plan_models(
-    config: RunConfig, target: Target, sequence: int | None, methods: Sequence[Method] = ()
-) -> list[dict[str, Any]]:
-    """For each known model: the option of each method on this card, smallest model first."""
-    shapes = {name: ModelShape.of(values) for name, values in CATALOGUE.items()}
-    rows = []
-    for name, shape in sorted(shapes.items(), key=lambda item: item[1].num_parameters):
-        rows.append(
-            {
-                "model": name,
-                "parameters": shape.num_parameters,
-                "methods": _by_method(config, shape, target, sequence, methods),
-            }
-        )
-    return rows
-
-
-def plan_cards(
-    config: RunConfig, sequence: int | None, methods: Sequence[Method] = ()
-) -> tuple[str, list[dict[str, Any]]]:
-    """The model's name, and for each known card the option of each method, smallest card first."""
-    name, shape = find_shape(config.model.name)
-    rows = []
-    for card in sorted(CARDS, key=lambda card: (card.memory_gb, card.flops)):
-        target = Target(card.name, card.memory_gb, card)
-        rows.append(
-            {
-                "gpu": card.name,
-                "memory_gb": card.memory_gb,
-                "methods": _by_method(config, shape, target, sequence, methods),
-            }
-        )
-    return name, rows
-
-
-def _by_method(
-    config: RunConfig, shape: ModelShape, target: Target, sequence: int | None, methods: Sequence[Method]
-) -> dict[str, Any]:
-    found: dict[str, dict[str, Any]] = {}
-    length = asked_length(config, sequence)
-    length = min(length, shape.context_length or length)
-    examples = Data.of_length(length, config.training.batch_size)
-    everything: tuple[Method, ...] = ("full", "lora", "qlora")
-    for method in methods or everything:
-        settings = _of(config, (method, config.quantization.scheme))
-        least = least_gb(shape, method, settings)
-        if least > HEADROOM * target.budget_gb:
-            found[method] = {"fits": False, "peak_gb": least, "tokens_per_second": None}
-            continue
-        option = plan_option(settings, shape, target, examples.lengths, examples.supervised)
-        found[method] = {
-            "fits": option.fits,
-            "peak_gb": option.peak_gb,
-            "tokens_per_second": option.tokens_per_second,
-            "micro_batch_size": option.micro_batch_size,
-            "recompute": option.recompute,
-        }
-    return found
 
 
 def refuse_unless_fits(result: dict[str, Any]) -> None:

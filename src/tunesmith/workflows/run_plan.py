@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -12,7 +13,8 @@ from tunesmith.cards import Card, card_of
 from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError, MachineError, ModelError
 from tunesmith.hardware import ComputeDType, Hardware, free_memory_gb, no_fused_engine
-from tunesmith.memory.choose import Candidate, Choice, best, options, step_seconds
+from tunesmith.measurements import ARITHMETIC, Calibration, calibration, read_measured
+from tunesmith.memory.choose import Candidate, Choice, best, step_seconds
 from tunesmith.memory.estimate import Estimate, Setup
 from tunesmith.memory.policy import Mode, gives_up_alike, plan_memory
 from tunesmith.memory.shape import ModelShape
@@ -21,7 +23,8 @@ from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import why_not_fused
 from tunesmith.types import GB, MemoryPlan, TokenizedExample
 from tunesmith.workflows.diagnosis import diagnose
-from tunesmith.workflows.setups import candidates_of, engine_on_gpu, set_micro_batch, setup_of, uses_graphs
+from tunesmith.workflows.host import host_factor
+from tunesmith.workflows.setups import candidates_of, choices_of, engine_on_gpu, set_micro_batch, setup_of
 
 SHAPE_KEYS = (
     "hidden_size",
@@ -34,13 +37,17 @@ SHAPE_KEYS = (
 )
 """Which transformers answers under these names for models that call them otherwise."""
 
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Where users say how PyTorch's allocator works."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
     """How a run uses memory and how long a step takes: what was chosen, and what it was chosen from.
 
     `shape` is None for an architecture that cannot be planned; `choice` has no prediction then. `correction_gb` is what was
-    measured beyond the arithmetic, `graphs` whether CUDA graphs may replay micro-batches.
+    measured beyond the arithmetic, `host` how long launching takes (workflows/host.py), `calibration` what earlier runs on
+    this card measured. The choice holds arithmetic; `tokens_per_second` is what to expect.
     """
 
     choice: Choice
@@ -51,7 +58,20 @@ class RunPlan:
     weights_gb: float
     trainable: int
     correction_gb: float = 0.0
-    graphs: bool = True
+    host: float = 1.0
+    calibration: Calibration = ARITHMETIC
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Expected tokens a second: the arithmetic times what earlier runs reached of it."""
+        predicted = self.choice.tokens_per_second
+        return None if predicted is None else predicted * self.calibration.speed
+
+    @property
+    def basis(self) -> dict[str, Any]:
+        """What the figures are: `arithmetic`, or `calibrated` on this card, memory by a dry step, speed by so many `runs`."""
+        memory = {"memory": "calibrated"} if self.correction_gb else {}
+        return self.calibration.basis(self.tokens_per_second) | memory
 
     @property
     def memory(self) -> MemoryPlan:
@@ -76,10 +96,11 @@ class RunPlan:
     def _again(self, mode: Mode, correction_gb: float) -> RunPlan:
         assert self.shape is not None
         estimate = Estimate(self.shape, self.setup, self.choice.candidate.largest, self.weights_gb, self.trainable)
-        plan = plan_memory(estimate, mode, self.budget_gb, correction_gb)
+        graphs, candidate = self.choice.graphs, self.choice.candidate
+        plan = plan_memory(estimate, mode, self.budget_gb, correction_gb, graphs)
         seconds = None
         if self.card is not None:
-            seconds = step_seconds(self.shape, self.setup, self.choice.candidate, plan, self.card, self.graphs)
+            seconds = step_seconds(self.shape, self.setup, candidate, plan, self.card, graphs, self.host)
         return replace(self, choice=replace(self.choice, plan=plan, step_seconds=seconds))
 
 
@@ -88,8 +109,9 @@ def plan_run(
 ) -> RunPlan:
     """The micro-batch, and what each layer keeps, recomputes or offloads, so that a run on `examples` fits.
 
-    Fits into `memory.limit_gb`, and what is free. Writes the micro-batch into `config.training` where it was `auto`. Raises
-    MachineError, with what could be changed, where a GPU cannot hold it whatever is given up.
+    Fits into `memory.limit_gb`, and what is free. Writes the micro-batch into `config.training` where it was `auto`, and
+    whether CUDA graphs replay it. Raises MachineError, with what could be changed, where a GPU cannot hold it whatever is
+    given up.
     """
     shape = shape_of(forward.base.config.get_text_config())
     engine = _engine(config, forward, hardware)
@@ -99,25 +121,33 @@ def plan_run(
     if config.method != "full":
         weights -= 4 * trainable / GB
     setup = setup_of(config, engine, forward.dtype, getattr(forward.model, "peft_config", None))
-    graphs = hardware.type == "cuda" and uses_graphs(config, engine)
-    candidates = candidates_of(config, *_lengths(examples), graphs, hardware.type)
-    card = card_of(hardware.name, hardware.memory_gb) if hardware.type == "cuda" else None
+    lengths, supervised = _lengths(examples)
+    on_gpu = hardware.type == "cuda"
+    card = card_of(hardware.name, hardware.memory_gb) if on_gpu else None
+    host = host_factor(hardware.device) if on_gpu else 1.0
     if shape is None:
+        candidates = candidates_of(config, lengths, supervised, False, hardware.type)
         usual = [each for each in candidates if each.size <= config.training.micro_batch]
-        choice = Choice([candidates[0], *usual][-1], _without_prediction(config, engine, forward, budget), None)
+        plan = _without_prediction(config, engine, forward, budget)
+        choice = Choice([candidates[0], *usual][-1], plan, None, graphs=config.training.cuda_graphs)
     else:
         if engine == "fused" and not shape.can_fuse and config.model.engine == "auto":
-            setup = _engine_of_half_fused(shape, setup, candidates[0], config.memory.mode, budget, weights, trainable)
-        found = options(
-            shape, setup, candidates, config.memory.mode, budget, card,
-            graphs=graphs, weights_gb=weights, trainable=trainable,
+            smallest = candidates_of(config, lengths, supervised, False, hardware.type)[0]
+            setup = _engine_of_half_fused(shape, setup, smallest, config.memory.mode, budget, weights, trainable)
+        found = choices_of(
+            config, shape, setup, lengths, supervised, budget, card, hardware.type,
+            host=host, weights_gb=weights, trainable=trainable,
         )  # fmt: skip
-        choice = best(list(found), config.memory.mode)
-    plan = RunPlan(choice, shape, setup, budget, card, weights, trainable, graphs=graphs)
-    if hardware.type == "cuda" and not _may_fit(plan.memory):
-        raise MachineError(diagnose(config, shape, plan.memory, budget, hardware.name, [len(e) for e in examples]))
+        choice = best(found, config.memory.mode)
+    known = ARITHMETIC
+    if shape is not None:
+        known = calibration(read_measured(), card, setup.engine, config.method, setup.scheme, shape.num_parameters)
+    if on_gpu and not _may_fit(choice.plan):
+        raise MachineError(diagnose(config, shape, choice.plan, budget, hardware.name, lengths))
     set_micro_batch(config.training, choice.candidate)
-    return plan
+    if on_gpu:
+        config.training.cuda_graphs = choice.graphs
+    return RunPlan(choice, shape, setup, budget, card, weights, trainable, host=host, calibration=known)
 
 
 def refuse_what_cannot_fit(
@@ -205,9 +235,15 @@ def _without_prediction(
 
 
 def limit_memory(config: RunConfig, hardware: Hardware) -> None:
-    """Hold this process to `memory.limit_gb` on a GPU. Raises MachineError if the card has less."""
+    """Hold this process to `memory.limit_gb` on a GPU. Raises MachineError if the card has less.
+
+    PyTorch's allocator gets segments that grow (unless its environment variable says how it should work): micro-batches of
+    many sizes leave holes in others, which are reserved but of no use. Under a cap of 8 GB that cost 0.9 GB on an H100.
+    """
     if hardware.type != "cuda":
         return
+    if not any(os.environ.get(name) for name in ALLOCATOR_VARIABLES):
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     torch.cuda.reset_peak_memory_stats(hardware.device)
     if config.memory.limit_gb is not None:
         share = config.memory.limit_gb / hardware.memory_gb

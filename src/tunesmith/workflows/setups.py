@@ -6,11 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from tunesmith.cards import Card
 from tunesmith.config import RunConfig, TrainingConfig
 from tunesmith.data.batches import few_lengths, largest_micro_batch
 from tunesmith.errors import ConfigError
 from tunesmith.hardware import ComputeDType
-from tunesmith.memory.choose import Candidate, even_sizes
+from tunesmith.memory.choose import Candidate, Choice, even_sizes, options
 from tunesmith.memory.estimate import Load, Setup
 from tunesmith.memory.shape import HALF_FUSED, ModelShape
 
@@ -46,13 +47,41 @@ def setup_of(
     )
 
 
-def uses_graphs(config: RunConfig, engine: Literal["reference", "fused"]) -> bool:
-    """Whether CUDA graphs may replay micro-batches on a GPU, whose rows are widened for that (training/graphs.py).
+def choices_of(
+    config: RunConfig,
+    shape: ModelShape,
+    setup: Setup,
+    lengths: Sequence[int],
+    supervised: Sequence[int],
+    budget_gb: float | None,
+    card: Card | None,
+    device: str = "cuda",
+    *,
+    host: float = 1.0,
+    weights_gb: float | None = None,
+    trainable: int | None = None,
+) -> list[Choice]:
+    """Every micro-batch with its plan, the smallest first: with CUDA graphs and without, where they may be.
+
+    Graphs save launching, but hold their memory beside that of other shapes: a large micro-batch is better off without.
+    """
+    found: list[Choice] = []
+    for graphs in (True, False) if device == "cuda" and uses_graphs(config, setup.engine, shape) else (False,):
+        candidates = candidates_of(config, lengths, supervised, graphs, device)
+        found += options(
+            shape, setup, candidates, config.memory.mode, budget_gb, card,
+            graphs=graphs, host=host, weights_gb=weights_gb, trainable=trainable,
+        )  # fmt: skip
+    return sorted(found, key=lambda choice: choice.candidate.size)
+
+
+def uses_graphs(config: RunConfig, engine: Literal["reference", "fused"], shape: ModelShape) -> bool:
+    """Whether CUDA graphs can replay micro-batches on a GPU, whose rows are widened for that (training/graphs.py).
 
     They need gradients that stay in place, as an adapter's do, and layers that draw no random numbers.
     """
     fixed = config.method != "full" and config.adapter.dropout == 0
-    return config.training.cuda_graphs and engine == "fused" and fixed
+    return config.training.cuda_graphs and engine == "fused" and shape.can_fuse and shape.capturable and fixed
 
 
 def candidates_of(
@@ -102,8 +131,8 @@ def candidates_of(
     if config.data.max_seq_length != "auto":
         longest = max(longest, config.data.max_seq_length)  # a budget below it would be refused
     budgets = [longest]
-    while budgets[-1] < step:
-        budgets.append(2 * budgets[-1])
+    while budgets[-1] < step:  # longest times 1, 1.5, 2, 3, 4, 6 ...
+        budgets.append(longest * 3 // 2 if len(budgets) == 1 else 2 * budgets[-2])
     return [candidate(training.model_copy(update={"micro_batch_tokens": size})) for size in budgets]
 
 

@@ -30,6 +30,7 @@ from tunesmith.evaluation.metrics import score
 from tunesmith.files import atomic_folder, disk_errors, sha256_file, sha256_text, write_atomic, write_json
 from tunesmith.hardware import (
     ComputeDType,
+    Halving,
     Hardware,
     compute_dtype,
     memory_in_use_gb,
@@ -52,6 +53,7 @@ from tunesmith.types import (
     Event,
     EventSink,
     Progress,
+    TokenizedExample,
     TrainResult,
     no_progress,
 )
@@ -59,6 +61,7 @@ from tunesmith.version import __version__
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.dry_step import DryStep, calibrated
 from tunesmith.workflows.load import TEMPLATE_NAME, chat_format
+from tunesmith.workflows.measure import StepTimes, keep_measured
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 from tunesmith.workflows.rules import settings_warnings
 from tunesmith.workflows.run_plan import RunPlan, limit_memory, plan_run, refuse_what_cannot_fit
@@ -92,10 +95,12 @@ class TrainingSession:
     def train(self, sink: EventSink = no_event, progress: Progress = no_progress) -> TrainResult:
         """Train to the end, save the result, write metrics.json. Events go to events.jsonl and to `sink`."""
         with _locked(self.run), self.run.event_log() as write, stop_on_signal() as stop:
+            times = StepTimes()
 
             def log(event: Event) -> None:
                 write(event)
                 sink(event)
+                times.add(event)
 
             checkpoints = self.run.checkpoints()
             if self.resumed:
@@ -119,15 +124,16 @@ class TrainingSession:
                 pad_id=pad_token(self.tokenizer),
                 log=log,
                 stop=stop,
-                evaluate=self._evaluation(progress) if self.data.eval else None,
+                evaluate=self._evaluation(log, progress) if self.data.eval else None,
                 resume=self.resumed,
-                tokens_per_second=self.plan.choice.tokens_per_second,
+                tokens_per_second=self.plan.tokens_per_second,
                 least_memory=self._least_memory,
                 diagnose=self._diagnose,
             )
             self._save_result()
             metrics = self._metrics(state)
             self.run.write_metrics(metrics)
+            keep_measured(self.config, self.plan, state, times, self.calibration, metrics["peak_memory_gb"], log)
             status = "stopped_early" if state.stopped_early else "finished"
             log({"event": "end", "status": status, "step": state.step})
         return TrainResult(str(self.run.path), "stopped_early" if state.stopped_early else "finished", metrics)
@@ -154,14 +160,23 @@ class TrainingSession:
             self.config, plan.shape, plan.memory, plan.budget_gb, self.hardware.name, lengths, happened, halvings
         )
 
-    def _evaluation(self, progress: Progress) -> Any:
+    def _evaluation(self, log: EventSink, progress: Progress) -> Any:
         """Evaluation during training: the loss, and scored answers if the config asks for them."""
         config = self.config
         questions = sample_rows(self.data.eval_rows, config.evaluation.max_rows)
+        now = 0
+
+        def warn(text: str) -> None:
+            log({"event": "warning", "step": now, "message": text})
+
+        for_loss, for_answers = Halving(warn), Halving(warn)
 
         def evaluate(step: int) -> Mapping[str, float]:
+            nonlocal now
+            now = step
             pad = pad_token(self.tokenizer)
-            values = {"eval_loss": evaluate_loss(self.forward, self.objective, self.data.eval, config, pad)}
+            loss = evaluate_loss(self.forward, self.objective, self.data.eval, config, pad, for_loss)
+            values = {"eval_loss": loss}
             if config.evaluation.generate:
                 rows = generate_answers(
                     self.forward,
@@ -171,6 +186,7 @@ class TrainingSession:
                     config.evaluation,
                     progress,
                     f"evaluating step {step}",
+                    for_answers,
                 )
                 values |= {name: result.value for name, result in score("eval", rows).items()}
             return values
@@ -222,7 +238,8 @@ class TrainingSession:
             "micro_batch_tokens": self.config.training.micro_batch_tokens,
             "recompute_layers": self.plan.memory.recompute_layers,
             "predicted_peak_gb": self.plan.memory.predicted_peak_gb,
-            "predicted_tokens_per_second": self.plan.choice.tokens_per_second,
+            "predicted_tokens_per_second": self.plan.tokens_per_second,
+            "basis": self.plan.basis,
             "breakdown": dict(self.plan.memory.breakdown),
         }
 
@@ -286,17 +303,8 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     progress("loading the model", 1, 1)
     forward = ModelForward(model, hardware.device, dtype)
     check_forward(forward, config.data.packing)
-    plan = plan_run(config, forward, hardware, data.train)
-    forward.loss_rows = plan.memory.loss_rows
-    engine_notes: list[str] = []
-    prepare(model, plan.memory, torch_dtype(dtype), engine_notes.append)
-    if plan.memory.engine == "fused":
-        check_fused(forward)
-    optimizer = make_optimizer(model, config.optimizer, config.lr)
-    objective = OBJECTIVES[config.objective.name]()
     _check_disk(path, model, config)
-    dry = DryStep(config, forward, objective, optimizer, hardware, data.train, pad_token(tokenizer))
-    plan, calibration = calibrated(plan, dry)
+    ready = make_ready(config, forward, hardware, data.train, pad_token(tokenizer))
     run = existing or RunFolder.create(
         path, config, _metadata(config, source, base_hash, chat, data, hardware, forward), chat.raw_template
     )
@@ -309,13 +317,44 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
         chat=chat,
         hardware=hardware,
         forward=forward,
-        objective=objective,
-        optimizer=optimizer,
-        plan=plan,
+        objective=ready.objective,
+        optimizer=ready.optimizer,
+        plan=ready.plan,
         resumed=existing is not None,
-        engine_notes=engine_notes,
-        calibration=calibration,
+        engine_notes=ready.engine_notes,
+        calibration=ready.calibration,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """What training needs beside the model: how it uses memory, what steps it, and what was noted on the way."""
+
+    plan: RunPlan
+    objective: Objective
+    optimizer: Optimizer
+    engine_notes: Sequence[str]
+    calibration: Sequence[Event]
+
+
+def make_ready(
+    config: RunConfig, forward: ModelForward, hardware: Hardware, examples: Sequence[TokenizedExample], pad_id: int
+) -> Ready:
+    """Plan memory for a loaded model, prepare it accordingly, make its optimizer, and hold the plan to a dry step.
+
+    Writes the micro-batch into `config` where it was `auto`. Raises MachineError for what cannot fit.
+    """
+    plan = plan_run(config, forward, hardware, examples)
+    forward.loss_rows = plan.memory.loss_rows
+    notes: list[str] = []
+    prepare(forward.model, plan.memory, torch_dtype(forward.dtype), notes.append)
+    if plan.memory.engine == "fused":
+        check_fused(forward)
+    optimizer = make_optimizer(forward.model, config.optimizer, config.lr)
+    objective = OBJECTIVES[config.objective.name]()
+    dry = DryStep(config, forward, objective, optimizer, hardware, examples, pad_id)
+    plan, calibration = calibrated(plan, dry)
+    return Ready(plan, objective, optimizer, notes, calibration)
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -1,0 +1,129 @@
+"""Settings that make no sense together: each is legal, and one of them would be ignored or cannot be obeyed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tunesmith.config import DataConfig, RunConfig, Section
+
+CAUSES = {
+    "data.eval_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
+    "data.packing": ("training.micro_batch_tokens",),
+    "method": ("adapter.", "quantization."),
+    "training.batch_size": ("training.micro_batch_size",),
+    "training.micro_batch_tokens": ("training.batch_tokens",),
+    "training.early_stopping.metric": ("training.early_stopping.",),
+}
+"""Settings that decide whether others (by prefix) have an effect."""
+
+
+def contradictions(config: RunConfig) -> dict[str, str]:
+    """Settings that are each legal but make no sense together, by the key to change: {key: message}."""
+    found: dict[str, str] = {}
+    unused = {"full": {"adapter": "lora", "quantization": "qlora"}, "lora": {"quantization": "qlora"}, "qlora": {}}
+    for section, method in unused[config.method].items():
+        for name in _changed(getattr(config, section)):
+            key = f"{section}.{name}"
+            found[key] = f"{key} has no effect with method: {config.method}; remove it, or set method: {method}"
+    if config.adapter.init_from and config.method != "full":
+        for name in _changed(config.adapter):
+            if name == "init_from":
+                continue
+            key = f"adapter.{name}"
+            found[key] = f"{key} has no effect with adapter.init_from: the loaded adapter's own applies; remove it"
+    if (
+        config.method == "qlora"
+        and config.quantization.scheme == "int8"
+        and "double_quant" in _changed(config.quantization)
+    ):
+        found["quantization.double_quant"] = (
+            "quantization.double_quant has no effect with quantization.scheme: int8; remove it, or set scheme: nf4 or fp4"
+        )
+    training = config.training
+    if training.micro_batch_size != "auto" and training.micro_batch_size > training.batch_size:
+        found["training.micro_batch_size"] = (
+            f"training.micro_batch_size {training.micro_batch_size} has no effect beyond training.batch_size "
+            f"{training.batch_size}; lower it, or raise training.batch_size"
+        )
+    found |= _token_budgets(config)
+    if training.early_stopping.metric is None:
+        for name in _changed(training.early_stopping):
+            key = f"training.early_stopping.{name}"
+            found[key] = f"{key} has no effect without training.early_stopping.metric; remove it, or set the metric"
+    if config.data.eval_path and config.data.eval_fraction:
+        found["data.eval_fraction"] = "data.eval_fraction has no effect beside data.eval_path; set one of the two"
+    if config.data.path and config.data.mix:
+        found["data.path"] = "data.path has no effect beside data.mix; set one of the two"
+    found |= _beside_mix(config.data)
+    if config.data.eval_split and not config.data.eval_path:
+        found["data.eval_split"] = "data.eval_split has no effect without data.eval_path; remove it, or set the path"
+    has_eval = bool(config.data.eval_path or config.data.eval_fraction)
+    if not has_eval:
+        for key, is_set in {
+            "training.eval_every": config.training.eval_every is not None,
+            "training.early_stopping.metric": config.training.early_stopping.metric is not None,
+            "evaluation.generate": config.evaluation.generate,
+        }.items():
+            if is_set:
+                found[key] = f"{key} needs evaluation data; set data.eval_path or data.eval_fraction"
+    return found
+
+
+def _beside_mix(data: DataConfig) -> dict[str, str]:
+    """Settings of one source beside `data.mix`, whose sources have their own, by the key to change."""
+    found: dict[str, str] = {}
+    for name in _changed(data) if data.mix else ():
+        if name not in type(data.mix[0]).model_fields or name == "path":
+            continue
+        why = "beside data.mix"
+        if name in ("format", "columns", "roles", "sample_by"):  # these also say how `eval_path` is read
+            if data.eval_path:
+                continue
+            why += " without data.eval_path"
+        found[f"data.{name}"] = f"data.{name} has no effect {why}; set it in the sources instead"
+    return found
+
+
+def _token_budgets(config: RunConfig) -> dict[str, str]:
+    """What is wrong with micro-batches and steps that are measured in tokens, by the key to change."""
+    found: dict[str, str] = {}
+    training, length = config.training, config.data.max_seq_length
+    micro, batch = training.micro_batch_tokens, training.batch_tokens
+    if micro is not None:
+        if not config.data.packing:
+            found["training.micro_batch_tokens"] = (
+                "training.micro_batch_tokens needs packing; set data.packing: true, or remove it and set "
+                "training.micro_batch_size"
+            )
+        if length != "auto" and length > micro:
+            found["data.max_seq_length"] = (
+                f"data.max_seq_length {length} is more than training.micro_batch_tokens {micro}: the longest example would "
+                f"fit into no micro-batch; set data.max_seq_length to {micro} or less, or raise training.micro_batch_tokens"
+            )
+        if "micro_batch_size" in _changed(training):
+            found["training.micro_batch_size"] = (
+                "training.micro_batch_size has no effect with training.micro_batch_tokens; remove one of the two"
+            )
+    if batch is not None:
+        if micro is None:
+            found["training.batch_tokens"] = (
+                "training.batch_tokens needs training.micro_batch_tokens, which divides it; set that too, or use "
+                "training.batch_size"
+            )
+        elif batch % micro:
+            allowed = " or ".join(str(n * micro) for n in (batch // micro, batch // micro + 1) if n)
+            found["training.batch_tokens"] = (
+                f"training.batch_tokens {batch} is not a multiple of training.micro_batch_tokens {micro}; set it to {allowed}"
+            )
+        if "batch_size" in _changed(training):
+            found["training.batch_size"] = (
+                "training.batch_size has no effect with training.batch_tokens; remove one of the two"
+            )
+    return found
+
+
+def _changed(section: Section) -> list[str]:
+    """Names of the settings that differ from their defaults. A default that is written out changes nothing."""
+    unset = type(section)()
+    return [name for name in type(section).model_fields if getattr(section, name) != getattr(unset, name)]

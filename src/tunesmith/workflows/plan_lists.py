@@ -1,0 +1,130 @@
+"""The planner's other questions, each a list: the ranks of an adapter, the known models on a card, the known cards of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tunesmith.cards import CARDS
+from tunesmith.config import Method, RunConfig
+from tunesmith.errors import ConfigError
+from tunesmith.measurements import ARITHMETIC, read_measured
+from tunesmith.memory.policy import HEADROOM
+from tunesmith.memory.shape import ModelShape
+from tunesmith.models.catalogue import CATALOGUE
+from tunesmith.types import GB
+from tunesmith.workflows.diagnosis import least_gb
+from tunesmith.workflows.plan import (
+    Data,
+    Option,
+    Target,
+    asked_length,
+    find_shape,
+    longest_example,
+    micro_batch_of,
+    plan_option,
+    with_settings,
+)
+
+
+def plan_ranks(config: RunConfig, target: Target, ranks: Sequence[int], sequence: int | None) -> list[dict[str, Any]]:
+    """For each rank: adapter parameters, the adapter's file in GB (fp32), the predicted peak, and whether it fits.
+
+    The micro-batch is the one that the highest rank takes, so that ranks differ in nothing else.
+    """
+    _, shape = find_shape(config.model.name)
+    if config.method == "full":
+        raise ConfigError("--rank has no effect with method: full, which has no adapter; use --method lora or qlora")
+    length = longest_example(config, shape, sequence, None)
+    examples = Data.of_length(length, config.training.batch_size)
+    for rank in ranks:
+        if not 1 <= rank <= 4096:
+            raise ConfigError(f"--rank {rank}: expected 1 to 4096")
+
+    def look(settings: RunConfig, rank: int) -> Option:
+        changed = with_settings(settings, adapter__r=rank)
+        return plan_option(changed, shape, target, examples.lengths, examples.supervised)
+
+    fixed = with_settings(config, **micro_batch_of(look(config, max(ranks))))
+    rows = []
+    for rank in ranks:
+        option = look(fixed, rank)
+        parameters = option.adapter_parameters or 0
+        rows.append(
+            {
+                "rank": rank,
+                "parameters": parameters,
+                "share": parameters / shape.num_parameters,
+                "adapter_gb": 4 * parameters / GB,
+                "micro_batch_size": option.micro_batch_size,
+                "recompute": option.recompute,
+                "peak_gb": option.peak_gb,
+                "fits": option.fits,
+                "tokens_per_second": option.tokens_per_second,
+                "basis": option.basis,
+            }
+        )
+    return rows
+
+
+def plan_models(
+    config: RunConfig, target: Target, sequence: int | None, methods: Sequence[Method] = ()
+) -> list[dict[str, Any]]:
+    """For each known model: the option of each method on this card, smallest model first."""
+    shapes = {name: ModelShape.of(values) for name, values in CATALOGUE.items()}
+    rows = []
+    for name, shape in sorted(shapes.items(), key=lambda item: item[1].num_parameters):
+        rows.append(
+            {
+                "model": name,
+                "parameters": shape.num_parameters,
+                "methods": _by_method(config, shape, target, sequence, methods),
+            }
+        )
+    return rows
+
+
+def plan_cards(
+    config: RunConfig, sequence: int | None, methods: Sequence[Method] = ()
+) -> tuple[str, list[dict[str, Any]]]:
+    """The model's name, and for each known card the option of each method, smallest card first."""
+    name, shape = find_shape(config.model.name)
+    measured = read_measured()
+    rows = []
+    for card in sorted(CARDS, key=lambda card: (card.memory_gb, card.flops)):
+        target = Target(card.name, card.memory_gb, card, measured=measured)
+        rows.append(
+            {
+                "gpu": card.name,
+                "memory_gb": card.memory_gb,
+                "methods": _by_method(config, shape, target, sequence, methods),
+            }
+        )
+    return name, rows
+
+
+def _by_method(
+    config: RunConfig, shape: ModelShape, target: Target, sequence: int | None, methods: Sequence[Method]
+) -> dict[str, Any]:
+    found: dict[str, dict[str, Any]] = {}
+    length = asked_length(config, sequence)
+    length = min(length, shape.context_length or length)
+    examples = Data.of_length(length, config.training.batch_size)
+    everything: tuple[Method, ...] = ("full", "lora", "qlora")
+    for method in methods or everything:
+        settings = with_settings(config, method=method)
+        least = least_gb(shape, method, settings)
+        if least > HEADROOM * target.budget_gb:
+            basis = ARITHMETIC.basis(None)
+            found[method] = {"fits": False, "peak_gb": least, "tokens_per_second": None, "basis": basis}
+            continue
+        option = plan_option(settings, shape, target, examples.lengths, examples.supervised)
+        found[method] = {
+            "fits": option.fits,
+            "peak_gb": option.peak_gb,
+            "tokens_per_second": option.tokens_per_second,
+            "micro_batch_size": option.micro_batch_size,
+            "recompute": option.recompute,
+            "basis": option.basis,
+        }
+    return found
