@@ -652,7 +652,7 @@ def test_what_does_not_fit_is_answered_with_what_would(
     """The model is not too large for this card, and another card is not what is needed first."""
     result = planned(QWEN, "T4", None, settings, methods, sequence)
     assert result["recommended"] is None
-    assert result["advice"] == ["method: QLoRA trains here, up to 68,608 tokens with micro-batch 1 (memory.mode: min)"]
+    assert result["advice"] == ["method: QLoRA trains here, up to 74,240 tokens with micro-batch 1 (memory.mode: min)"]
 
 
 # -- advice -----------------------------------------------------------------------------------------------------------

@@ -500,7 +500,7 @@ def test_graphs_run_where_their_memory_fits_beside_a_step(gpu: Callable[..., Non
     assert (plan.choice.graphs, config.training.cuda_graphs, plan.memory.pool_gb > 0) == (True, True, True)
     for needed, graphs in ((peak + plan.memory.pool_gb, True), (peak, False)):
         limit = f"memory.limit_gb={1.001 * needed / HEADROOM}"
-        config, tight = planned(forward, "training.micro_batch_size=4", limit)
+        config, tight = planned(forward, "training.micro_batch_size=4", "memory.mode=fast", limit)
         assert tight.choice.fits
         assert (tight.choice.graphs, config.training.cuda_graphs, tight.memory.pool_gb > 0) == (graphs, graphs, graphs)
         assert set(tight.memory.policies) == {LayerPolicy()}
