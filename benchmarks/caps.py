@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from planner import Case, clean, load
+from planner import Case, clean, load, renew
 
 from tunesmith.config import Method, RunConfig, load_config
 from tunesmith.types import GB, Event, TokenizedExample
@@ -102,18 +102,14 @@ def measure(run: Capped, model: Any, hardware: Any) -> dict[str, Any]:
     import torch
 
     from tunesmith.models.forward import ModelForward
-    from tunesmith.models.fuse import engine_of, unfuse
     from tunesmith.runs import RunFolder
     from tunesmith.training.guards import stop_on_signal
     from tunesmith.training.loop import train_loop
     from tunesmith.workflows.run_plan import limit_memory
     from tunesmith.workflows.train import make_ready
 
-    if engine_of(model) is not None:
-        unfuse(model)
-    for parameter in model.parameters():
-        parameter.grad = None
-    clean(hardware)
+    torch.cuda.set_per_process_memory_fraction(1.0)  # of an earlier run that did not end well
+    renew(model, hardware)
     config, examples = configuration(run), examples_of(run)
     limit_memory(config, hardware)
     forward = ModelForward(model, hardware.device, "bf16")

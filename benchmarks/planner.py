@@ -156,10 +156,11 @@ def summary(result: dict[str, Any]) -> str:
     peaks = [peak / row["peak_step"] - 1 for (peak, _), row in pairs]
     speeds = [speed / row["tok_s"] - 1 for (_, speed), row in pairs]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    cases = " --cases fresh" if any(row["mode"] == "auto" for row in result["rows"]) else ""
     return (
-        f"{len(pairs)} settings on one {result['hardware']} ({versions}), `python benchmarks/planner.py OUT.json`: peaks are "
+        f"{len(pairs)} settings on one {result['hardware']} ({versions}), `python benchmarks/planner.py OUT.json{cases}`: peaks are "
         f"predicted within {min(peaks):+.1%} and {max(peaks):+.1%}, tokens/s within {min(speeds):+.0%} and {max(speeds):+.0%} "
-        f"(the shares of the data sheet were fitted to these rows). {result.get('note', '')} Random weights and tokens, every token supervised, rank 16 on "
+        f"(the shares of the data sheet were fitted to these rows, and others). {result.get('note', '')} Random weights and tokens, every token supervised, rank 16 on "
         "all linear layers and 8-bit AdamW unless said."
     )
 
@@ -197,7 +198,7 @@ def measure(case: Case, model: Any, hardware: Any) -> dict[str, Any]:
 
     from tunesmith.data.batches import make_batch
     from tunesmith.models.forward import ModelForward
-    from tunesmith.models.fuse import engine_of, unfuse
+    from tunesmith.models.fuse import engine_of
     from tunesmith.training.graphs import micro_batch_graphs
     from tunesmith.training.loop import accumulate_gradients
     from tunesmith.training.objectives import SupervisedFineTuning, cross_entropy_sum
@@ -206,11 +207,7 @@ def measure(case: Case, model: Any, hardware: Any) -> dict[str, Any]:
     from tunesmith.workflows.bench_step import configuration, documents
     from tunesmith.workflows.run_plan import plan_run
 
-    if engine_of(model) is not None:
-        unfuse(model)
-    for parameter in model.parameters():
-        parameter.grad = None
-    clean(hardware)
+    renew(model, hardware)
     row = _row(case)
     config = configuration(row, case.engine)
     config.optimizer.name, config.method, config.memory.limit_gb = case.optimizer, case.method, case.limit
@@ -270,6 +267,17 @@ def measure(case: Case, model: Any, hardware: Any) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info()
     found["context"] = (total - free) / GB - torch.cuda.memory_reserved() / GB
     return found
+
+
+def renew(model: Any, hardware: Any) -> None:
+    """Undo what an earlier case made of the model."""
+    from tunesmith.models.fuse import engine_of, unfuse
+
+    if engine_of(model) is not None:
+        unfuse(model)
+    for parameter in model.parameters():
+        parameter.grad = None
+    clean(hardware)
 
 
 def clean(hardware: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from measured import RUN as SEVEN_B
 from tunesmith import measurements
 from tunesmith.cards import card_of, find_card
 from tunesmith.measurements import (
@@ -23,23 +24,9 @@ from tunesmith.measurements import (
     read_measured,
     record,
 )
-from tunesmith.version import __version__
 
-RUN = Measurement(
-    time=1.0,
-    version=__version__,
-    card="H100",
-    engine="fused",
-    method="lora",
-    scheme=None,
-    model_type="llama",
-    parameters=8_000_000_000,
-    host=1.5,
-    predicted_peak_gb=20.0,
-    measured_peak_gb=19.0,
-    predicted_tokens_per_second=1000.0,
-    tokens_per_second=900.0,
-    steps=100,
+RUN = replace(
+    SEVEN_B, parameters=8 * 10**9, host=1.5, predicted_peak_gb=20.0, measured_peak_gb=19.0, tokens_per_second=900.0
 )
 H100 = find_card("H100")
 

@@ -239,7 +239,7 @@ class TrainingConfig(Section):
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between checkpoints. Default: once an epoch."""
     cuda_graphs: bool = True
-    """Replay a micro-batch as a CUDA graph where launching its kernels takes longer than running them (fused engine, GPU)."""
+    """Replay a micro-batch as a CUDA graph where launching its kernels takes longer than running them (fused engine, GPU). Graphs hold their memory beside that of other shapes: where the plan finds no room for it, the run's config.yaml says false."""
     save_total_limit: Annotated[int, Field(ge=1)] | None = 2
     """How many checkpoints to keep (the best one is kept besides)."""
     early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)

@@ -15,12 +15,13 @@ from out_of_memory import ALWAYS, REASON, fail_at
 from tiny import make_tiny_model
 from tunesmith.config import AdapterConfig, ModelConfig
 from tunesmith.errors import MachineError
-from tunesmith.hardware import ComputeDType, Halving, probe
+from tunesmith.hardware import ComputeDType, probe
 from tunesmith.models import generate
 from tunesmith.models.adapters import add_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.generate import end_tokens, generate_greedy, shared_prefix
 from tunesmith.models.load import find_model, load_model, load_tokenizer
+from tunesmith.out_of_memory import Halving
 
 CPU = probe("cpu")
 SHARED = "You sort waste into bins. Answer with the bin.\n"

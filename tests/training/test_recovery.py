@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from out_of_memory import ALWAYS, REASON, fail_at
 from tunesmith.config import load_config
 from tunesmith.errors import MachineError
-from tunesmith.hardware import Halving
 from tunesmith.models import generate
+from tunesmith.out_of_memory import Halving
 from tunesmith.training import loop, objectives
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.training.recovery import halve

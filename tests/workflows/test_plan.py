@@ -18,17 +18,17 @@ from typing import Any
 
 import pytest
 
+from measured import RUN
 from tunesmith.cards import CARDS, find_card
 from tunesmith.config import Method, RunConfig, load_config
 from tunesmith.errors import ConfigError, MachineError, ModelError
-from tunesmith.measurements import Measurement, record
+from tunesmith.measurements import record
 from tunesmith.memory.choose import WORTH
 from tunesmith.memory.estimate import CONTEXT_GB
 from tunesmith.memory.policy import HEADROOM
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.catalogue import CATALOGUE
 from tunesmith.types import GB
-from tunesmith.version import __version__
 from tunesmith.workflows import plan as module
 from tunesmith.workflows.diagnosis import largest_that_fits, least_gb
 from tunesmith.workflows.plan import (
@@ -895,22 +895,7 @@ def test_each_figure_says_what_it_rests_on(
 
 def measured(tokens_per_second: float = 800.0, peak: float | None = 10.2, **other: Any) -> None:
     """Some run of a 7B with LoRA on an H100 was to reach 1,000 tokens/s, and to take 10 GB."""
-    run = Measurement(
-        time=1.0,
-        version=__version__,
-        card="H100",
-        engine="fused",
-        method="lora",
-        scheme=None,
-        model_type="llama",
-        parameters=7 * 10**9,
-        host=1.0,
-        predicted_peak_gb=10.0,
-        measured_peak_gb=peak,
-        predicted_tokens_per_second=1000.0,
-        tokens_per_second=tokens_per_second,
-        steps=100,
-    )
+    run = replace(RUN, tokens_per_second=tokens_per_second, measured_peak_gb=peak)
     record(replace(run, **other))
 
 

@@ -14,9 +14,9 @@ from tunesmith.config import EvaluationConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import DataError
 from tunesmith.evaluation.metrics import is_correct
-from tunesmith.hardware import Halving
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.generate import generate_greedy
+from tunesmith.out_of_memory import Halving
 from tunesmith.types import Example, Generation, PreferenceExample, Progress, no_progress
 
 SAMPLE_SEED = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Literal
 
 from tunesmith.memory.estimate import Breakdown, Estimate
@@ -100,15 +101,12 @@ def _plan_fused(
         drops = min(given_up, tight - 1)
         counts = [min(num_layers, max(0, drops - index * num_layers)) for index in range(len(DROP_ORDER))]
         gone = {name: count for names, count in zip(DROP_ORDER, counts, strict=True) for name in names}
-        found = []
-        kinds: dict[tuple[frozenset[LayerTensor], bool], LayerPolicy] = {}  # one object for layers that are alike
-        for layer in range(num_layers):
-            keep = frozenset(name for name in LAYER_TENSORS if layer >= gone[name])
-            offload = layer < given_up - tight
-            if (keep, offload) not in kinds:
-                rows = pieces if given_up >= tight and pieces < tokens else None
-                kinds[keep, offload] = LayerPolicy(keep, offload, rows)
-            found.append(kinds[keep, offload])
+        offloaded = max(0, given_up - tight)
+        rows = pieces if given_up >= tight and pieces < tokens else None
+        found: list[LayerPolicy] = []
+        for first, end in pairwise(sorted({0, num_layers, offloaded, *counts})):  # layers that are alike share an object
+            keep = frozenset(name for name in LAYER_TENSORS if first >= gone[name])
+            found += [LayerPolicy(keep, first < offloaded, rows)] * (end - first)
         return tuple(found)
 
     def loss_rows(given_up: int) -> int | None:

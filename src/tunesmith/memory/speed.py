@@ -3,7 +3,7 @@
 A micro-batch is matrix products (bound by arithmetic, or by reading weights once where tokens are few), attention, passes
 over activations, weights made for their products (dequantized, cast), and a fixed time a layer for its many small kernels;
 where no CUDA graph replays them, launching them from Python is a lower bound. The shares of the data sheet that are reached
-(`RATES`) were fitted to 49 steps on an H100 (benchmarks/planner.py, docs/planner.md): on that card predictions are within
+(`RATES`) were fitted to 82 steps on two H100s (benchmarks/planner.py, docs/planner.md): on that card predictions are within
 15%. On another card they are arithmetic with these shares, and no better than its data sheet.
 """
 

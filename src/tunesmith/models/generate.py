@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import MachineError
-from tunesmith.hardware import Halving, OutOfMemory, within_memory
+from tunesmith.out_of_memory import Halving, OutOfMemory, within_memory
 
 if TYPE_CHECKING:
     import torch

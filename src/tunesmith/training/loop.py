@@ -17,10 +17,10 @@ import torch
 from tunesmith.config import RunConfig
 from tunesmith.data.batches import StepOrder, deal, few_lengths, make_batch, micro_batches, split
 from tunesmith.errors import ConfigError, Interrupted, VerificationError
-from tunesmith.hardware import Halving
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
 from tunesmith.models.row_dropout import step_seed
+from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder
 from tunesmith.training.checkpoint import TrainState, load_checkpoint, load_weights, save_checkpoint
 from tunesmith.training.graphs import GraphedMicroBatches, micro_batch_graphs

@@ -1,4 +1,4 @@
-"""A step that runs out of memory is repeated, not lost: without CUDA graphs, with smaller micro-batches, with more computed again.
+"""A step that runs out of memory is repeated, not lost: without CUDA graphs, in smaller micro-batches, recomputing more.
 
 A step changes nothing before its optimizer does, and the optimizer's states exist before the first step
 (`Optimizer.allocate`), so what failed can be forgotten and done again. The gradient is that of the whole step whatever its
@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from tunesmith.errors import MachineError
-from tunesmith.hardware import OutOfMemory, halve_in_order, release_memory, within_memory
+from tunesmith.out_of_memory import OutOfMemory, halve_in_order, release_memory, within_memory
 from tunesmith.training.checkpoint import TrainState
 from tunesmith.training.graphs import GraphedMicroBatches
 from tunesmith.training.optimizers import Optimizer

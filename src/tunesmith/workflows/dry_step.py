@@ -12,9 +12,10 @@ import torch
 
 from tunesmith.config import RunConfig
 from tunesmith.data.batches import few_lengths, make_batch
-from tunesmith.hardware import Hardware, is_out_of_memory
+from tunesmith.hardware import Hardware
 from tunesmith.memory.calibrate import Measured, calibrate
 from tunesmith.models.forward import ModelForward
+from tunesmith.out_of_memory import is_out_of_memory
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.training.prepare import apply_plan

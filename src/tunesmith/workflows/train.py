@@ -30,7 +30,6 @@ from tunesmith.evaluation.metrics import score
 from tunesmith.files import atomic_folder, disk_errors, sha256_file, sha256_text, write_atomic, write_json
 from tunesmith.hardware import (
     ComputeDType,
-    Halving,
     Hardware,
     compute_dtype,
     memory_in_use_gb,
@@ -41,6 +40,7 @@ from tunesmith.memory.estimate import STATE_BYTES
 from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
+from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder, default_run_path
 from tunesmith.training.checkpoint import TrainState, save_weights
 from tunesmith.training.guards import stop_on_signal
