@@ -104,7 +104,8 @@ def _plan_fused(
         offloaded = max(0, given_up - tight)
         rows = pieces if given_up >= tight and pieces < tokens else None
         found: list[LayerPolicy] = []
-        for first, end in pairwise(sorted({0, num_layers, offloaded, *counts})):  # layers that are alike share an object
+        # Layers that are alike share an object.
+        for first, end in pairwise(sorted({0, num_layers, offloaded, *counts})):
             keep = frozenset(name for name in LAYER_TENSORS if first >= gone[name])
             found += [LayerPolicy(keep, first < offloaded, rows)] * (end - first)
         return tuple(found)
