@@ -105,7 +105,7 @@ def test_help_imports_nothing_heavy() -> None:
         "from tunesmith.cli import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
-        "print(*(name for name in ('torch', 'transformers', 'peft', 'numpy') if name in sys.modules), file=sys.stderr)"
+        "print(*(name for name in ('torch', 'transformers', 'peft', 'numpy', 'pydantic') if name in sys.modules), file=sys.stderr)"
     )
     for command in ("train", "eval"):
         result = subprocess.run([sys.executable, "-c", script.format(command)], capture_output=True, text=True)

@@ -11,6 +11,7 @@ import warnings
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from tunesmith.cli.advise import advise
 from tunesmith.cli.bench import bench
@@ -23,8 +24,20 @@ if TYPE_CHECKING:
     from tunesmith.cli.console import Console
     from tunesmith.types import TrainResult
 
+
+class _Root(TyperGroup):
+    """Group whose --help defaults to False: for None typer would import pydantic, half the time of a command's help."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.default = False
+        return option
+
+
 app = typer.Typer(
     name="tunesmith",
+    cls=_Root,
     help="Fine-tune a language model on the machine you have, and prove that it got better.",
     no_args_is_help=True,
     add_completion=False,
