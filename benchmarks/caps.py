@@ -1,10 +1,10 @@
 """`memory: auto` under a cap: does what the plan says fits train without running out of memory, and does it use the cap?
 
-    python benchmarks/caps.py OUT.json [--only TEXT]     (on a GPU: measure)
+    python benchmarks/caps.py OUT.json [--only REGEX]    (on a GPU: measure)
     python benchmarks/caps.py --table OUT.json           (anywhere: a table)
 
 The allocator is held to each cap (`memory.limit_gb`). Random weights of the real shapes; 96 examples of 180 to 2,048 tokens,
-16 a step, ten steps, every token supervised; rank 16 on all linear layers and 8-bit AdamW. Each run goes the way of `tunesmith
+16 a step, twenty steps, every token supervised; rank 16 on all linear layers and 8-bit AdamW. Each run goes the way of `tunesmith
 train` behind loading: plan, prepare, dry step, training loop, and its own micro-batch. `used` is the peak of what PyTorch
 allocated, with what CUDA graphs hold, as a share of the cap. Where it is under 85%, the last column says how fast the fastest
 plan that uses more is predicted to be: if it is slower, the rest of the cap would gain nothing.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from tunesmith.types import GB, Event, TokenizedExample
 from tunesmith.workflows.bench import SEED, SHAPES, Row
 from tunesmith.workflows.setups import choices_of
 
-BATCH, STEPS, EXAMPLES = 16, 10, 96
+BATCH, STEPS, EXAMPLES = 16, 20, 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def configuration(run: Capped) -> RunConfig:
             "optimizer.name": "adamw_8bit",
             "training.batch_size": BATCH,
             "training.max_steps": STEPS,
-            "training.epochs": 10,
+            "training.epochs": 20,
             "training.log_every": 1,
             "training.seed": SEED,
             "memory.limit_gb": run.cap,
@@ -200,7 +201,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     model, loaded = None, None
-    for run in (run for run in RUNS if options.only in run.name):
+    for run in (run for run in RUNS if re.search(options.only, run.name)):
         case = Case(run.shape, run.method, "auto", "auto", 1, 1)
         if loaded != (run.shape, run.method):
             model = None

@@ -144,7 +144,7 @@ def predict(row: dict[str, Any], card: str = "H100") -> tuple[float, float]:
     )
     load = Load(tokens, tokens, row["seq"], row["micro"] > 1)
     plan = plan_memory(Estimate(shape, setup, load), row["mode"], row.get("limit"), graphs=row.get("graphs", False))
-    candidate = Candidate(row["batch"], row["micro"], load, load)
+    candidate = Candidate(row["batch"], row["micro"], load, load, row["micro"] * load.tokens)
     seconds = step_seconds(shape, setup, candidate, plan, find_card(card), row["graphed"], row.get("host", 1.0))
     assert plan.predicted_peak_gb is not None
     return plan.predicted_peak_gb, tokens * row["micro"] / seconds

@@ -13,7 +13,7 @@ import pytest
 
 from command_line import Result, tunesmith
 from tiny import chat_rows, write_jsonl
-from tunesmith.cli.advise import money
+from tunesmith.cli.advise import money, print_advice
 from tunesmith.config import load_config
 
 HUB = "someone/some-model"
@@ -201,6 +201,112 @@ def test_a_model_folder_counts_its_own_tokens(tiny_model: Path, tmp_path: Path) 
     assert value["data"]["estimated"] is False
     assert isinstance(value["settings"]["data.max_seq_length"], int)
     assert value["answers"]["goal"] == "classification"
+
+
+def known(data: Path, model: str, *more: str | Path) -> Result:
+    given = [word for key, value in ALL.items() for word in ("--answers", f"{key}={value}")]
+    return tunesmith("advise", "--data", data, "--model", model, *given, *more)
+
+
+@pytest.mark.parametrize(
+    ("model", "written"),
+    [
+        ("Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("Qwen2.5-Coder-7B", "Qwen/Qwen2.5-Coder-7B"),
+        ("qwen2.5-7b", "Qwen/Qwen2.5-7B"),
+    ],
+)
+def test_the_model_that_is_written_is_the_one_asked_for(many: Path, tmp_path: Path, model: str, written: str) -> None:
+    out = tmp_path / "run.yaml"
+    assert known(many, model, "--gpu", "L4", "--out", out).code == 0
+    assert load_config(out).model.name == written
+
+
+def test_a_card_that_does_not_train_the_model_is_the_first_line(many: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.yaml"
+    result = known(many, "Llama-3.1-70B", "--gpu", "T4", "--price-per-hour", "1", "--out", out)
+    lines = result.out.splitlines()
+    assert result.code == 0
+    peak = json.loads(known(many, "Llama-3.1-70B", "--gpu", "T4", "--json").out)["fits"]["peak_gb"]
+    assert 36 < peak < 44
+    first = f"Fine-tune; but Llama-3.1-70B does not train on a T4: QLoRA takes {peak:.1f} of 12.4 usable GB."
+    assert lines[0] == first
+    start = lines.index("what would train:")
+    assert lines[start + 1 : start + 3] == [
+        "  - a larger card: QLoRA of Llama-3.1-70B fits from RTX A6000 on (47.4 GB)",
+        "  - a smaller model: Qwen/Qwen2.5-14B is the largest known one that trains here with QLoRA",
+    ]
+    assert f"written to {out}, which does not train on this card: see above what would" in lines
+    assert "train with" not in result.out
+    assert out.read_text().splitlines()[0] == f"# tunesmith advise: {first}"
+    assert "hours of one run: unknown: it does not train on this card" in lines
+    # What it names does train.
+    other = json.loads(known(many, "Llama-3.1-70B", "--gpu", "RTX-A6000", "--json").out)
+    assert (other["fits"]["fits"], other["instead"]) == (True, [])
+    assert json.loads(known(many, "Qwen2.5-14B", "--gpu", "T4", "--json").out)["fits"]["fits"]
+
+
+def test_shorter_examples_that_fit_are_named(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "long.jsonl", [{"prompt": f"{i}?", "completion": "x" * 400_000} for i in range(20)])
+    value = json.loads(known(rows, "Llama-3.1-8B", "--gpu", "T4", "--json").out)
+    assert value["instead"][0] == "shorter examples: QLoRA trains here with up to 65,536 tokens (data.max_seq_length)"
+    assert value["headline"].startswith("Don't fine-tune: write better instructions first; but Llama-3.1-8B does not")
+
+
+def test_figures_say_where_they_come_from(many: Path) -> None:
+    result = known(many, "qwen2.5-7b", "--gpu", "L4")
+    assert "memory: arithmetic on the model's config.json, within 5% of what was measured on an H100\n" in result.out
+    assert "\nspeed: arithmetic with shares of the data sheet that were fitted on an H100\n" in result.out
+    basis = json.loads(known(many, "qwen2.5-7b", "--gpu", "L4", "--json").out)["fits"]["basis"]
+    assert basis["memory"].startswith("arithmetic")
+    assert "speed:" not in known(many, "qwen2.5-7b", "--memory", "24").out
+
+
+def test_prices_are_of_each_card_as_in_a_plan(many: Path) -> None:
+    one, four = (
+        json.loads(known(many, "qwen2.5-7b", "--gpu", gpu, "--price-per-hour", "100", "--json").out)["costs"]["run"]
+        for gpu in ("H100", "4xH100")
+    )
+    assert one["cost"] == pytest.approx(100 * one["hours"])
+    assert four["cost"] == pytest.approx(4 * 100 * four["hours"])
+
+
+def test_packing_that_is_recommended_is_planned(tmp_path: Path) -> None:
+    rows = [{"prompt": f"question {i}?", "completion": "word " * (5 + (i % 2) * (i % 400))} for i in range(2000)]
+    path = write_jsonl(tmp_path / "r.jsonl", rows)
+    value = json.loads(known(path, "qwen2.5-0.5b", "--gpu", "H100", "--json").out)
+    assert value["settings"]["data.packing"] is True
+    assert value["fits"]["micro_batch_unit"] == "tokens"
+
+
+def test_a_model_that_is_not_known_is_told_in_the_plans_words(many: Path) -> None:
+    for model in ("nope", "Mistral-7B"):
+        told = known(many, model)
+        assert told.code == 2
+        assert told.problems == tunesmith("plan", "--model", model, "--gpu", "T4").problems
+    assert told.problems[0].endswith("mistralai/Mistral-7B-v0.3")
+
+
+def test_one_row_is_one(tmp_path: Path) -> None:
+    rows = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "question?", "completion": "answer"}])
+    assert "settings for 1 row, about " in advise(rows, **ALL).out
+
+
+def test_lines_break_at_words_within_their_column(
+    many: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = json.loads(known(many, "qwen2.5-7b", "--gpu", "L4", "--json").out)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_advice(value)
+    printed_lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, printed_lines)) <= 80
+    peak = value["fits"]["peak_gb"] + value["fits"]["graphs_gb"]
+    start = next(i for i, line in enumerate(printed_lines) if line.startswith("  method "))
+    assert printed_lines[start : start + 2] == [
+        "  method                           lora       learns as well as full on data of",
+        f"                                              this size (LWR), and fits: {peak:.1f} of",
+    ]
 
 
 PRICES = ("--price-per-hour", "2", "--labelling-cost-per-example", "0.5", "--requests-per-day", "1000")

@@ -15,11 +15,19 @@ from rich.text import Text
 
 from command_line import Result, tunesmith
 from tiny import chat_rows, write_jsonl
-from tunesmith.cli.plan import _hours, _verdict, options_table
+from tunesmith.cli.plan import _hours, _recompute, _verdict, options_table
+from tunesmith.config import RunConfig
+from tunesmith.data.chat import ChatFormat
+from tunesmith.data.formats import read_examples
+from tunesmith.data.lengths import recommended_max_seq_length
+from tunesmith.data.tokens import tokenize
 from tunesmith.measurements import Measurement, record
+from tunesmith.models.load import find_model, load_tokenizer
 from tunesmith.report.memory_plot import KINDS
+from tunesmith.types import Example
 from tunesmith.version import __version__
 from tunesmith.workflows.plan import rounded
+from tunesmith.workflows.plan_data import read_data
 
 QWEN = "qwen2.5-7b"
 T4 = ("--model", QWEN, "--gpu", "T4")
@@ -106,16 +114,93 @@ def test_the_table_holds_every_option() -> None:
             f"{option['micro_batch_size']} x {option['gradient_accumulation_steps']}",
             option["memory_mode"],
             option["optimizer"],
-            option["recompute"].removesuffix(" layers"),
+            _recompute(option["recompute"]),
         ]
-        tight = "tight" if option["peak_gb"] > 0.8 * 14.58 else "yes"
+        held = option["peak_gb"] + option["graphs_gb"]
+        tight = "tight" if held > 0.8 * 14.58 else "yes"
         assert row[6:] == [
-            f"{option['peak_gb']:.1f}",
+            f"{held:.1f}",
             rounded(option["tokens_per_second"]),
             tight if option["fits"] else "no",
         ]
     assert {row[-1] for row in found} == {"no", "tight", "yes"}
     assert sum(row[0].endswith("*") for row in found) == 1
+    assert any(option["graphs_gb"] > 1 for option in result["options"])
+    assert "host N: all layers recomputed, the inputs of N of them wait in host memory" in "\n".join(lines)
+
+
+def test_what_graphs_hold_is_part_of_what_is_shown() -> None:
+    arguments = ("--model", "qwen2.5-0.5b", "--gpu", "H100", "--method", "lora")
+    lines, chosen = printed(*arguments), as_json(*arguments)["recommended"]
+    held = chosen["peak_gb"] + chosen["graphs_gb"]
+    assert chosen["graphs_gb"] > 10
+    assert f" {held:.1f} of 79.2 GB" in lines[0]
+    assert table(lines)[0][6] == f"{held:.1f}"
+    assert f", CUDA graphs {chosen['graphs_gb']:.2f} GB (context is the driver's)" in lines[-3]
+    # What is tight is so with them.
+    result = as_json(*arguments)
+    result["options"] = [chosen | {"peak_gb": 40.0, "graphs_gb": 30.0}]
+    assert "tight" in coloured(options_table(result))
+
+
+@pytest.mark.parametrize(
+    ("words", "cell"),
+    [
+        ("none", "none"),
+        ("19 of 28 layers", "19 of 28"),
+        ("all 28 layers, inputs in host memory", "host 28"),
+        ("all 28 layers, inputs of 15 in host memory", "host 15"),
+    ],
+)
+def test_recomputation_in_few_words(words: str, cell: str) -> None:
+    assert _recompute(words) == cell
+
+
+class Terminal(io.StringIO):
+    """A stdout that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def on_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> list[str]:
+    """What a terminal of `width` columns shows, without colours."""
+    with monkeypatch.context() as patch:
+        patch.setattr("command_line.io.StringIO", Terminal)
+        patch.setenv("COLUMNS", str(width))
+        out = planned(*arguments).out
+    return Text.from_ansi(out).plain.splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_nothing_is_cut_on_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seventy = ("--model", "llama-3.1-70b", "--gpu", "H200")
+    for arguments in (T4, (*T4, "--set", "data.packing=true"), ("--gpu", "T4"), (*seventy, "--rank", "64,128,1024")):
+        lines = on_a_terminal(width, monkeypatch, *arguments)
+        rows = lines[next(i for i, line in enumerate(lines) if line.startswith(("━", "─", "┡"))) :]
+        rows = [row for row in rows if not row.startswith(("peak: ", "memory: ", "speed: ", "plot: "))]
+        assert "…" not in "\n".join(lines)
+        assert max(map(len, rows)) <= width
+    options = [" ".join(line.split()) for line in on_a_terminal(width, monkeypatch, *T4)]
+    result = as_json(*T4)
+    for option in result["options"]:
+        assert any(
+            f"{option['max_seq_length']:,}" in line and rounded(option["tokens_per_second"]) in line for line in options
+        )
+    if width == 80:
+        assert "method tokens micro mode optimizer recompute GB tok/s fits" in options
+        assert any(line.startswith("QLoRA 2,048 1 x 16 auto paged 8-bit none ") for line in options)
+    models = "\n".join(on_a_terminal(width, monkeypatch, "--gpu", "T4"))
+    for row in as_json("--gpu", "T4")["models"]:
+        assert row["model"].rpartition("/")[2] in models
+    ranks = on_a_terminal(width, monkeypatch, *seventy, "--rank", "64,128,1024")
+    assert any(line.strip().startswith("host N: ") for line in ranks)
+    for row in as_json(*seventy, "--rank", "64,128,1024")["ranks"]:
+        assert any(f"{row['parameters']:,}" in line and rounded(row["tokens_per_second"]) in line for line in ranks)
+
+
+def test_cells_go_on_in_the_next_line_where_nothing_else_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "…" not in "\n".join(on_a_terminal(40, monkeypatch, *T4, "--set", "data.packing=true"))
 
 
 def coloured(found: Any) -> str:
@@ -164,6 +249,7 @@ def test_several_cards_and_any_memory() -> None:
     assert as_json("--model", QWEN, "--gpu", "H100", "--num-gpus", "4")["num_gpus"] == 4
     lines = printed("--model", QWEN, "--memory", "24")
     assert lines[0].startswith("Qwen2.5-7B on 24 GB of GPU memory: ")
+    assert "Qwen2.5-7B on 24 GB of GPU memory" in [line.strip() for line in lines]
     assert lines[-1] == "speed: unknown: no card was named"
     assert {row[-2] for row in table(lines)} == {"-"}
     assert as_json(*T4, "--memory", "12")["memory_gb"] == 12
@@ -189,9 +275,15 @@ def test_hours_for_the_data(rows: Path) -> None:
     assert chosen["cost"] == pytest.approx(0.5 * chosen["hours"])
     lines = printed(*arguments, "--price-per-hour", "0.5")
     minutes = f"{60 * chosen['hours']:.0f} minutes"
-    expected = f"300 rows, {data['tokens']:,} tokens: about {minutes}"
+    assert (data["estimated"], data["epochs"]) == (True, 2)
+    expected = f"300 rows, about {data['tokens']:,} tokens: about {minutes} for 2 epochs"
     assert lines[1] == f"{expected}, {chosen['cost']:,.2f} at the price given"
     assert printed(*arguments)[1] == expected
+    # A run that its steps end is shorter: 10 steps of 16 rows.
+    short = as_json(*arguments, "--set", "training.max_steps=10")
+    assert short["data"]["epochs"] == pytest.approx(160 / 300, rel=1e-5)
+    assert printed(*arguments, "--set", "training.max_steps=10")[1].endswith(" for 0.533 epochs")
+    assert printed(*arguments, "--set", "training.epochs=1")[1].endswith(" for 1 epoch")
 
 
 def test_the_price_is_of_one_card(rows: Path) -> None:
@@ -201,33 +293,102 @@ def test_the_price_is_of_one_card(rows: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hours", "said"), [(0.25, "15 minutes"), (0.99, "59 minutes"), (1.0, "1.0 hours"), (30.26, "30.3 hours")]
+    ("hours", "said"),
+    [
+        (0.001, "less than a minute"),
+        (0.017, "about 1 minute"),
+        (0.25, "about 15 minutes"),
+        (0.99, "about 59 minutes"),
+        (0.995, "about 1.0 hours"),
+        (30.26, "about 30.3 hours"),
+    ],
 )
 def test_hours_in_words(hours: float, said: str) -> None:
     assert _hours(hours) == said
 
 
-def test_rows_are_cut_as_training_cuts_them(rows: Path, tmp_path: Path) -> None:
+def test_rows_are_fitted_as_training_fits_them(rows: Path, tmp_path: Path) -> None:
     whole = as_json(*T4, "--data", rows)["data"]
     for limit in (("--max-seq-length", "256"), ("--set", "data.max_seq_length=256")):
-        cut = as_json(*T4, "--data", rows, *limit)
+        cut = as_json(*T4, "--data", rows, *limit, "--set", "data.overlong=truncate")
         assert cut["data"]["longest"] == cut["recommended"]["max_seq_length"] == 256
         assert 150 * 256 < cut["data"]["tokens"] < whole["tokens"] / 2
-    # Plain text is split: no token of it is lost.
+        # Half of the rows are longer.
+        dropped = as_json(*T4, "--data", rows, *limit, "--set", "data.overlong=drop")["data"]
+        assert (dropped["rows"], dropped["longest"] < 256) == (150, True)
+        for overlong in ("auto", "error"):
+            result = planned(*T4, "--data", rows, *limit, "--set", f"data.overlong={overlong}")
+            problem = (
+                f"{rows}: about 150 of 300 rows are longer than data.max_seq_length 256 (the longest has about "
+                f"{whole['longest']:,} tokens), and training would refuse them; raise it (--max-seq-length), or set "
+                "data.overlong to truncate, split or drop"
+            )
+            assert (result.code, result.out, result.problems) == (2, "", [f"tunesmith: {problem}"])
+        assert as_json(*T4, "--data", rows, *limit, "--set", "data.skip_bad_rows=true")["data"] == dropped
+    none = planned(*T4, "--data", rows, "--max-seq-length", "8", "--set", "data.overlong=drop")
+    assert (none.code, none.problems) == (2, [f"tunesmith: {rows}: no row is left; all are longer than 8 tokens"])
+
+
+def test_plain_text_is_split(tmp_path: Path) -> None:
     text = tmp_path / "book.txt"
     text.write_text("some words of a long book. " * 4000)
     long = as_json(*T4, "--data", text, "--max-seq-length", "100000")["data"]
     split = as_json(*T4, "--data", text)["data"]
-    assert (long["rows"], split["longest"], split["rows"]) == (1, 2048, -(-long["tokens"] // 2048))
-    assert split["tokens"] == long["tokens"] > 20_000
+    assert (long["rows"], split["longest"], split["rows"]) == (1, 2048, -(-(long["tokens"] - 1) // 2047))
+    assert split["tokens"] == long["tokens"] + split["rows"] - 1 > 20_000  # each begins with the last token before it
     kept = as_json(*T4, "--data", text, "--set", "data.overlong=truncate")["data"]
     assert (kept["rows"], kept["tokens"]) == (1, 2048)
+
+
+def test_auto_is_what_training_makes_of_it(rows: Path) -> None:
+    lengths = [*[as_json(*T4, "--data", rows)["data"]["longest"]] * 150, *[100] * 150]
+    auto = ("--data", rows, "--set", "data.max_seq_length=auto")
+    limit = recommended_max_seq_length(lengths, None)
+    packed = as_json(*T4, *auto, "--set", "data.packing=true")["recommended"]
+    assert packed["micro_batch_size"] % limit == 0 < limit < 2048  # the budget is of what `auto` came to
+    # A micro-batch's tokens are a limit too: longer rows are for data.overlong.
+    few = ("--set", "training.micro_batch_tokens=512", "--set", "data.packing=true")
+    assert planned(*T4, *auto, *few).problems[0].startswith(f"tunesmith: {rows}: about 150 of 300 rows are longer than")
+    assert as_json(*T4, *auto, *few, "--set", "data.overlong=truncate")["data"]["longest"] == 512
+
+
+def test_rows_beyond_the_models_context_are_refused(tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "say it", "completion": "word " * 6000}])
+    arguments = ("--model", "01-ai/Yi-6B", "--gpu", "H100", "--data", data)
+    problem = "tunesmith: --max-seq-length is 8,192, but the model takes at most 4,096 tokens"
+    assert planned(*arguments, "--max-seq-length", "8192").problems == [problem]
+    result = planned(*arguments, "--set", "data.max_seq_length=8192")
+    assert re.fullmatch(
+        rf"tunesmith: {data}: rows of up to 7,\d\d\d tokens, but the model takes at most 4,096; pass "
+        "--max-seq-length 4096",
+        result.problems[0],
+    )
+    assert result.code == 2
+    cut = as_json(*arguments, "--max-seq-length", "4096", "--set", "data.overlong=truncate")
+    assert cut["recommended"]["max_seq_length"] == 4096
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "drop", "split"])
+def test_lengths_are_those_of_the_tokens_that_training_makes(overlong: str, tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "a" * (10 * i)} for i in range(1, 40)])
+    settings = {"path": str(data), "overlong": overlong, "max_seq_length": 100, "cache": False}
+    config = RunConfig.model_validate({"model": {"name": str(tiny_model)}, "data": settings})
+    rows = [row for row in read_examples(config.data).examples if isinstance(row, Example)]
+    chat = ChatFormat(load_tokenizer(find_model(config.model), config.model))
+    expected = tokenize(chat, rows, config.data).examples.lengths.tolist()
+    found, estimated = read_data(config, None)
+    assert (list(found.lengths), estimated) == (expected, False)
 
 
 def test_a_models_own_tokenizer_counts(tiny_model: Path, tmp_path: Path) -> None:
     data = write_jsonl(tmp_path / "bins.jsonl", chat_rows(16))
     result = as_json("--model", tiny_model, "--gpu", "T4", "--data", data)
     assert result["data"]["tokens"] > 16 * 40  # bytes
+    assert result["data"]["estimated"] is False
+    assert (
+        f"16 rows, {result['data']['tokens']:,} tokens: "
+        in planned("--model", tiny_model, "--gpu", "T4", "--data", data).out
+    )
     assert result["recommended"]["hours"] is not None
 
 
@@ -273,17 +434,31 @@ def test_what_trains_on_a_card() -> None:
     assert list(found) == list(models)
     qwen = models["Qwen/Qwen2.5-7B"]["methods"]
     speed = rounded(qwen["qlora"]["tokens_per_second"])
+    full = qwen["full"]
+    assert full["least_gb"] < 0.9 * full["peak_gb"]
+    assert 0.9 * qwen["lora"]["peak_gb"] < qwen["lora"]["least_gb"]
     assert found["Qwen/Qwen2.5-7B"][1:] == [
         "7.6B",
-        f"no: {qwen['full']['peak_gb']:.0f} GB at least",
-        f"no: {qwen['lora']['peak_gb']:.0f} GB at least",
+        f"no: {full['peak_gb']:.0f} GB, 8-bit {full['least_gb']:.1f} GB",  # above and below 100
+        f"no: {qwen['lora']['peak_gb']:.1f} GB",
         f"tight: {qwen['qlora']['peak_gb']:.1f} GB, {speed}/s",
     ]
+    said = "memory: arithmetic on each model's config.json; speed: "
+    assert lines[-1] == f"{said}arithmetic on the card's data sheet"
+    assert printed("--memory", "8")[-1] == f"{said}unknown: no card was named"
+    assert lines[-2] == "no: the least that these settings need; 8-bit: with optimizer.name adamw_8bit"
+    assert printed("--gpu", "T4", "--method", "qlora")[-2] == "no: the least that these settings need"
+    # Models that take fewer tokens than were asked for say so.
+    long = printed("--gpu", "T4", "--method", "qlora", "--max-seq-length", "8192")
+    assert long[-2] == "tokens beside a model's name: all that it takes, less than 8,192"
+    names = [row[0] for row in table(long)]
+    assert "TinyLlama/TinyLlama-1.1B-Chat-v1.0 (2,048)" in names
+    assert "Qwen/Qwen2.5-7B" in names
     shorter = printed("--gpu", "T4", "--method", "qlora", "--set", "data.max_seq_length=512")
     assert shorter[0].strip() == "What trains on a T4 (14.6 GB), 512 tokens"
     assert {len(row) for row in table(shorter)} == {3}
     assert printed("--memory", "8", "--max-seq-length", "640")[0].strip() == (
-        "What trains on 8 GB of GPU memory (8.0 GB), 640 tokens"
+        "What trains on 8 GB of GPU memory, 640 tokens"
     )
 
 
@@ -294,17 +469,22 @@ def test_where_a_model_trains() -> None:
     found = {row[0]: row for row in table(lines)}
     cards = {row["gpu"]: row for row in result["gpus"]}
     assert list(found) == list(cards)
+    assert lines[-1] == "memory: arithmetic on the model's config.json; speed: arithmetic on the card's data sheet"
     lora = cards["H100"]["methods"]["lora"]
     # What is tight is so for each card's own memory.
     assert found["H100"][3] == f"yes: {lora['peak_gb']:.1f} GB, {rounded(lora['tokens_per_second'])}/s"
     assert (found["T4"][1], found["T4"][4].partition(":")[0]) == ("14.6", "tight")
     assert {len(row) for row in table(printed("--model", QWEN, "--method", "lora"))} == {3}
+    short = printed("--model", "01-ai/Yi-6B", "--method", "lora", "--max-seq-length", "8192")
+    assert short[0].strip() == "Where Yi-6B trains, 4,096 tokens an example"
 
 
 def test_ranks() -> None:
     arguments = ("--model", QWEN, "--gpu", "H100", "--rank", "8,16,128")
     lines, result = printed(*arguments), as_json(*arguments)
-    assert lines[0].strip() == "qwen2.5-7b, LoRA, on an H100"
+    size = result["ranks"][0]["micro_batch_size"]
+    assert lines[0].strip() == f"qwen2.5-7b, LoRA, on an H100 (79.2 GB), micro-batch {size} x 2,048 tokens"
+    assert lines[-1] == "memory: arithmetic on the model's config.json; speed: arithmetic on the card's data sheet"
     assert (result["model"], result["gpu"], result["method"]) == (QWEN, "H100", "lora")
     assert [row["rank"] for row in result["ranks"]] == [8, 16, 128]
     one = result["ranks"][1]
@@ -314,12 +494,21 @@ def test_ranks() -> None:
         "0.53%",
         "154.0",
         "none",
-        f"{one['peak_gb']:.2f}",
+        f"{one['peak_gb'] + one['graphs_gb']:.2f}",
         rounded(one["tokens_per_second"]),
         "yes",
     ]
     assert as_json(*T4, "--rank", "8", "--method", "qlora")["method"] == "qlora"
     assert table(printed(*T4, "--rank", "8"))[0][-1] == "no"
+    tight = ("--model", QWEN, "--gpu", "RTX4090", "--rank", "8")
+    assert as_json(*tight)["ranks"][0]["peak_gb"] > 0.8 * 23.5
+    assert table(printed(*tight))[0][-1] == "tight"
+    assert printed(*T4, "--rank", "8", "--set", "data.packing=true")[0].strip() == (
+        "qwen2.5-7b, LoRA, on a T4 (14.6 GB), micro-batch 2,048 tokens"
+    )
+    assert printed("--model", QWEN, "--memory", "40", "--rank", "8")[-1] == (
+        "memory: arithmetic on the model's config.json; speed: unknown: no card was named"
+    )
 
 
 # -- calibrated -------------------------------------------------------------------------------------------------------
@@ -344,7 +533,10 @@ def test_speeds_that_runs_calibrated() -> None:
     assert lines[0].endswith(f", about {rounded(0.5 * before)} tokens/s")
     assert lines[-2].endswith("; 1 run on this card measured 98% of it")
     assert lines[-1] == "speed: calibrated on this card: LoRA by 1 run (0.50 of the arithmetic)"
-    # Tables without these lines say it of each speed.
+    # Lists say it of each speed.
+    calibrated = "speed: arithmetic on the card's data sheet, calibrated by runs on this card where it says so"
+    for other in (ranks, ("--gpu", "H100", "--method", "lora"), ("--model", QWEN, "--method", "lora")):
+        assert printed(*other)[-1].endswith(f"; {calibrated}")
     assert table(printed(*ranks))[0][6] == f"{rounded(0.5 * slow)} (calibrated)"
     found = {row[0]: row[2] for row in table(printed("--gpu", "H100", "--method", "lora"))}
     assert found["Qwen/Qwen2.5-7B"].endswith(f", {rounded(0.5 * before)}/s (calibrated)")
@@ -370,8 +562,9 @@ def test_an_svg_of_the_memory(tmp_path: Path) -> None:
     lines = printed(*T4, "--plot", file)
     assert lines[-1] == f"plot: {file}"
     said, result = texts_of(file), as_json(*T4)
-    assert "Qwen2.5-7B on T4: predicted peak" in said
+    assert "Qwen2.5-7B on T4: predicted memory, with CUDA's context" in said
     assert "the card: 14.6 GB" in said
+    assert "what a plan may fill: 13.2 GB" in said  # 90% of what the context leaves, and the context
     assert {label for label, _ in KINDS.values()} <= set(said)
     for option in result["options"]:
         method = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}[option["method"]]
@@ -381,8 +574,8 @@ def test_an_svg_of_the_memory(tmp_path: Path) -> None:
             f"{option['optimizer']}"
         )
         assert label + (" *" if option == result["recommended"] else "") in said
-        total = option["peak_gb"] + option["breakdown"]["context_gb"]
-        assert f"{total:.1f}" + (" …" if total > 2 * 14.58 else "") in said
+        total = option["peak_gb"] + option["graphs_gb"] + option["breakdown"]["context_gb"]
+        assert f"{total:,.1f}" + (" …" if total > 2 * 14.58 else "") in said
 
 
 def test_a_png_of_the_memory(tmp_path: Path) -> None:
@@ -395,22 +588,39 @@ def test_a_png_of_the_memory(tmp_path: Path) -> None:
     assert len(content) > 20_000
 
 
-def test_the_bars_stand_end_to_end(tmp_path: Path) -> None:
+def bars_of(result: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     from tunesmith.report.memory_plot import _bars
 
-    result = as_json(*T4)
-    options = result["options"]
     axes = Figure().add_subplot()
-    _bars(axes, options, 14.58)
-    for number, option in enumerate(options):
+    _bars(axes, result["options"], result["memory_gb"])
+    return axes
+
+
+def test_the_bars_stand_end_to_end() -> None:
+    result = as_json(*T4)
+    axes = bars_of(result)
+    for number, option in enumerate(result["options"]):
         bars = [container[number] for container in axes.containers]
         end = 0.0
         for key, bar in zip(KINDS, bars, strict=True):
-            assert (bar.get_x(), bar.get_width()) == pytest.approx((end, option["breakdown"][key]))
-            end += option["breakdown"][key]
+            part = option["graphs_gb"] if key == "graphs_gb" else option["breakdown"][key]
+            assert (bar.get_x(), bar.get_width()) == pytest.approx((end, part))
+            end += part
     assert axes.get_xlim() == (0, pytest.approx(2 * 14.58))  # full fine-tuning would need 114 GB
+    lines = sorted(line.get_xdata()[0] for line in axes.lines)
+    assert lines == pytest.approx([0.85 + 0.9 * (14.58 - 0.85), 14.58])
+    # The numbers stand beside the axes, where no line runs through them.
+    assert {text.get_position()[0] for text in axes.texts} == {1.01}
+
+
+def test_bars_are_whole_where_nothing_fits() -> None:
+    seventy = planned("--model", "llama-3.1-70b", "--gpu", "T4", "--json")
+    axes = bars_of(json.loads(seventy.out))
+    totals = [float(text.get_text().replace(",", "")) for text in axes.texts]  # none with an ellipsis
+    assert axes.get_xlim()[1] == pytest.approx(1.05 * max(totals), rel=1e-3)
+    assert max(totals) > 1000
 
 
 def test_a_plot_of_what_does_not_fit(tmp_path: Path) -> None:
@@ -430,7 +640,7 @@ def test_a_plot_that_cannot_be_written(tmp_path: Path) -> None:
 # -- nothing fits -----------------------------------------------------------------------------------------------------
 
 
-def test_an_impossible_budget() -> None:
+def test_an_impossible_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("--model", QWEN, "--memory", "3")
     result = planned(*arguments)
     answer, *rest = result.out.splitlines()
@@ -438,6 +648,11 @@ def test_an_impossible_budget() -> None:
     assert rest[0].startswith("  card: QLoRA of Qwen2.5-7B needs ")
     assert {row[-1] for row in table(rest)} == {"no"}
     assert (result.code, result.problems) == (3, [f"tunesmith: {answer}"])
+    # In a terminal the answer stands there once.
+    with monkeypatch.context() as patch:
+        patch.setattr("command_line.io.StringIO", Terminal)
+        shown = planned(*arguments)
+    assert (shown.code, shown.out.splitlines()[0], shown.problems) == (3, answer, [])
     result = planned(*arguments, "--json")
     value = json.loads(result.out)
     assert (value["recommended"], value["breakdown"], value["answer"]) == (None, None, answer)

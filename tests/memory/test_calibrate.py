@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from tunesmith.memory import calibrate as module
 from tunesmith.memory.calibrate import MAX_STEPS, RAN_OUT, Measured, calibrate
 from tunesmith.memory.estimate import Estimate, Load, Setup
 from tunesmith.memory.policy import HEADROOM, fits, plan_memory
@@ -149,10 +150,44 @@ def test_so_is_one_that_runs_out_far_below_its_budget() -> None:
 def test_one_that_always_runs_out_ends_after_as_many_steps_as_are_taken() -> None:
     plan, card = start(5.0), Card(memory_gb=0.1)
     found, measured = run(plan, card)
-    assert [one.measured_gb for one in measured] == [None] * MAX_STEPS == [None, None, None]
+    assert [one.measured_gb for one in measured] == [None] * MAX_STEPS == [None] * 6
     assert len(card.plans) == MAX_STEPS
-    assert layers([*card.plans, found]) == sorted(set(layers([*card.plans, found]))), "each gives up more"
-    assert found.correction_gb > 3 * RAN_OUT * 5.0, "planned once more than was measured"
+    assert layers(card.plans) == sorted(set(layers(card.plans))), "each gives up more"
+    assert layers([found]) == [24], "until there is nothing more"
+    assert found.correction_gb > (MAX_STEPS - 1) * RAN_OUT * 5.0, "planned once more than was measured"
+
+
+def test_where_steps_end_the_last_plan_that_fitted_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that was not tried is no better than one that was."""
+    monkeypatch.setattr(module, "MAX_STEPS", 3)
+    plan = start()
+    peaks = iter([1.1, 0.8, 1.2])
+    tried: list[Plan] = []
+
+    def measure(plan: Plan) -> float | None:
+        tried.append(plan)
+        return next(peaks) * HEADROOM * 4.0
+
+    found, measured = calibrate(plan, measure, Plan.corrected)
+    assert len(measured) == len(tried) == 3
+    assert found is tried[1]
+    assert tried[2].memory.recompute_layers < found.memory.recompute_layers
+
+
+@dataclass(frozen=True)
+class Graphed(Plan):
+    """Made again it has no graphs, and keeps what it kept."""
+
+    def corrected(self, measured_gb: float) -> Graphed:
+        return Graphed(replace(self.memory, pool_gb=0.0), self.estimate)
+
+
+def test_a_plan_that_only_lets_graphs_go_is_another() -> None:
+    plan = start(9.0)
+    plan = Graphed(replace(plan.memory, pool_gb=8.0), plan.estimate)
+    found, measured = calibrate(plan, lambda plan: predicted(plan), Graphed.corrected)
+    assert len(measured) == 1
+    assert (plan.memory.pool_gb, found.memory.pool_gb) == (8.0, 0.0)
 
 
 def test_a_plan_that_cannot_become_another_is_not_measured_twice() -> None:

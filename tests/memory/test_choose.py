@@ -49,7 +49,7 @@ def choice(
     """With a pool CUDA graphs replay it."""
     plan = MemoryPlan("auto", recompute, 24, 10.0, peak, "made up", pool_gb=pool or 0.0)
     return Choice(
-        Candidate(size, 16 // size, Load(size, size, 1), Load(size, size, 1)), plan, seconds, pool is not None
+        Candidate(size, 16 // size, Load(size, size, 1), Load(size, size, 1), 16), plan, seconds, pool is not None
     )
 
 
@@ -116,7 +116,7 @@ def test_min_takes_graphs_where_they_fit() -> None:
 
 def test_without_a_prediction_everything_fits() -> None:
     plan = MemoryPlan("auto", 0, 24, 10.0, None, "made up")
-    one = Choice(Candidate(1, 1, Load(1, 1, 1), Load(1, 1, 1)), plan, None)
+    one = Choice(Candidate(1, 1, Load(1, 1, 1), Load(1, 1, 1), 1), plan, None)
     assert one.fits
     assert best([one], "min") is one
 
@@ -124,8 +124,9 @@ def test_without_a_prediction_everything_fits() -> None:
 def test_tokens_per_second() -> None:
     load = Load(1000, 1000, 100)
     plan = MemoryPlan("auto", 0, 24, 10.0, 5.0, "made up")
-    assert Choice(Candidate(4, 3, Load(9999, 1, 1), load), plan, 1.5).tokens_per_second == 2000.0, "3 · 1000 / 1.5"
-    assert Choice(Candidate(4, 3, load, load), plan, None).tokens_per_second is None
+    found = Choice(Candidate(4, 3, Load(9999, 1, 1), load, 2400), plan, 1.5)
+    assert found.tokens_per_second == 1600.0, "2400 / 1.5: of the 3 · 1000 some are padding"
+    assert Choice(Candidate(4, 3, load, load, 2400), plan, None).tokens_per_second is None
 
 
 # -- real shapes ------------------------------------------------------------------------------------------------------
@@ -138,6 +139,7 @@ CANDIDATES = [
         math.ceil(16 / size),
         Load(size * 1024, size * 1024, 1024, size < 16),
         Load(size * 900, size * 300, 900, size < 16),
+        math.ceil(16 / size) * size * 900,
     )
     for size in even_sizes(16)
 ]
@@ -177,7 +179,7 @@ def test_each_option_is_planned_for_its_largest_and_timed_for_its_typical_micro_
 
 def test_options_take_a_loaded_models_numbers_and_what_graphs_save() -> None:
     shape, setup = ModelShape.of(SHAPES["smollm2-135m"]), Setup("lora", "fused")
-    candidate = Candidate(1, 1, Load(64, 64, 64, False), Load(64, 64, 64, False))
+    candidate = Candidate(1, 1, Load(64, 64, 64, False), Load(64, 64, 64, False), 64)
     (plain,) = options(shape, setup, [candidate], "auto", 10.0, H100, graphs=True)
     (loaded,) = options(shape, setup, [candidate], "auto", 10.0, H100, graphs=False, weights_gb=3.0, trainable=10**6)
     assert loaded.plan.breakdown["weights_gb"] == 3.0

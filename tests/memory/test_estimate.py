@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from tiny import make_tiny_model
 from tunesmith.config import AdapterConfig, ModelConfig, QuantizationConfig
-from tunesmith.hardware import ComputeDType, probe, torch_dtype
+from tunesmith.hardware import ComputeDType, Hardware, probe, torch_dtype
 from tunesmith.memory import estimate as module
 from tunesmith.memory.estimate import (
     STATE_BYTES,
@@ -29,6 +29,7 @@ from tunesmith.memory.estimate import (
 )
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.adapters import add_adapter, weights_gb
+from tunesmith.models.attention import REPEATED, implementation
 from tunesmith.models.load import find_model, load_model
 from tunesmith.training.prepare import prepare
 from tunesmith.types import GB, LayerPolicy, MemoryPlan
@@ -77,11 +78,15 @@ def test_trainable_weights_are_in_fp32() -> None:
 
 # -- what autograd saves ----------------------------------------------------------------------------------------------
 
+T4 = Hardware("cuda:0", "Tesla T4", 14.6, False, (7, 5))
+
 TOKENS = 97
 """A prime: a tensor is an activation if its size is a multiple of it, as no size of the models is."""
 
 
-def saved_bytes(family: str, method: str, dtype: ComputeDType) -> tuple[ModelShape, float, float]:
+def saved_bytes(
+    family: str, method: str, dtype: ComputeDType, attention: str = "sdpa", masked: bool = False
+) -> tuple[ModelShape, float, float]:
     """The shape of a model, and bytes that a forward of its only layer saves: activations a token, and everything else.
 
     As training runs it: prepared, the base in the compute type with an adapter of rank 4, or in fp32 for full fine-tuning;
@@ -94,7 +99,7 @@ def saved_bytes(family: str, method: str, dtype: ComputeDType) -> tuple[ModelSha
         "intermediate_size": 208,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
-        "attn_implementation": "eager" if family == "gemma2" else "sdpa",
+        "attn_implementation": "eager" if family == "gemma2" else attention,
     }
     if "head_dim" in settings:
         settings["head_dim"] = 24
@@ -114,6 +119,8 @@ def saved_bytes(family: str, method: str, dtype: ComputeDType) -> tuple[ModelSha
     mask = None
     if family == "gemma2":
         mask = torch.full((TOKENS, TOKENS), float("-inf")).triu(1).to(hidden.dtype)[None, None]
+    elif masked:
+        mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril().expand(2, 1, -1, -1)
     known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *rotary)}
     storages: dict[int, torch.UntypedStorage] = {}
 
@@ -150,6 +157,24 @@ def test_a_layer_saves_what_the_arithmetic_says(family: str, method: Any, dtype:
         norms += shape.num_heads + shape.num_kv_heads
     small = 4 * norms + (0 if family == "gemma2" else 4 * shape.num_heads)  # 1 / rms, and the softmax's logsumexp
     assert activations == expected + small
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("why", ["no kernel for shared keys", "a mask"])
+def test_repeated_keys_and_masks_are_saved_as_the_arithmetic_says(family: str, dtype: ComputeDType, why: str) -> None:
+    """Each query head has keys and values of its own; of a mask a layer saves T values a row in the compute type."""
+    masked = why == "a mask"
+    assert implementation("sdpa", T4, dtype) == REPEATED
+    shape, activations, _ = saved_bytes(family, "lora", dtype, "sdpa" if masked else REPEATED, masked)
+    plain = Setup("lora", "reference", 4 if dtype == "fp32" else 2, 4)
+    usual = reference_bytes(shape, shape.layers[0][1], plain, TOKENS)
+    setup = plain if masked else replace(plain, grouped=False)
+    expected = reference_bytes(shape, shape.layers[0][1], setup, TOKENS, TOKENS if masked else 0)
+    assert (expected != usual) == (masked or family != "gemma3_text"), "whose only head is repeated as a view"
+    norms = 2 if not shape.post_norms else 4
+    norms += shape.num_heads + shape.num_kv_heads if shape.head_norms else 0
+    assert activations == expected + 4 * (norms + shape.num_heads)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])

@@ -58,6 +58,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2 with latent queries": {**LATENT, "q_lora_rank": 8},
     "deepseek_v2 with biases": {**LATENT, "q_lora_rank": 8, "attention_bias": True},
     "deepseek_v2, all dense": {**LATENT, "q_lora_rank": 8, "first_k_dense_replace": 3},
+    "qwen2_moe": {**EXPERTS, "head_dim": 6, "shared_expert_intermediate_size": 22},
     "qwen3_moe": EXPERTS,
     "smollm3": {},
 }
@@ -360,6 +361,37 @@ def test_numbers_with_a_default_may_be_missing_but_not_wrong(key: str, value: An
     with pytest.raises(ModelError, match=rf"config\.json: {key} is {value!r}: expected a positive number"):
         ModelShape.of(raw("llama", **{key: value}))
     assert ModelShape.of(raw("llama", **{key: None})).num_layers == 3
+
+
+@pytest.mark.parametrize("value", ["2048", 2048.5, -1, True, [1]])
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [
+        ("llama", "max_position_embeddings"),
+        ("mistral", "sliding_window"),
+        ("qwen2", "max_window_layers"),
+        ("mixtral", "num_local_experts"),
+        ("qwen3_moe", "decoder_sparse_step"),
+        ("deepseek_v2", "q_lora_rank"),
+        ("deepseek_v2", "first_k_dense_replace"),
+        ("deepseek_v2", "n_shared_experts"),
+    ],
+)
+def test_numbers_that_may_be_left_out_may_not_be_wrong_either(model_type: str, key: str, value: Any) -> None:
+    settings = {"deepseek_v2": LATENT, "qwen2": {"use_sliding_window": True, "sliding_window": 64}}.get(model_type, {})
+    with pytest.raises(ModelError) as found:
+        ModelShape.of(raw(model_type, **{**settings, key: value}))
+    assert str(found.value) == f"config.json: {key} is {value!r}: expected a whole number without quotes, or null"
+
+
+def test_a_missing_context_is_unknown() -> None:
+    assert ModelShape.of(raw("llama", max_position_embeddings=None)).context_length is None
+
+
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_rope_in_other_words_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=f"config\\.json: {name} is 'linear': expected an object or null"):
+        ModelShape.of(raw("llama", **{name: "linear"}))
 
 
 @pytest.mark.parametrize("config", [{}, {"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_head": 2}])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tunesmith.models.catalogue import ALSO_KNOWN_AS, CATALOGUE, find_model_config, nearest_models
+from tunesmith.models.catalogue import ALSO_KNOWN_AS, CATALOGUE, find_model_config, nearest_models, unknown_model
 
 GEMMA3_VISION = 416_866_032
 """SigLIP's tower in Gemma 3 from 4B on. A norm and a projection of its 1,152 features to the hidden size come on top."""
@@ -23,6 +23,7 @@ PARAMETERS = {
     "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
     "meta-llama/Llama-3.1-8B": 8_030_261_248,
     "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800,
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "meta-llama/Llama-3.2-3B": 3_212_749_824,
     "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
@@ -70,6 +71,8 @@ PARAMETERS = {
     "Qwen/Qwen3-32B": 32_762_123_264,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "Qwen/Qwen3-30B-A3B-Instruct-2507": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "Qwen/Qwen3-235B-A22B-Instruct-2507": 235_093_634_560,
     "google/gemma-2-2b": 2_614_341_888,
     "google/gemma-2-9b": 9_241_705_984,
     "google/gemma-2-27b": 27_227_128_320,
@@ -160,6 +163,7 @@ def test_every_entry_is_found_by_its_id(name: str) -> None:
         ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-7B"),
         ("Qwen/Qwen2.5-Coder-32B-Instruct", "Qwen/Qwen2.5-32B"),
         ("qwen2.5_coder_1.5b", "Qwen/Qwen2.5-1.5B"),
+        ("qwen2-57b-a14b-instruct", "Qwen/Qwen2-57B-A14B"),
         ("Qwen3-4B-Base", "Qwen/Qwen3-4B"),
         ("qwen3-4b", "Qwen/Qwen3-4B"),
         ("Qwen/Qwen3-4B-Thinking-2507", "Qwen/Qwen3-4B-Instruct-2507"),
@@ -198,7 +202,6 @@ def test_what_users_say(said: str, name: str) -> None:
         "mixtral-8x22b",  # the base has 32,000 tokens, the instruct model 32,768
         "phi-3-mini",  # 4k and 128k differ
         "gemma-2b",  # the first Gemma, not gemma-2-2b
-        "qwen2-57b-a14b",
         "Qwen2.5-7B-Instruct-1M",
         "Qwen2.5-VL-7B-Instruct",
         "deepseek",
@@ -243,6 +246,38 @@ def test_other_names_lead_to_entries() -> None:
 )
 def test_nearest_models(said: str, near: list[str]) -> None:
     assert nearest_models(said)[: len(near) or None] == near
+
+
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        (
+            "Mistral-7B",
+            "several known models have such names: name one of mistralai/Mistral-7B-v0.1, "
+            "mistralai/Mistral-7B-Instruct-v0.2, mistralai/Mistral-7B-v0.3",
+        ),
+        (
+            "phi-3-mini",
+            "several known models have such names: name one of microsoft/Phi-3-mini-4k-instruct, "
+            "microsoft/Phi-3-mini-128k-instruct",
+        ),
+        (
+            "llama3",
+            "several known models have such names: name one of meta-llama/Meta-Llama-3-8B, meta-llama/Meta-Llama-3-70B",
+        ),
+        ("smolm2-135m", "known models like it: HuggingFaceTB/SmolLM2-135M, HuggingFaceTB/SmolLM2-360M"),
+    ],
+)
+def test_a_name_that_is_not_known_is_told_which_are(said: str, hint: str) -> None:
+    first = f"{said}: no such model folder and no known model (a hub id looks like org/model)"
+    assert unknown_model(said).startswith(f"{first}; {hint}")
+
+
+def test_of_many_names_a_few_are_told() -> None:
+    told = unknown_model("llama").rpartition("name one of ")[2]
+    assert told.count("/") == 6
+    assert told.endswith("meta-llama/Llama-3.1-8B or 5 more")
+    assert unknown_model("banana").endswith("(a hub id looks like org/model)")
 
 
 def test_importing_cards_and_catalogue_is_quick_and_loads_no_torch() -> None:

@@ -595,7 +595,15 @@ def test_real_graphs_change_nothing_that_widening_does_not(
     session: Session, monkeypatch: pytest.MonkeyPatch, ways: tuple[str, ...]
 ) -> None:
     """The same widened micro-batches, once with graphs and once launch by launch, so that the kernels are the same too."""
-    settings = (*SHORT, *ways, "model.device=cuda", "model.dtype=fp32", "training.max_steps=6", "training.epochs=6")
+    settings = (
+        *SHORT,
+        *ways,
+        "model.device=cuda",
+        "model.dtype=fp32",
+        "training.micro_batch_size=2",
+        "training.max_steps=6",
+        "training.epochs=6",
+    )
     monkeypatch.setattr(module, "PAYS_FROM", 0.0)
     graphed, plain = session(*settings), session(*settings)
     graphed.train()

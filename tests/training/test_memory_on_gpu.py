@@ -93,8 +93,13 @@ WAYS = {
     "fused": ("model.engine=fused", "training.cuda_graphs=false"),
     "fused, dropout": ("model.engine=fused", "adapter.dropout=0.1"),
     "fused, packed, graphs": ("model.engine=fused", "data.packing=true"),
-    "full": ("method=full", "optimizer.name=adamw_8bit"),
+    "full": ("method=full", "optimizer.name=adamw"),
+    "full, 8-bit states": ("method=full", "optimizer.name=adamw_8bit"),
 }
+
+TOLERANCE = {"fused, packed, graphs": 1e-5, "full, 8-bit states": 1e-5}
+"""Sums in another order differ in the last bit of fp32; graphs widen rows besides. A state of 8 bits that lies between two of
+its 256 values can fall to the other one for that."""
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -114,14 +119,18 @@ def test_losses_under_a_cap_are_those_of_a_run_with_room(session: Session, model
     found = events(run, "out_of_memory")
     assert [event["halvings"] for event in found][:1] == [1], "the cap is under what the step needs"
     assert "CUDA out of memory" in found[0]["message"]
-    assert losses(run) == pytest.approx(expected, rel=1e-6 if "graphs" not in way else 1e-5)
+    assert losses(run) == pytest.approx(expected, rel=TOLERANCE.get(way, 1e-6))
     assert torch.cuda.max_memory_reserved() <= torch.cuda.get_device_properties(0).total_memory
 
 
 def test_nothing_left_ends_with_a_diagnosis(session: Session, model: Path) -> None:
     run = session(*SETTINGS, model=model)
     collect()
-    cap(torch.cuda.memory_reserved() / GB + 0.001)
+    cap(torch.cuda.memory_reserved() / GB)
+    held = []
+    with pytest.raises(torch.OutOfMemoryError):  # what is reserved, but not used
+        while True:
+            held.append(torch.empty(1 << 18, device="cuda"))
     with pytest.raises(MachineError) as caught:
         run.train()
     lines = str(caught.value).split("\n")
@@ -131,9 +140,18 @@ def test_nothing_left_ends_with_a_diagnosis(session: Session, model: Path) -> No
     assert [event["halvings"] for event in events(run, "out_of_memory")] == [1, 2, 3, 3]
 
 
-@pytest.mark.parametrize("engine", ["reference", "fused"])
-def test_a_dry_step_measures_what_training_takes(session: Session, model: Path, engine: str) -> None:
-    settings = (*SETTINGS, f"model.engine={engine}", "memory.calibrate=true", "training.cuda_graphs=false")
+DRY = {
+    "reference, fp32": ("model.engine=reference",),
+    "reference, bf16": ("model.engine=reference", "model.dtype=bf16"),
+    "reference, packed": ("model.engine=reference", "model.dtype=bf16", "data.packing=true"),
+    "fused, fp32": ("model.engine=fused",),
+    "fused, bf16": ("model.engine=fused", "model.dtype=bf16"),
+}
+
+
+@pytest.mark.parametrize("way", DRY)
+def test_a_dry_step_measures_what_training_takes(session: Session, model: Path, way: str) -> None:
+    settings = (*SETTINGS, *DRY[way], "memory.calibrate=true", "training.cuda_graphs=false")
     session(*settings, model=model).train()
     run = session(*settings, model=model)
     (event,) = run.calibration

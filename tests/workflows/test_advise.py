@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tiny import write_jsonl
-from tunesmith.config import Method, load_config
+from tunesmith.config import load_config
 from tunesmith.errors import ConfigError, DataError, ModelError
 from tunesmith.workflows.advise import QUESTIONS, Question, advise, complete, decide, parse_answers, remarks
 from tunesmith.workflows.advise_costs import Prices, cost_model
@@ -175,6 +175,22 @@ def test_examples_that_are_too_long_for_the_prompt_say_how_long() -> None:
 def test_what_other_answers_mean(given: dict[str, str], decision: Any, start: str) -> None:
     (remark,) = remarks(facts(), answers(**given), decision)
     assert remark.startswith(start)
+
+
+def test_one_of_something_is_said_as_one() -> None:
+    found = remarks(facts(conflicts=1, distinct_rows=2999, labels={"a": 2, "b": 9}), answers(), "fine_tune")
+    assert found[-3:] == [
+        "1 of 3,000 rows repeats another: it counts once here",
+        "1 row gives a prompt of an earlier row another answer: settle which is right",
+        "1 of 2 labels has fewer than 5 rows: too few to learn, or to measure",
+    ]
+    one = facts(1)
+    assert decide(one, answers(goal="style"))[1][0].startswith("1 row: under about 500")
+    assert decide(one, answers(goal="style", knowledge_changes="daily"))[1][1].startswith(
+        "1 row is too few to train on"
+    )
+    reasons = {setting.key: setting.reason for setting in choose_settings(one, config_of(), None).settings}
+    assert reasons["training.epochs"] == "1 row is few: it is worth seeing again"
 
 
 def test_nothing_is_remarked_where_nothing_is_wrong() -> None:
@@ -342,10 +358,9 @@ def test_a_model_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def fits(**peaks: float) -> Any:
     """A card of 24 GB, on which each method has this peak; what is not named cannot be predicted."""
 
-    def fit(method: Method, r: int, max_seq_length: int, batch_size: int) -> FitResult | None:
-        if method not in peaks:
-            return None
-        return FitResult(peaks[method], 24.0, peaks[method] <= 24.0, 5000.0, 8)
+    def fit(settings: Mapping[str, Any], lengths: Sequence[int], supervised: Sequence[int]) -> FitResult | None:
+        peak = peaks.get(settings["method"])
+        return None if peak is None else FitResult(peak, 24.0, peak <= 20.835, 5000.0, 8)  # 90% of 24 - 0.85
 
     return fit
 
@@ -420,13 +435,15 @@ def test_the_rank_of_few_rows_stays_low_unless_they_are_books() -> None:
 @pytest.mark.parametrize(
     ("peaks", "method", "reason"),
     [
-        ({"lora": 20.0}, "lora", "learns as well as full on data of this size (LWR), and fits: 20.0 of 24.0 GB"),
-        ({"lora": 22.7, "qlora": 9.0}, "lora", "learns as well as full"),
-        ({"lora": 22.9, "qlora": 9.0}, "qlora", "LoRA leaves no room (22.9 of 24.0 GB); QLoRA takes 9.0 of 24.0 GB"),
-        ({"lora": 30.0, "qlora": 9.0}, "qlora", "LoRA does not fit (30.0 of 24.0 GB); QLoRA takes 9.0 of 24.0 GB"),
-        ({"lora": 23.5}, "lora", "fits, with hardly any room: 23.5 of 24.0 GB"),
-        ({"lora": 90.0, "qlora": 40.0}, "qlora", "does not fit (40.0 of 24.0 GB): take a smaller model"),
-        ({"lora": 90.0}, "lora", "does not fit (90.0 of 24.0 GB): take a smaller model"),
+        ({"lora": 20.0}, "lora", "learns as well as full on data of this size (LWR), and fits: 20.0 of 20.8 usable GB"),
+        ({"lora": 20.8, "qlora": 9.0}, "lora", "learns as well as full"),
+        (
+            {"lora": 21.0, "qlora": 9.0},
+            "qlora",
+            "LoRA does not fit (21.0 of 20.8 usable GB); QLoRA takes 9.0 of 20.8 usable GB",
+        ),
+        ({"lora": 90.0, "qlora": 40.0}, "qlora", "does not fit: 40.0 of 20.8 usable GB"),
+        ({"lora": 90.0}, "lora", "does not fit: 90.0 of 20.8 usable GB"),
         ({}, "lora", "what this model needs on this card cannot be predicted"),
         ({"lora": 5.0, "full": 6.0}, "lora", "learns as well as full"),
     ],
@@ -449,34 +466,33 @@ def test_full_fine_tuning_only_for_what_no_adapter_holds() -> None:
 def test_what_the_card_is_asked() -> None:
     asked: list[Sequence[Any]] = []
 
-    def fit(method: Method, r: int, max_seq_length: int, batch_size: int) -> FitResult:
-        asked.append((method, r, max_seq_length, batch_size))
-        return FitResult(30.0, 24.0, method == "qlora", 5000.0, 64)
+    def fit(settings: Mapping[str, Any], lengths: Sequence[int], supervised: Sequence[int]) -> FitResult:
+        asked.append((dict(settings), set(lengths), set(supervised)))
+        return FitResult(30.0, 24.0, settings["method"] == "qlora", 5000.0, 64, graphs_gb=0.5)
 
     plan = choose_settings(facts(12_000, 100), config_of(), fit)
-    assert asked == [("lora", 16, 128, 32), ("qlora", 16, 128, 32)]
+    common = {"data.max_seq_length": 128, "data.packing": False, "training.batch_size": 32}
+    adapter = {"adapter.r": 16, "adapter.alpha": 32, "adapter.target_modules": "all-linear"}
+    assert asked == [({"method": method, **common, **adapter}, {100}, {30}) for method in ("lora", "qlora")]
     asked.clear()
     choose_settings(facts(12_000, 100, supervised_tokens=2_000_000_000), config_of(), fit)
-    assert asked[0] == ("full", 0, 128, 32)
+    assert asked[0][0] == {"method": "full", **common}
     assert "training.micro_batch_size" not in plan.values  # train plans it
-    assert plan.fits() == {
-        "method": "qlora",
+    said = {
         "peak_gb": 30.0,
         "memory_gb": 24.0,
         "fits": True,
         "tokens_per_second": 5000.0,
         "micro_batch_size": 64,
-        "tried": {
-            name: {
-                "peak_gb": 30.0,
-                "memory_gb": 24.0,
-                "fits": name == "qlora",
-                "tokens_per_second": 5000.0,
-                "micro_batch_size": 64,
-            }
-            for name in ("lora", "qlora")
-        },
+        "micro_batch_unit": "examples",
+        "graphs_gb": 0.5,
+        "num_gpus": 1,
+        "basis": {},
+        "usable_gb": pytest.approx(0.9 * (24 - 0.85)),
     }
+    assert plan.fits() == {"method": "qlora", **said, "tried": {"lora": said | {"fits": False}, "qlora": said}}
+    assert plan.fit is not None
+    assert plan.fit.needs == "30.5 of 20.8 usable GB"  # with the graphs
 
 
 def test_without_a_card_the_plan_says_so() -> None:
@@ -495,7 +511,10 @@ def test_the_length_follows_the_data() -> None:
     assert "data.overlong" not in settings(facts(1000, 100))
     plan = choose_settings(facts(1000, 100, estimated=True), config_of(), None)
     assert (plan.values["data.max_seq_length"], plan.max_seq_length) == ("auto", 128)
-    assert settings(facts(1000, 100, context_length=96))["data.max_seq_length"] == 96
+    short = choose_settings(facts(1000, 100, context_length=96), config_of(), None)
+    assert (short.values["data.max_seq_length"], short.values["data.overlong"]) == (96, "truncate")
+    assert list(short.lengths) == [96] * 1000
+    assert short.settings[2].reason.startswith("every row is longer than the model takes (96 tokens)")
 
 
 def test_plain_text_is_split() -> None:
@@ -513,6 +532,21 @@ def test_packing_where_lengths_differ() -> None:
     assert "data.packing" not in settings(facts(1000, 100))
     one_at_a_time = choose_settings(spread, config_of(), lambda *_: FitResult(20.0, 24.0, True, None, 1))
     assert "data.packing" not in one_at_a_time.values  # a micro-batch of one row has no padding
+
+
+@pytest.mark.parametrize("packed_fits", [True, False])
+def test_packing_is_planned_where_it_is_recommended(packed_fits: bool) -> None:
+    def fit(settings: Mapping[str, Any], lengths: Sequence[int], supervised: Sequence[int]) -> FitResult:
+        if settings["data.packing"]:
+            return FitResult(20.0, 24.0, packed_fits, 9000.0, 1024, "tokens")
+        return FitResult(10.0, 24.0, True, 5000.0, 8)
+
+    spread = facts(1000, lengths=[20 if index % 2 else 20 + 7 * (index % 100) for index in range(1000)])
+    plan = choose_settings(spread, config_of(), fit)
+    assert plan.values.get("data.packing", False) is packed_fits
+    assert plan.fit is plan.tried["lora"]
+    assert plan.fit is not None
+    assert plan.fit.tokens_per_second == (9000.0 if packed_fits else 5000.0)
 
 
 @pytest.mark.parametrize(
@@ -614,22 +648,40 @@ def test_no_costs_without_prices() -> None:
 def test_hours_of_a_run_and_of_the_search() -> None:
     run = costs(Prices(per_hour=2.0), fits(lora=20.0))["run"]
     assert run == {
-        "tokens": 300_000,
+        "tokens": 270_000,  # a tenth is held out
         "epochs": 3,
         "tokens_per_second": 5000.0,
-        "hours": 0.05,
-        "cost": 0.1,
-        "search_hours": [0.25, 0.5],
-        "search_cost": [0.5, 1.0],
+        "num_gpus": 1,
+        "hours": 0.045,
+        "cost": 0.09,
+        "search_hours": pytest.approx([0.225, 0.45]),
+        "search_cost": pytest.approx([0.45, 0.9]),
+        "unknown": None,
     }
 
 
-def test_rows_count_as_cut_to_the_longest_sequence() -> None:
+@pytest.mark.parametrize(("held_out", "share"), [(None, 0.9), ("held_out.jsonl", 1.0)])
+def test_rows_that_are_dropped_or_held_out_cost_nothing(held_out: str | None, share: float) -> None:
     data = facts(1000, lengths=[100] * 960 + [1000] * 40)
-    plan = choose_settings(data, config_of(), fits(lora=20.0))
+    plan = choose_settings(data, config_of(**{"data.eval_path": held_out}), fits(lora=20.0))
+    assert plan.values["data.overlong"] == "drop"
     found = cost_model(data, plan, Prices(per_hour=1.0))
     assert found is not None
-    assert found["run"]["tokens"] == 960 * 100 + 40 * 128
+    assert found["run"]["tokens"] == share * 960 * 100
+
+
+def test_the_price_is_of_one_card_of_several() -> None:
+    four = costs(Prices(per_hour=2.0), lambda *_: FitResult(20.0, 24.0, True, 5000.0, 8, num_gpus=4))["run"]
+    assert (four["num_gpus"], four["hours"], four["cost"]) == (4, 0.045, 4 * 0.09)
+
+
+def test_a_run_that_does_not_fit_has_no_costs() -> None:
+    result = costs(Prices(2.0, 0.5, 1000, 2.0, 10.0), fits(lora=90.0, qlora=40.0))
+    run = result["run"]
+    assert (run["unknown"], run["hours"], run["cost"]) == ("it does not train on this card", None, None)
+    assert ways(result, "first_year")["fine_tune"] is None
+    assert ways(result, "serving")["fine_tune"] < 8760 * 2.0  # not on a card that it does not train on
+    assert costs(Prices(per_hour=2.0))["run"]["unknown"] == "no card is known that the speed could be predicted for"
 
 
 def test_serving_by_the_token() -> None:
@@ -674,7 +726,7 @@ def test_a_year_with_all_prices() -> None:
     assert serving["fine_tune"] == 8760 * 2.0  # a card that is always on
     assert serving["few_shot"] == pytest.approx(365 * 1000 * (870 * 2 + 30 * 10) / 1e6)  # a hosted model
     first_year = ways(result, "first_year")
-    assert first_year["fine_tune"] == [0.5 + 1500 + 17520, 1.0 + 1500 + 17520]
+    assert first_year["fine_tune"] == pytest.approx([0.45 + 1500 + 17520, 0.9 + 1500 + 17520])
     assert first_year["few_shot"] == pytest.approx([2.5 + serving["few_shot"]] * 2)
 
 
@@ -717,7 +769,7 @@ def test_advice_has_the_keys_that_others_rely_on(tmp_path: Path) -> None:
     out = tmp_path / "run.yaml"
     result = advise(config_of(path), {"goal": "style"}, out=out, prices=Prices(per_hour=1.0))
     assert list(result) == [
-        *("decision", "headline", "reasons", "alternatives", "answers", "assumed", "data", "settings"),
+        *("decision", "headline", "instead", "reasons", "alternatives", "answers", "assumed", "data", "settings"),
         *("settings_reasons", "run_yaml", "fits", "costs"),
     ]
     assert (result["decision"], result["run_yaml"], result["fits"]) == ("few_shot", str(out), None)

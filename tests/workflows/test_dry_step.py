@@ -27,7 +27,7 @@ from tunesmith.training.objectives import SupervisedFineTuning
 from tunesmith.training.optimizers import make_optimizer
 from tunesmith.training.prepare import prepare
 from tunesmith.types import GB, Batch, LayerPolicy, Term, TokenizedExample
-from tunesmith.workflows import run_plan
+from tunesmith.workflows import dry_step, run_plan
 from tunesmith.workflows.dry_step import DryStep, _largest, calibrated
 from tunesmith.workflows.run_plan import RunPlan, plan_run
 
@@ -70,6 +70,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, note(name, answer))
+    monkeypatch.setattr(dry_step, "release_memory", note("release_memory"))
     monkeypatch.setattr(run_plan, "no_fused_engine", lambda hardware: None)
     monkeypatch.setattr(run_plan, "host_factor", lambda device: 1.0)
     return found
@@ -163,7 +164,7 @@ def test_the_peak_is_of_a_forward_and_backward(
     cuda.peaks = [3.25]
     assert made.step.measure(made.plan) == 3.25
     assert cuda.calls == [
-        "empty_cache",
+        "release_memory",
         "reset_peak_memory_stats",
         "get_rng_state_all",
         *["forward"] * steps,
@@ -488,20 +489,22 @@ def test_a_peak_below_the_prediction_keeps_more(make: Callable[..., Made], cuda:
     assert len(events) == 2
 
 
-def test_the_last_correction_holds_though_it_is_not_measured(make: Callable[..., Made], cuda: Cuda) -> None:
+def test_a_plan_is_tried_until_one_is_seen_to_fit(make: Callable[..., Made], cuda: Cuda) -> None:
     with a_tight_budget(make) as (made, predicted):
         second = made.plan.corrected(1.02 * predicted)
         low = (second.memory.predicted_peak_gb or 0.0) - 0.06 * predicted
         third = second.corrected(low)
         assert third.memory.policies == made.plan.memory.policies
         high = (third.memory.predicted_peak_gb or 0.0) + 0.06 * predicted
-        cuda.peaks = [1.02 * predicted, low, high]
+        fourth = third.corrected(high)
+        assert fourth.memory.policies != third.memory.policies
+        cuda.peaks = [1.02 * predicted, low, high, fourth.memory.predicted_peak_gb or 0.0]
         found, events = calibrated(made.plan, made.step)
-        assert (cuda.peaks, len(events)) == ([], 3)
-        assert found.memory.policies == third.corrected(high).memory.policies != third.memory.policies
+        assert (cuda.peaks, len(events)) == ([], 4)
+        assert found.memory.policies == fourth.memory.policies
         assert tuple(layer.policy for layer in made.layers) == found.memory.policies
         assert [event["message"].endswith(f"; the plan now: {found.memory.reason}") for event in events] == [
-            *(False, False, True)
+            *(False, False, False, True)
         ]
 
 

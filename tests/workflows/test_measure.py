@@ -104,8 +104,7 @@ def test_a_run_records_what_it_measured(ready: Callable[..., TrainingSession]) -
     assert len(steps) > LEAST_STEPS + 5
     rate = median(event["seconds"] / event["tokens"] for event in steps[5:])
     assert (found.tokens_per_second, found.steps) == (pytest.approx(1 / rate), len(steps) - 5)
-    tokens = plan.choice.candidate.count * plan.choice.candidate.typical.tokens
-    assert found.predicted_tokens_per_second == tokens / 0.125
+    assert found.predicted_tokens_per_second == plan.choice.candidate.tokens / 0.125
     assert (found.card, found.engine, found.method, found.scheme) == ("H100", "reference", "lora", None)
     assert plan.shape is not None
     assert (found.version, found.model_type, found.parameters) == (__version__, "llama", plan.shape.num_parameters)

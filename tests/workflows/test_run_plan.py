@@ -126,12 +126,14 @@ LENGTHS, SUPERVISED = [10, 20, 30, 60], [1, 2, 30, 7]
 
 
 def test_padded_micro_batches_by_hand() -> None:
-    """The largest has the longest rows, padded; the typical one is the mean. The batch has four examples of mean length 30."""
+    """The largest has the longest rows; the typical one is the mean of 60 and 30, 20 and 10, padded, as training pairs them."""
     assert loads(LENGTHS, SUPERVISED) == [
         (1, "examples", 4, Load(60, 30, 60, True), Load(30, 10, 30, True)),
-        (2, "examples", 2, Load(120, 37, 60, True), Load(60, 20, 30, True)),
-        (4, "examples", 1, Load(240, 40, 60, False), Load(120, 40, 30, False)),
+        (2, "examples", 2, Load(120, 37, 60, True, 60), Load(80, 20, 40, True)),
+        (4, "examples", 1, Load(240, 40, 60, False, 60), Load(240, 40, 60, False)),
     ]
+    # Rows of one length need no mask.
+    assert [each[3].masked for each in loads([60] * 4, SUPERVISED)] == [0, 0, 0]
     assert loads(LENGTHS, SUPERVISED, device="cpu") == loads(LENGTHS, SUPERVISED)
     assert loads(LENGTHS, SUPERVISED, "training.batch_size=4") == loads(LENGTHS, SUPERVISED)
     # Graphs want few sizes: 60 becomes 64. Supervised tokens are no more than tokens.
@@ -151,37 +153,39 @@ def test_sizes_divide_the_batch_evenly() -> None:
 
 def test_packed_micro_batches_by_hand() -> None:
     assert loads(LENGTHS, SUPERVISED, "data.packing=true", "data.max_seq_length=auto") == [
-        (60, "tokens", 2, Load(60, 40, 60, True), Load(60, 20, 30, True)),
-        (90, "tokens", 2, Load(90, 40, 60, True), Load(60, 20, 30, True)),
-        (120, "tokens", 1, Load(120, 40, 60, False), Load(120, 40, 30, False)),
+        (60, "tokens", 2, Load(60, 40, 60, True, 60), Load(60, 20, 30, True)),
+        (90, "tokens", 2, Load(90, 40, 60, True, 90), Load(60, 20, 30, True)),
+        (120, "tokens", 1, Load(120, 40, 60, False, 120), Load(120, 40, 30, False)),
     ]
     # A budget below `data.max_seq_length` would be refused; above what a step has it is the step.
     assert loads(LENGTHS, SUPERVISED, "data.packing=true", "data.max_seq_length=2048") == [
-        (2048, "tokens", 1, Load(120, 40, 60, False), Load(120, 40, 30, False)),
+        (2048, "tokens", 1, Load(120, 40, 60, False, 120), Load(120, 40, 30, False)),
     ]
     # By examples on a CPU.
     assert [each[:4] for each in loads(LENGTHS, SUPERVISED, "data.packing=true", device="cpu")] == [
-        (1, "examples", 4, Load(60, 30, 60, True)),
-        (2, "examples", 2, Load(90, 37, 60, True)),
-        (4, "examples", 1, Load(120, 40, 60, False)),
+        (1, "examples", 4, Load(60, 30, 60, True, 60)),
+        (2, "examples", 2, Load(90, 37, 60, True, 90)),
+        (4, "examples", 1, Load(120, 40, 60, False, 120)),
     ]
 
 
 def test_micro_batches_that_are_set_by_hand() -> None:
     assert loads(LENGTHS, SUPERVISED, "training.micro_batch_size=3") == [
-        (3, "examples", 2, Load(180, 39, 60, True), Load(60, 20, 30, True))
+        (3, "examples", 2, Load(180, 39, 60, True, 60), Load(95, 20, 48, True))
     ]
     packed = ("data.packing=true", "data.max_seq_length=64", "training.micro_batch_tokens=64")
-    assert loads(LENGTHS, SUPERVISED, *packed) == [(64, "tokens", 2, Load(64, 40, 60, True), Load(60, 20, 30, True))]
+    assert loads(LENGTHS, SUPERVISED, *packed) == [
+        (64, "tokens", 2, Load(64, 40, 60, True, 64), Load(60, 20, 30, True))
+    ]
     assert loads(LENGTHS, SUPERVISED, *packed, "training.batch_tokens=256") == [
-        (64, "tokens", 4, Load(64, 40, 60, True), Load(64, 21, 30, True))
+        (64, "tokens", 4, Load(64, 40, 60, True, 64), Load(64, 21, 30, True))
     ]
 
 
 def test_one_example() -> None:
     assert loads([7], [3]) == [(1, "examples", 1, Load(7, 3, 7, False), Load(7, 3, 7, False))]
     assert loads([7], [3], "data.packing=true", "data.max_seq_length=auto", "training.batch_size=1") == [
-        (7, "tokens", 1, Load(7, 3, 7, False), Load(7, 3, 7, False))
+        (7, "tokens", 1, Load(7, 3, 7, False, 7), Load(7, 3, 7, False))
     ]
 
 
@@ -194,7 +198,7 @@ def test_a_choice_is_written_where_the_configuration_says_auto() -> None:
         ("tokens", ("data.packing=true", "data.max_seq_length=64", "training.micro_batch_tokens=64"), ("auto", 64)),
     ):
         training = config_of("tiny", *settings).training
-        set_micro_batch(training, Candidate(512 if unit == "tokens" else 3, 1, load, load, unit))  # type: ignore[arg-type]
+        set_micro_batch(training, Candidate(512 if unit == "tokens" else 3, 1, load, load, 8, unit))  # type: ignore[arg-type]
         assert (training.micro_batch_size, training.micro_batch_tokens) == expected
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from tunesmith.config import RunConfig
     from tunesmith.workflows.advise import Question
-    from tunesmith.workflows.advise_settings import Fit
+    from tunesmith.workflows.advise_card import CardFit
 
 WAYS = {
     "prompt": "prompt",
@@ -35,7 +35,7 @@ def advise(
         list[str] | None, typer.Option("--set", help="How data is read.", metavar="data.KEY=VALUE")
     ] = None,
     out: Annotated[str | None, typer.Option("--out", help="Write the settings here.", metavar="RUN.yaml")] = None,
-    per_hour: Annotated[float | None, typer.Option("--price-per-hour", help="Of the card.", min=0, metavar="X")] = None,
+    per_hour: Annotated[float | None, typer.Option("--price-per-hour", help="Of one card.", min=0, metavar="X")] = None,
     labelling: Annotated[
         float | None, typer.Option("--labelling-cost-per-example", help="Of one row.", min=0, metavar="X")
     ] = None,
@@ -86,36 +86,26 @@ def advise(
     if result["costs"]:
         print()
         console.table(costs_table(result["costs"]))
-        print("\n".join(costs_notes(result["costs"])))
+        for note in costs_notes(result["costs"]):
+            say(note)
 
 
-def card_fit(config: RunConfig, gpu: str | None, memory: float | None) -> Fit | None:
+def card_fit(config: RunConfig, gpu: str | None, memory: float | None) -> CardFit | None:
     """Predictions for the card that was named, or for this machine's; None without one. Raises ConfigError."""
-    from tunesmith.config import Method
     from tunesmith.errors import ModelError
     from tunesmith.workflows import plan as planner
-    from tunesmith.workflows.advise_settings import FitResult
+    from tunesmith.workflows.advise_card import CardFit
 
     target = planner.find_target(gpu, memory)
     if target is None:
         return None
     try:
-        _, shape = planner.find_shape(config.model.name)
+        name, shape = planner.find_shape(config.model.name)
     except ModelError:
         if gpu is not None or memory is not None:
             raise
         return None
-
-    def fit(method: Method, r: int, max_seq_length: int, batch_size: int) -> FitResult | None:
-        settings = planner.with_settings(config, method=method, adapter__r=max(1, r), training__batch_size=batch_size)
-        length = min(max_seq_length, shape.context_length or max_seq_length)
-        examples = planner.Data.of_length(length, batch_size)
-        option = planner.plan_option(settings, shape, target, examples.lengths, examples.supervised)
-        return FitResult(
-            option.peak_gb, target.memory_gb, option.fits, option.tokens_per_second, option.micro_batch_size
-        )
-
-    return fit
+    return CardFit(config, name, shape, target)
 
 
 def ask_in_terminal(question: Question, suggested: str) -> str:
@@ -138,24 +128,53 @@ def ask_in_terminal(question: Question, suggested: str) -> str:
 
 def print_advice(result: Mapping[str, Any]) -> None:
     """The decision, its reasons, the other ways, and the settings."""
-    print(result["headline"])
-    for reason in result["reasons"]:
-        print(f"  - {reason}")
-    print("\nother ways:")
-    for other in result["alternatives"]:
-        print(f"  - {WAYS[other['way']]}: {other['when']}")
+    say(result["headline"])
+    _bullets(result["reasons"])
+    if result["instead"]:
+        say("\nwhat would train:")
+        _bullets(result["instead"])
+    say("\nother ways:")
+    _bullets(f"{WAYS[other['way']]}: {other['when']}" for other in result["alternatives"])
     tuned = result["decision"] in ("fine_tune", "retrieval_and_fine_tune")
-    about = "about " if result["data"]["estimated"] else ""
-    facts = f"{result['data']['rows']:,} rows, {about}{result['data']['tokens']:,} tokens"
-    print(f"\nsettings for {facts}{'' if tuned else ', if you fine-tune all the same'}:")
+    about, rows = "about " if result["data"]["estimated"] else "", result["data"]["rows"]
+    facts = f"{rows:,} {'row' if rows == 1 else 'rows'}, {about}{result['data']['tokens']:,} tokens"
+    say(f"\nsettings for {facts}{'' if tuned else ', if you fine-tune all the same'}:")
     for key, value in result["settings"].items():
         shown = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
-        print(f"  {key:<32} {shown:<10} {result['settings_reasons'][key]}")
-    print("LWR: LoRA Without Regret (Schulman et al., Thinking Machines, 2025)")
-    if result["run_yaml"]:
-        print(f"\nwritten to {result['run_yaml']}; train with: tunesmith train {result['run_yaml']}")
+        say(result["settings_reasons"][key], f"  {key:<32} {shown:<10} ")
+    say("LWR: LoRA Without Regret (Schulman et al., Thinking Machines, 2025)")
+    fits = result["fits"]
+    if fits is not None:
+        say(f"usable GB: 90% of what the driver leaves of the card's {fits['memory_gb']:.1f} GB")
+        say(f"memory: {fits['basis']['memory']}")
+        if fits["tokens_per_second"] is not None:
+            say(f"speed: {fits['basis']['speed']}")
+    if not result["run_yaml"]:
+        say("\n--out RUN.yaml writes them to a file that `tunesmith train` takes")
+    elif fits is not None and not fits["fits"]:
+        say(f"\nwritten to {result['run_yaml']}, which does not train on this card: see above what would")
     else:
-        print("\n--out RUN.yaml writes them to a file that `tunesmith train` takes")
+        say(f"\nwritten to {result['run_yaml']}; train with: tunesmith train {result['run_yaml']}")
+
+
+def say(text: str, indent: str = "") -> None:
+    """Print a line; in a terminal, broken at words, and indented as far as it began."""
+    import shutil
+    import sys
+    import textwrap
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 0
+    if not width:
+        print(indent + text)
+        return
+    for line in text.split("\n"):
+        hang = " " * len(indent)
+        print(textwrap.fill(line, width, initial_indent=indent, subsequent_indent=hang, break_on_hyphens=False))
+
+
+def _bullets(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line, "  - ")
 
 
 def costs_table(costs: Mapping[str, Any]) -> Table:
@@ -178,7 +197,7 @@ def costs_table(costs: Mapping[str, Any]) -> Table:
 def costs_notes(costs: Mapping[str, Any]) -> list[str]:
     """How the figures came about, with what went in."""
     run, formulas, assumptions = costs["run"], costs["formulas"], costs["assumptions"]
-    hours = "unknown: no card is known that the speed could be predicted for"
+    hours = f"unknown: {run['unknown']}"
     if run["hours"] is not None:
         low, high = run["search_hours"]
         hours = (
@@ -186,12 +205,17 @@ def costs_notes(costs: Mapping[str, Any]) -> list[str]:
             f"{low:,.1f} to {high:,.1f} for 5 to 10 runs"
         )
     return [
-        f"hours of one run: {hours}",
+        f"hours of one run: {hours}{'; ' + cards if (cards := _cards(run)) else ''}",
         *(f"{name}: {formulas[name]}" for name in ("training", "labelling", "serving")),
         f"assumed tokens of a request: question {assumptions['question_tokens']}, answer {assumptions['answer_tokens']}, "
         f"instructions {assumptions['instruction_tokens']}, {assumptions['few_shot_examples']} examples (few-shot), "
-        f"{assumptions['retrieved_tokens']} retrieved; -: a price or the speed is missing",
+        f"{assumptions['retrieved_tokens']} retrieved; -: not known without a price or the speed",
     ]
+
+
+def _cards(run: Mapping[str, Any]) -> str:
+    """What several cards mean for the price."""
+    return f"on {run['num_gpus']} cards, each at the price per hour" if run["num_gpus"] > 1 else ""
 
 
 def money(value: Any) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,10 +13,13 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from tunesmith.workflows.plan import Data
+    from tunesmith.workflows.plan_options import Data, Target
 
 TIGHT = 0.8
 """Share of a card from which on a fitting plan is shown as tight."""
+
+NO_TERMINAL = 140
+"""Columns of a table that goes into a file or pipe, as in Console.table."""
 
 
 def plan(
@@ -46,7 +52,7 @@ def plan(
     """What fits on a card: memory, speed, cost. No GPU needed."""
     from tunesmith.cli.console import Console
     from tunesmith.config import load_config
-    from tunesmith.errors import ConfigError
+    from tunesmith.errors import ConfigError, MachineError
     from tunesmith.workflows import plan as planner  # not from api: this needs no PyTorch
     from tunesmith.workflows import plan_lists
 
@@ -68,8 +74,9 @@ def plan(
             console.result({"gpu": target.name, "memory_gb": target.memory_gb, "models": rows})
             return
         length = planner.asked_length(run, sequence)
-        title = f"What trains on {target.label} ({target.memory_gb:.1f} GB), {length:,} tokens"
+        title = f"What trains on {_place(target)}, {length:,} tokens"
         console.table(methods_table(title, "model", "model", rows, target.memory_gb))
+        print(*_methods_notes(rows, "each model's", length), sep="\n")
         return
     if target is None:
         unused = {"--data": data, "--rank": rank, "--price-per-hour": price, "--plot": plot}
@@ -78,8 +85,9 @@ def plan(
         if as_json:
             console.result({"model": name, "gpus": rows})
             return
-        title = f"Where {name} trains, {planner.asked_length(run, sequence):,} tokens an example"
+        title = f"Where {name} trains, {rows[0]['max_seq_length']:,} tokens an example"
         console.table(methods_table(title, "card", "gpu", rows, None))
+        print(*_methods_notes(rows, "the model's", rows[0]["max_seq_length"]), sep="\n")
         return
     if rank is not None:
         _refuse_unused({"--data": data, "--price-per-hour": price, "--plot": plot}, "with --rank")
@@ -90,24 +98,35 @@ def plan(
         if as_json:
             console.result({"model": run.model.name, "gpu": target.name, "method": chosen.method, "ranks": ranks})
             return
-        console.table(ranks_table(f"{run.model.name}, {planner.METHOD_NAMES[chosen.method]}, on {target.label}", ranks))
+        length = planner.longest_example(run, planner.find_shape(run.model.name)[1], sequence, None)
+        size, unit = ranks[0]["micro_batch_size"], "tokens" if run.data.packing else f"x {length:,} tokens"
+        title = (
+            f"{run.model.name}, {planner.METHOD_NAMES[chosen.method]}, on {_place(target)}, micro-batch {size:,} {unit}"
+        )
+        console.table(ranks_table(title, ranks, target.memory_gb))
+        print(basis_line(ranks, "the model's"))
         return
     if not run.data.path or target.card is None:
         _refuse_unused({"--price-per-hour": price}, "without --data and --gpu, which say for how many hours")
+    data_read, estimated = _examples(run, sequence) if run.data.path else (None, False)
     result = planner.plan(
         run,
         target,
         methods=methods,
-        data=_examples(run, sequence) if run.data.path else None,
+        data=data_read,
         sequence=sequence,
         price_per_hour=None if price is None else price * target.count,
     )
+    if result["data"]:
+        result["data"] |= {"estimated": estimated, "epochs": _epochs(result)}
     if plot is not None:
         result["plot"] = draw(plot, result)
     if as_json:
         console.result(result)
     else:
         print_plan(console, result)
+        if result["recommended"] is None and sys.stdout.isatty():
+            raise typer.Exit(MachineError.exit_code)  # the first line has said it, on the same screen
     planner.refuse_unless_fits(result if as_json else {**result, "advice": []})
 
 
@@ -138,24 +157,19 @@ def _refuse_unused(options: Mapping[str, object], when: str) -> None:
         raise ConfigError(f"{', '.join(used)} {'has' if len(used) == 1 else 'have'} no effect {when}")
 
 
-def _examples(config: Any, sequence: int | None) -> Data:
-    """The lengths of the rows, cut at `sequence` or `data.max_seq_length` as training would."""
-    from tunesmith.cli.console import Console
-    from tunesmith.workflows.advise_data import read_facts
-    from tunesmith.workflows.plan import Data, full_name
+def _place(target: Target) -> str:
+    """`a T4 (14.6 GB)`; memory without a card has its size in its name."""
+    named = target.card is not None or not target.name.endswith("GB of GPU memory")
+    return f"{target.label} ({target.memory_gb:.1f} GB)" if named else target.label
 
-    config.model.name = full_name(config.model.name)
+
+def _examples(config: Any, sequence: int | None) -> tuple[Data, bool]:
+    """The lengths of the rows as training would have them, and whether they are estimates."""
+    from tunesmith.cli.console import Console
+    from tunesmith.workflows.plan_data import read_data
+
     with Console() as console:
-        facts = read_facts(config, console.progress)
-    limit = sequence or (None if config.data.max_seq_length == "auto" else config.data.max_seq_length)
-    lengths = list(facts.lengths)
-    if limit is not None:
-        splits = config.data.overlong == "split" or (config.data.overlong == "auto" and facts.plain_text)
-        rests = [length % limit for length in lengths if length % limit and splits]
-        whole = [limit] * sum(length // limit for length in lengths)
-        lengths = [*whole, *rests] if splits else [min(length, limit) for length in lengths]
-    share = facts.supervised_tokens / max(1, facts.total_tokens)
-    return Data(lengths, [max(1, round(share * length)) for length in lengths], True)
+        return read_data(config, sequence, console.progress)
 
 
 # -- for people -------------------------------------------------------------------------------------------------------
@@ -168,13 +182,17 @@ def print_plan(console: Any, result: Mapping[str, Any]) -> None:
     if chosen and chosen["hours"] is not None:
         cost = "" if chosen["cost"] is None else f", {chosen['cost']:,.2f} at the price given"
         data = result["data"]
-        print(f"{data['rows']:,} rows, {data['tokens']:,} tokens: about {_hours(chosen['hours'])}{cost}")
+        about = "about " if data["estimated"] else ""
+        epochs = f"{data['epochs']:.3g} epoch{'s' * (data['epochs'] != 1)}"
+        print(f"{data['rows']:,} rows, {about}{data['tokens']:,} tokens: {_hours(chosen['hours'])} for {epochs}{cost}")
     for line in result["advice"]:
         print(f"  {line}")
     print()
     console.table(options_table(result))
     if result["breakdown"]:
-        parts = {name.removesuffix("_gb"): gb for name, gb in result["breakdown"].items() if gb >= 0.005}
+        parts = {name.removesuffix("_gb"): gb for name, gb in result["breakdown"].items()}
+        parts["CUDA graphs"] = chosen["graphs_gb"]
+        parts = {name: gb for name, gb in parts.items() if gb >= 0.005}
         print(
             "\npeak: " + ", ".join(f"{name} {gb:.2f}" for name, gb in parts.items()) + " GB (context is the driver's)"
         )
@@ -184,75 +202,203 @@ def print_plan(console: Any, result: Mapping[str, Any]) -> None:
 
 
 def _hours(hours: float) -> str:
-    return f"{60 * hours:.0f} minutes" if hours < 1 else f"{hours:.1f} hours"
+    """`about 15 minutes`; what is predicted is not known to the second."""
+    if (minutes := round(60 * hours)) >= 60:
+        return f"about {hours:.1f} hours"
+    if not minutes:
+        return "less than a minute"
+    return f"about {minutes} minute{'s' * (minutes > 1)}"
 
 
-def options_table(result: Mapping[str, Any]) -> Table:
-    """All options that were looked at, coloured by whether they fit."""
-    from rich.markup import escape
+def _epochs(result: Mapping[str, Any]) -> float | None:
+    """For how many passes over the data the hours are: `training.epochs`, or what `training.max_steps` leaves of them."""
+    chosen = result["recommended"]
+    if chosen is None or chosen["hours"] is None:
+        return None
+    return float(f"{chosen['hours'] * 3600 * chosen['tokens_per_second'] / result['data']['tokens']:.6g}")
+
+
+def _fitting(layouts: Iterable[Table], width: int | None = None) -> Table:
+    """The first layout that is no wider than `width` (the terminal's, and without one what Console.table takes), or the last."""
+    from rich.console import Console as RichConsole
+
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else NO_TERMINAL
+    measure = RichConsole(width=1000).measure
+    for table in layouts:
+        if measure(table).maximum <= width:
+            break
+    return table
+
+
+def _layout(
+    title: str, narrow: bool, columns: Mapping[str, str], rows: Iterable[tuple[Sequence[str], str | None]]
+) -> Table:
+    """A table of `columns` (heading: left or right) and rows with their style; narrow ones have no frame.
+
+    Where not even the last layout fits, cells go on in the next line: no number and no name is cut.
+    """
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{escape(result['model'])} on {escape(result['gpu'])}, {result['memory_gb']:.1f} GB")
-    for column in (
-        "method",
-        "tokens",
-        "micro x acc.",
-        "memory",
-        "optimizer",
-        "recompute",
-        "peak GB",
-        "tokens/s",
-        "fits",
-    ):
-        table.add_column(
-            column, justify="left" if column in ("method", "memory", "optimizer", "recompute") else "right"
-        )
-    for option in result["options"]:
-        word, colour = _verdict(option["peak_gb"], option["fits"], result["memory_gb"])
-        best = option == result["recommended"]
-        table.add_row(
-            f"{option['label']} *" if best else option["label"],
-            f"{option['max_seq_length']:,}",
-            option["micro_batches"],
-            option["memory_mode"],
-            option["optimizer"],
-            option["recompute"].removesuffix(" layers"),
-            f"{option['peak_gb']:.1f}",
-            _speed(option["tokens_per_second"]),
-            f"[{colour}]{word}[/{colour}]",
-            style="bold" if best else None,
-        )
+    table = Table(title=title)
+    if narrow:
+        table = Table(title=title, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading, side in columns.items():
+        table.add_column(heading, justify="left" if side == "left" else "right", overflow="fold")
+    for cells, style in rows:
+        table.add_row(*cells, style=style)
+        if any(cell.startswith(HOST) for cell in cells):
+            table.caption = f"{HOST}N: all layers recomputed, the inputs of N of them wait in host memory"
     return table
+
+
+def options_table(result: Mapping[str, Any], width: int | None = None) -> Table:
+    """All options that were looked at, coloured by whether they fit."""
+    return _fitting(_options_layouts(result), width)
+
+
+def _options_layouts(result: Mapping[str, Any]) -> Iterator[Table]:
+    from rich.markup import escape
+
+    size = "" if result["gpu"].endswith("GB of GPU memory") else f", {result['memory_gb']:.1f} GB"
+    title = f"{escape(result['model'])} on {escape(result['gpu'])}{size}"
+    columns = {
+        "method": "left",
+        "tokens": "right",
+        "micro x acc.": "right",
+        "memory": "left",
+        "optimizer": "left",
+        "recompute": "left",
+        "peak GB": "right",
+        "tokens/s": "right",
+        "fits": "right",
+    }
+    rows = []
+    for option in result["options"]:
+        word, colour = _verdict(held_gb(option), option["fits"], result["memory_gb"])
+        best = option == result["recommended"]
+        cells = {
+            "method": f"{option['label']} *" if best else option["label"],
+            "tokens": f"{option['max_seq_length']:,}",
+            "micro x acc.": option["micro_batches"],
+            "memory": option["memory_mode"],
+            "optimizer": option["optimizer"],
+            "recompute": _recompute(option["recompute"]),
+            "peak GB": f"{held_gb(option):.1f}",
+            "tokens/s": _speed(option["tokens_per_second"]),
+            "fits": f"[{colour}]{word}[/{colour}]",
+        }
+        rows.append((cells, "bold" if best else None))
+    for narrow, left_out in ((False, ()), (True, ()), (True, ("memory",)), (True, ("memory", "optimizer"))):
+        kept = {name: side for name, side in columns.items() if name not in left_out}
+        shown = [([_short(cells[name]) if narrow else cells[name] for name in kept], style) for cells, style in rows]
+        yield _layout(title, narrow, {SHORT[name] if narrow else name: side for name, side in kept.items()}, shown)
+
+
+SHORT = {
+    "method": "method",
+    "tokens": "tokens",
+    "micro x acc.": "micro",
+    "memory": "mode",
+    "optimizer": "optimizer",
+    "recompute": "recompute",
+    "peak GB": "GB",
+    "tokens/s": "tok/s",
+    "fits": "fits",
+}
+"""Headings where there is little room."""
+
+HOST = "host "
+"""Begins what `_recompute` says of layer inputs in host memory."""
+
+ABBREVIATIONS = {
+    "paged_adamw_8bit": "paged 8-bit",
+    "adamw_8bit": "8-bit",
+    "(int8)": "int8",
+    "(calibrated)": "cal.",
+    " tokens x ": "t x ",
+}
+"""Of cells where there is little room."""
+
+
+def _short(cell: str) -> str:
+    for name, abbreviation in ABBREVIATIONS.items():
+        cell = cell.replace(name, abbreviation)
+    return cell
+
+
+def _recompute(words: str) -> str:
+    """`19 of 28`, or `host 15` of `all 28 layers, inputs of 15 in host memory`: the table's caption says what that is."""
+    found = re.fullmatch(r"all (\d+) layers, inputs(?: of (\d+))? in host memory", words)
+    return f"{HOST}{found[2] or found[1]}" if found else words.removesuffix(" layers")
+
+
+def held_gb(found: Mapping[str, Any]) -> float:
+    """What an option takes of the card: its peak, and what CUDA graphs hold beside it."""
+    return float(found["peak_gb"] + found["graphs_gb"])
 
 
 def methods_table(
-    title: str, heading: str, key: str, rows: Sequence[Mapping[str, Any]], memory_gb: float | None
+    title: str,
+    heading: str,
+    key: str,
+    rows: Sequence[Mapping[str, Any]],
+    memory_gb: float | None,
+    width: int | None = None,
 ) -> Table:
     """One row a model or card, one column a method: the peak and the speed of what would be chosen."""
+    return _fitting(_methods_layouts(title, heading, key, rows, memory_gb), width)
+
+
+def _methods_layouts(
+    title: str, heading: str, key: str, rows: Sequence[Mapping[str, Any]], memory_gb: float | None
+) -> Iterator[Table]:
     from rich.markup import escape
-    from rich.table import Table
 
     from tunesmith.workflows.plan import METHOD_NAMES
 
-    table = Table(title=escape(title))
-    table.add_column(heading)
-    table.add_column("GB" if key == "gpu" else "parameters", justify="right")
     methods = [name for name in METHOD_NAMES if name in rows[0]["methods"]]
-    for name in methods:
-        table.add_column(METHOD_NAMES[name])
-    for row in rows:
-        size = f"{row['memory_gb']:.1f}" if key == "gpu" else f"{row['parameters'] / 1e9:.1f}B"
-        cells = [_cell(row["methods"][name], memory_gb or row["memory_gb"]) for name in methods]
-        table.add_row(escape(row[key]), size, *cells)
-    return table
+    length = max(row["max_seq_length"] for row in rows)
+    for narrow, stacked, sized in ((False, False, True), (True, False, True), (True, True, True), (True, True, False)):
+        columns = {heading: "left"}
+        if sized:
+            columns["GB" if key == "gpu" else "size" if narrow else "parameters"] = "right"
+        shown = []
+        for row in rows:
+            # A model's organisation is what can be left out: no two have a model of one name.
+            called = row[key].rpartition("/")[2] if narrow else row[key]
+            if row["max_seq_length"] < length:
+                called += f" ({row['max_seq_length']:,})"
+            size = f"{row['memory_gb']:.1f}" if key == "gpu" else f"{row['parameters'] / 1e9:.1f}B"
+            cells = [_cell(row["methods"][name], memory_gb or row["memory_gb"], stacked) for name in methods]
+            first = [escape(called), size] if sized else [escape(called)]
+            shown.append(([*first, *(map(_short, cells) if narrow else cells)], None))
+        yield _layout(escape(title), narrow, columns | {METHOD_NAMES[name]: "left" for name in methods}, shown)
 
 
-def _cell(found: Mapping[str, Any], memory_gb: float) -> str:
-    word, colour = _verdict(found["peak_gb"], found["fits"], memory_gb)
+def _cell(found: Mapping[str, Any], memory_gb: float, stacked: bool) -> str:
+    """`yes: 9.1 GB, 23,000/s`, or in two lines."""
+    word, colour = _verdict(held_gb(found), found["fits"], memory_gb)
+    colon, comma = (" ", "\n") if stacked else (": ", ", ")
     if not found["fits"]:
-        return f"[{colour}]no: {found['peak_gb']:.0f} GB at least[/{colour}]"
-    speed = "" if found["tokens_per_second"] is None else f", {_speed(found['tokens_per_second'])}/s{_note(found)}"
-    return f"[{colour}]{word}: {found['peak_gb']:.1f} GB{speed}[/{colour}]"
+        eight = _least(found)
+        less = "" if eight is None else f"{comma}8-bit {_needed(eight)} GB"
+        return f"[{colour}]{word}{colon}{_needed(held_gb(found))} GB{less}[/{colour}]"
+    speed = found["tokens_per_second"]
+    said = "" if speed is None else f"{comma}{_speed(speed)}/s{_note(found)}"
+    return f"[{colour}]{word}{colon}{held_gb(found):.1f} GB{said}[/{colour}]"
+
+
+def _needed(gb: float) -> str:
+    """Exact enough to set beside a small card's memory."""
+    return f"{gb:.1f}" if gb < 100 else f"{gb:,.0f}"
+
+
+def _least(found: Mapping[str, Any]) -> float | None:
+    """What a method that does not fit needs with optimizer states in 8 bits, if that is less by a tenth or more."""
+    least = found.get("least_gb")  # of what was planned in full there is none
+    return least if least is not None and least <= 0.9 * found["peak_gb"] else None
 
 
 def _verdict(peak_gb: float, fits: bool, memory_gb: float) -> tuple[str, str]:
@@ -269,31 +415,58 @@ def _speed(value: float | None) -> str:
 
 
 def _note(found: Mapping[str, Any]) -> str:
-    """What a speed is where no line below the table says it."""
+    """Which of the speeds are calibrated where not all of them are."""
     return " (calibrated)" if found["basis"]["speed"] == "calibrated" else ""
 
 
-def ranks_table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Adapter size and memory by rank."""
-    from rich.markup import escape
-    from rich.table import Table
+def basis_line(found: Sequence[Mapping[str, Any]], what: str) -> str:
+    """What the figures of a list are, as the lines below the options say it of theirs; `what` has a config.json."""
+    speeds = {each["basis"]["speed"] for each in found if each["fits"]}
+    speed = "unknown: no card was named" if speeds == {None} else "arithmetic on the card's data sheet"
+    if "calibrated" in speeds:
+        speed += ", calibrated by runs on this card where it says so"
+    return f"memory: arithmetic on {what} config.json; speed: {speed}"
 
-    table = Table(title=escape(title))
-    for column in ("rank", "parameters", "share", "file MB", "recompute", "peak GB", "tokens/s", "fits"):
-        table.add_column(column, justify="right")
+
+def _methods_notes(rows: Sequence[Mapping[str, Any]], what: str, length: int) -> Iterator[str]:
+    """What the cells of `methods_table` mean, a line each; examples of `length` tokens were asked for."""
+    found = [each for row in rows for each in row["methods"].values()]
+    if not all(each["fits"] for each in found):
+        eight = "; 8-bit: with optimizer.name adamw_8bit" if any(_least(each) is not None for each in found) else ""
+        yield f"no: the least that these settings need{eight}"
+    if any(row["max_seq_length"] < length for row in rows):
+        yield f"tokens beside a model's name: all that it takes, less than {length:,}"
+    yield basis_line(found, what)
+
+
+def ranks_table(title: str, rows: Sequence[Mapping[str, Any]], memory_gb: float, width: int | None = None) -> Table:
+    """Adapter size and memory by rank."""
+    return _fitting(_ranks_layouts(title, rows, memory_gb), width)
+
+
+def _ranks_layouts(title: str, rows: Sequence[Mapping[str, Any]], memory_gb: float) -> Iterator[Table]:
+    from rich.markup import escape
+
+    names = ("rank", "parameters", "share", "file MB", "recompute", "peak GB", "tokens/s", "fits")
+    shown = []
     for row in rows:
-        word, colour = ("yes", "green") if row["fits"] else ("no", "red")
-        table.add_row(
+        word, colour = _verdict(held_gb(row), row["fits"], memory_gb)
+        cells = (
             str(row["rank"]),
             f"{row['parameters']:,}",
             f"{row['share']:.2%}",
-            f"{1024 * row['adapter_gb']:.1f}",
-            row["recompute"].removesuffix(" layers"),
-            f"{row['peak_gb']:.2f}",
+            f"{1024 * row['adapter_gb']:,.1f}",
+            _recompute(row["recompute"]),
+            f"{held_gb(row):.2f}",
             _speed(row["tokens_per_second"]) + _note(row),
             f"[{colour}]{word}[/{colour}]",
         )
-    return table
+        shown.append(dict(zip(names, cells, strict=True)))
+    for narrow, left_out in ((False, ""), (True, ""), (True, "share")):
+        kept = [name for name in names if name != left_out]
+        cells_of = [([_short(cells[name]) if narrow else cells[name] for name in kept], None) for cells in shown]
+        headings = [SHORT.get(name, name) if narrow else name for name in kept]
+        yield _layout(escape(title), narrow, dict.fromkeys(headings, "right"), cells_of)
 
 
 def draw(path: str, result: Mapping[str, Any]) -> str:

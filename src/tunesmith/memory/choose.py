@@ -22,13 +22,15 @@ WORTH = 0.995
 class Candidate:
     """One way to divide a step. `size` is in examples or in tokens (`unit`), `count` the micro-batches of a step.
 
-    `largest` is the load that memory is planned for, `typical` the mean one, for time.
+    `largest` is the load that memory is planned for, `typical` the mean one, for time: both with the padding that is computed.
+    `tokens` are those of a step without it.
     """
 
     size: int
     count: int
     largest: Load
     typical: Load
+    tokens: float
     unit: Literal["examples", "tokens"] = "examples"
 
 
@@ -50,10 +52,8 @@ class Choice:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Predicted tokens a second."""
-        if self.step_seconds is None:
-            return None
-        return self.candidate.count * self.candidate.typical.tokens / self.step_seconds
+        """Predicted tokens a second, padding not counted."""
+        return None if self.step_seconds is None else self.candidate.tokens / self.step_seconds
 
 
 def even_sizes(batch_size: int) -> list[int]:

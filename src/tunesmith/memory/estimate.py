@@ -41,7 +41,8 @@ class Setup:
     """How a model is trained, as far as memory depends on it.
 
     `value_bytes` is the compute type's size. `r` is 0 without an adapter, `targets` is `adapter.target_modules`. `scheme` is
-    the quantization of the base (None: none).
+    the quantization of the base (None: none). `grouped` says whether the card's attention takes keys that several queries
+    share (models/attention.py); where not, the reference engine repeats them.
     """
 
     method: Literal["lora", "qlora", "full"] = "lora"
@@ -52,6 +53,7 @@ class Setup:
     optimizer: str = "adamw"
     scheme: Literal["nf4", "fp4", "int8"] | None = None
     double_quant: bool = True
+    grouped: bool = True
 
     @property
     def hidden_bytes(self) -> int:
@@ -68,12 +70,14 @@ class Setup:
 class Load:
     """What the data makes of a step: tokens of the largest micro-batch (with padding), how many of them are supervised,
     the longest sequence, and whether a step has several micro-batches (gradients then wait while activations are there).
+    `masked` is the length of the rows where they need an attention mask, being packed or padded; 0 if none does.
     """
 
     tokens: int
     supervised: int
     sequence: int
     accumulates: bool = True
+    masked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +141,14 @@ def fused_tensors(shape: ModelShape, layer: Layer, setup: Setup) -> dict[str, in
     return found
 
 
-def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int) -> int:
+def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int, masked: int = 0) -> int:
     """Bytes a token that autograd saves of one of transformers' decoder layers with PEFT's adapters, under autocast.
 
     Each norm keeps its input in fp32, and for its readers its output; attention keeps q, k, v and its
     result; the MLP keeps gate, act(gate), up and their product. With trainable weights norms keep the normed
     input too, in fp32, and autocast casts it once for each matrix that reads it. Norms of heads keep their input in fp32.
-    Eager attention (soft-capped scores) keeps rows of scores.
+    Eager attention (soft-capped scores) keeps rows of scores. With a mask, over rows of `masked` tokens, sdpa has each layer
+    make one of its own in the compute type, and keys and values are repeated for each query head.
     """
     b, hidden = setup.value_bytes, shape.hidden_size
     norms = 4 if shape.post_norms else 2
@@ -156,10 +161,17 @@ def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int
         weighted = 4 if shape.post_norms else b  # Gemma multiplies by the weight in fp32
         found += (shape.query_size + keys) * (4 + (weighted if full else 0))
     found += b * (shape.query_size + shape.kv_size + shape.attention_size)
+    eager = shape.model_type == "gemma2"
+    # One head for all is repeated without a copy.
+    repeated = 1 < shape.num_kv_heads < shape.num_heads and (eager or bool(masked) or not setup.grouped)
     if shape.model_type == "phi3":  # values are a view of the joint projection, which stays whole; the result is copied
-        found += b * (shape.query_size + keys + shape.attention_size)
-    if shape.model_type == "gemma2":  # scores with their cap, their softmax; keys and values once for each query head
-        found += 8 * shape.num_heads * sequence + b * (shape.query_size + shape.attention_size - shape.kv_size)
+        found += b * (shape.attention_size + (0 if repeated else shape.query_size + keys))
+    if repeated:  # once for each query head
+        found += b * (shape.query_size + shape.attention_size - shape.kv_size)
+    if eager:  # scores with their cap, their softmax
+        found += 8 * shape.num_heads * sequence
+    elif masked:
+        found += b * masked
     found += b * 4 * layer.mlp_width
     found += 2 * b * hidden * layer.active_experts  # each one's input and output
     if not full and setup.r:
@@ -242,7 +254,7 @@ class Estimate:
             copies = float(setup.value_bytes * (shape.num_parameters - shape.embedding_values))
         stored, backward = copies, 0.0
         for index, layer in enumerate(self.layers):
-            kept = load.tokens * reference_bytes(shape, layer, setup, load.sequence)
+            kept = load.tokens * reference_bytes(shape, layer, setup, load.sequence, load.masked)
             inner = load.tokens * (layer.mlp_width * setup.value_bytes + wide)
             operand = self._largest_operand(layer)
             if index < recompute_layers:

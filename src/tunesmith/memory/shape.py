@@ -19,11 +19,14 @@ FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemm
 HALF_FUSED = frozenset({"mixtral", "deepseek_v2"})
 """`model_type`s of which it runs a half: attention, or the dense MLP. The rest is planned as the model's own modules."""
 
-KNOWN = FUSED | HALF_FUSED | {"qwen3_moe", "smollm3"}
+KNOWN = FUSED | HALF_FUSED | {"qwen2_moe", "qwen3_moe", "smollm3"}
 """`model_type`s whose parameters are counted exactly. Others are taken for a plain decoder, and the plan says so."""
 
 WITHOUT_BIAS = frozenset({"mistral", "mixtral", "phi3"})
 """Families whose attention has no biases, whatever their config's `attention_bias` says."""
+
+QWEN2 = frozenset({"qwen2", "qwen2_moe"})
+"""Families with biases of queries, keys and values alone, whatever `attention_bias` says."""
 
 POST_NORMS = frozenset({"gemma2", "gemma3_text"})
 """Families that norm the output of attention and of the MLP too."""
@@ -185,7 +188,7 @@ class ModelShape:
             head_dim = reader.number("qk_nope_head_dim") + reader.number("qk_rope_head_dim")
             value_dim = reader.number("v_head_dim")
         num_layers = reader.number("num_hidden_layers")
-        window = _window(config, kind)
+        window = _window(reader, kind)
         softcapped = config.get("attn_logit_softcapping") is not None
         return cls(
             model_type=kind,
@@ -196,11 +199,11 @@ class ModelShape:
             num_kv_heads=heads if kind.startswith("deepseek") else reader.number("num_key_value_heads", heads),
             head_dim=head_dim,
             value_dim=value_dim,
-            context_length=config.get("max_position_embeddings"),
+            context_length=reader.optional("max_position_embeddings"),
             layers=tuple(_layers(reader, kind, hidden, heads, head_dim, num_layers)),
             window=window,
-            windowed=_windowed(config, kind, num_layers) if window else 0,
-            exact=kind in KNOWN and not _mixes_dense_layers(config),
+            windowed=_windowed(reader, kind, num_layers) if window else 0,
+            exact=kind in KNOWN and not _mixes_dense_layers(reader),
             softcapped=softcapped,
             capturable=not softcapped and not _rotates_by_length(config),
         )
@@ -209,14 +212,17 @@ class ModelShape:
 def _rotates_by_length(config: Mapping[str, Any]) -> bool:
     """Whether the rotation of queries and keys depends on the longest position, which transformers looks at on the CPU."""
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        raise ModelError(f"config.json: {name} is {rope!r}: expected an object or null")
     kinds = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
     names = [str(kind.get("rope_type", kind.get("type", ""))) for kind in kinds]
     return any("dynamic" in name or name == "longrope" for name in names)
 
 
-def _mixes_dense_layers(config: Mapping[str, Any]) -> bool:
+def _mixes_dense_layers(reader: _Reader) -> bool:
     """Whether a mixture of Qwen's kind has dense layers here and there, which are not told apart."""
-    return bool(config.get("mlp_only_layers")) or (config.get("decoder_sparse_step") or 1) != 1
+    return bool(reader.config.get("mlp_only_layers")) or (reader.optional("decoder_sparse_step") or 1) != 1
 
 
 def _is_target(linear: Linear, setting: str | list[str] | tuple[str, ...]) -> bool:
@@ -248,6 +254,15 @@ class _Reader:
             )
         return value
 
+    def optional(self, key: str) -> int | None:
+        """A number that may be 0, or may be missing or null (None)."""
+        value = self.config.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ModelError(f"config.json: {key} is {value!r}: expected a whole number without quotes, or null")
+        return value
+
 
 def _default(config: Mapping[str, Any], key: str, default: Any) -> Any:
     value = config.get(key)
@@ -263,8 +278,8 @@ def _layers(
         yield from _deepseek(reader, hidden, heads, num_layers)
         return
     kv = reader.number("num_key_value_heads", heads) * head_dim
-    bias = kind == "qwen2" or (kind not in WITHOUT_BIAS and bool(config.get("attention_bias")))
-    output_bias = kind != "qwen2" and bias
+    bias = kind in QWEN2 or (kind not in WITHOUT_BIAS and bool(config.get("attention_bias")))
+    output_bias = kind not in QWEN2 and bias
     if kind == "phi3":
         attention = [Linear("self_attn.qkv_proj", hidden, heads * head_dim + 2 * kv)]
     else:
@@ -274,17 +289,21 @@ def _layers(
             Linear("self_attn.v_proj", hidden, kv, bias),
         ]
     attention.append(Linear("self_attn.o_proj", heads * head_dim, hidden, output_bias))
-    experts = (
-        config.get("num_local_experts") or config.get("num_experts") if "moe" in kind or kind == "mixtral" else None
-    )
+    experts = None
+    if "moe" in kind or kind == "mixtral":
+        experts = reader.optional("num_local_experts") or reader.optional("num_experts")
     if experts:
-        width = reader.number("moe_intermediate_size", config.get("intermediate_size"))
+        width = reader.number("moe_intermediate_size", reader.optional("intermediate_size"))
         active = reader.number("num_experts_per_tok", 2)
+        shared = (reader.optional("shared_expert_intermediate_size") or 0) if kind == "qwen2_moe" else 0
+        if shared:
+            attention += _mlp("mlp.shared_expert", kind, hidden, shared)
+            attention.append(Linear("mlp.shared_expert_gate", hidden, 1))
         yield (
             num_layers,
             Layer(
                 tuple(attention),
-                mlp_width=active * width,
+                mlp_width=active * width + shared,
                 active_experts=active,
                 expert_values=experts * 3 * hidden * width,
                 active_expert_values=active * 3 * hidden * width,
@@ -311,7 +330,7 @@ def _deepseek(reader: _Reader, hidden: int, heads: int, num_layers: int) -> Iter
     """Multi-head latent attention, and experts beside shared ones from layer `first_k_dense_replace` on (arXiv 2405.04434)."""
     config = reader.config
     nope, rope, value = (reader.number(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
-    latent, query_latent = reader.number("kv_lora_rank"), config.get("q_lora_rank")
+    latent, query_latent = reader.number("kv_lora_rank"), reader.optional("q_lora_rank")
     bias = bool(config.get("attention_bias"))
     if query_latent:
         queries = [
@@ -327,14 +346,14 @@ def _deepseek(reader: _Reader, hidden: int, heads: int, num_layers: int) -> Iter
         Linear("self_attn.o_proj", heads * value, hidden, bias),
     ]
     norms = 2 * hidden + latent + (query_latent or 0)
-    dense = min(int(config.get("first_k_dense_replace") or 0), num_layers)
+    dense = min(reader.optional("first_k_dense_replace") or 0, num_layers)
     if dense:
         width = reader.number("intermediate_size")
         yield dense, Layer((*attention, *_mlp("mlp", "", hidden, width)), width, other_values=norms)
     if num_layers == dense:
         return
     width, experts = reader.number("moe_intermediate_size"), reader.number("n_routed_experts")
-    active, shared = reader.number("num_experts_per_tok"), int(config.get("n_shared_experts") or 0) * width
+    active, shared = reader.number("num_experts_per_tok"), (reader.optional("n_shared_experts") or 0) * width
     yield (
         num_layers - dense,
         Layer(
@@ -348,23 +367,23 @@ def _deepseek(reader: _Reader, hidden: int, heads: int, num_layers: int) -> Iter
     )
 
 
-def _window(config: Mapping[str, Any], kind: str) -> int | None:
+def _window(reader: _Reader, kind: str) -> int | None:
     """The sliding window in tokens, where one is on: Qwen says so apart."""
-    if kind.startswith("qwen") and not config.get("use_sliding_window"):
+    if kind.startswith("qwen") and not reader.config.get("use_sliding_window"):
         return None
-    window = config.get("sliding_window")
-    return int(window) if window else None
+    return reader.optional("sliding_window") or None
 
 
-def _windowed(config: Mapping[str, Any], kind: str, num_layers: int) -> int:
+def _windowed(reader: _Reader, kind: str, num_layers: int) -> int:
     """How many layers have the window: every second one in Gemma 2, five of six in Gemma 3, the last ones in Qwen, else all."""
-    kinds = config.get("layer_types")
+    kinds = reader.config.get("layer_types")
     if isinstance(kinds, list):
         return sum(name == "sliding_attention" for name in kinds)
     if kind == "gemma2":
         return -(-num_layers // 2)
     if kind == "gemma3_text":
-        return num_layers - num_layers // int(config.get("sliding_window_pattern") or 6)
+        return num_layers - num_layers // reader.number("sliding_window_pattern", 6)
     if kind.startswith("qwen"):
-        return max(0, num_layers - _default(config, "max_window_layers", 28))
+        whole = reader.optional("max_window_layers")
+        return max(0, num_layers - (28 if whole is None else whole))
     return num_layers

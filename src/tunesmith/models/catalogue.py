@@ -107,6 +107,8 @@ _QWEN3_30B = {
     "attention_bias": False,
 }
 
+_QWEN3_235B: dict[str, Any] = {**_QWEN3_30B, "moe_intermediate_size": 1536}
+
 CATALOGUE: dict[str, dict[str, Any]] = {
     # type, hidden, intermediate, layers, heads, key-value heads, vocabulary, positions, tied, RoPE's theta
     "meta-llama/Llama-2-7b-hf": _config("llama", 4096, 11008, 32, 32, 32, 32000, 4096, False, 1e4),
@@ -116,6 +118,7 @@ CATALOGUE: dict[str, dict[str, Any]] = {
     "meta-llama/Meta-Llama-3-70B": _config("llama", 8192, 28672, 80, 64, 8, 128256, 8192, False, 5e5),
     "meta-llama/Llama-3.1-8B": _config("llama", 4096, 14336, 32, 32, 8, 128256, 131072, False, 5e5),
     "meta-llama/Llama-3.1-70B": _config("llama", 8192, 28672, 80, 64, 8, 128256, 131072, False, 5e5),
+    "meta-llama/Llama-3.1-405B": _config("llama", 16384, 53248, 126, 128, 8, 128256, 131072, False, 5e5),
     "meta-llama/Llama-3.2-1B": _config("llama", 2048, 8192, 16, 32, 8, 128256, 131072, True, 5e5, head_dim=64),
     "meta-llama/Llama-3.2-3B": _config("llama", 3072, 8192, 28, 24, 8, 128256, 131072, True, 5e5, head_dim=128),
     "meta-llama/Llama-3.3-70B-Instruct": _config("llama", 8192, 28672, 80, 64, 8, 128256, 131072, False, 5e5),
@@ -179,6 +182,15 @@ CATALOGUE: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2-1.5B": _config("qwen2", 1536, 8960, 28, 12, 2, 151936, 131072, True, 1e6),
     "Qwen/Qwen2-7B": _config("qwen2", 3584, 18944, 28, 28, 4, 152064, 131072, False, 1e6),
     "Qwen/Qwen2-72B": _config("qwen2", 8192, 29568, 80, 64, 8, 152064, 131072, False, 1e6),
+    "Qwen/Qwen2-57B-A14B": _config(
+        *("qwen2_moe", 3584, 18944, 28, 28, 4, 151936, 131072, False, 1e6),
+        moe_intermediate_size=2560,
+        shared_expert_intermediate_size=20480,
+        num_experts=64,
+        num_experts_per_tok=8,
+        norm_topk_prob=False,
+        decoder_sparse_step=1,
+    ),
     "Qwen/Qwen2.5-0.5B": _config("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, True, 1e6),
     "Qwen/Qwen2.5-1.5B": _config("qwen2", 1536, 8960, 28, 12, 2, 151936, 131072, True, 1e6),
     "Qwen/Qwen2.5-3B": _config("qwen2", 2048, 11008, 36, 16, 2, 151936, 32768, True, 1e6),
@@ -196,6 +208,14 @@ CATALOGUE: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-30B-A3B": _config("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, 40960, False, 1e6, **_QWEN3_30B),
     "Qwen/Qwen3-30B-A3B-Instruct-2507": _config(
         "qwen3_moe", 2048, 6144, 48, 32, 4, 151936, 262144, False, 1e7, **_QWEN3_30B
+    ),
+    "Qwen/Qwen3-235B-A22B": _config(
+        *("qwen3_moe", 4096, 12288, 94, 64, 4, 151936, 40960, False, 1e6),
+        **_QWEN3_235B,
+    ),
+    "Qwen/Qwen3-235B-A22B-Instruct-2507": _config(
+        *("qwen3_moe", 4096, 12288, 94, 64, 4, 151936, 262144, False, 5e6),
+        **_QWEN3_235B,
     ),
     "google/gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4, head_dim=256, query_pre_attn_scalar=256),
     "google/gemma-2-9b": _gemma2(3584, 14336, 42, 16, 8, head_dim=256, query_pre_attn_scalar=256),
@@ -237,6 +257,9 @@ ALSO_KNOWN_AS: dict[str, str] = {
 }
 """Names of models that have an entry's shape. Qwen2.5-Coder takes 32,768 tokens, whatever its entry says."""
 
+MANY = 6
+"""Ids that a message names."""
+
 SAME_SHAPE = frozenset({"instruct", "it", "chat", "base", "pt", "hf", "meta", "thinking"})
 """Words that tell how a model was trained or saved, and leave its shape alone."""
 
@@ -267,6 +290,26 @@ def nearest_models(name: str) -> list[str]:
         ids.setdefault(" ".join(_untrained(_words(known))), []).append(known)
     close = difflib.get_close_matches(" ".join(_untrained(_words(name))), ids, n=3)
     return [known for text in close for known in ids[text]][:3]
+
+
+def models_meant(name: str) -> str:
+    """What an error adds to the name of a model that is not known: those that it could mean, else those like it."""
+    if len(several := _completions(name)) > 1:
+        more = "" if len(several) <= MANY else f" or {len(several) - MANY} more"
+        return f"; several known models have such names: name one of {', '.join(several[:MANY])}{more}"
+    near = nearest_models(name)
+    return f"; known models like it: {', '.join(near)}" if near else ""
+
+
+def unknown_model(name: str) -> str:
+    """The error of a name that is neither a folder's nor one known model's nor a hub id."""
+    return f"{name}: no such model folder and no known model (a hub id looks like org/model){models_meant(name)}"
+
+
+def _completions(name: str) -> list[str]:
+    """Ids whose names begin with the words of `name`: Mistral-7B's are v0.1, v0.2 and v0.3."""
+    words = _untrained(_words(name))
+    return [known for known in CATALOGUE if words and _untrained(_words(known))[: len(words)] == words]
 
 
 def _words(name: str) -> tuple[str, ...]:

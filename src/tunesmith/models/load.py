@@ -18,6 +18,7 @@ from tunesmith.config import ModelConfig, QuantizationConfig
 from tunesmith.errors import MachineError, ModelError, RunError
 from tunesmith.files import atomic_folder, cache_folder, sha256_file, sha256_text, write_json
 from tunesmith.hardware import ComputeDType, Hardware, torch_dtype
+from tunesmith.models import attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -141,7 +142,7 @@ def load_model(
             source.path,
             dtype=torch_dtype(dtype),
             device_map={"": hardware.device},
-            attn_implementation=_attention(source, config),
+            attn_implementation=attention.implementation(_attention(source, config), hardware, dtype),
             use_safetensors=True,
             trust_remote_code=config.trust_remote_code,
             local_files_only=True,

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 
 from tunesmith.errors import ConfigError
 from tunesmith.files import disk_errors
+from tunesmith.memory.estimate import CONTEXT_GB
+from tunesmith.memory.policy import HEADROOM
 
 KINDS = {
     "weights_gb": ("weights", "#3b78d8"),
@@ -22,12 +24,13 @@ KINDS = {
     "activations_gb": ("activations", "#6fb95a"),
     "logits_gb": ("logits", "#d2a106"),
     "workspace_gb": ("workspace", "#9aa1a9"),
+    "graphs_gb": ("CUDA graphs", "#d65f8f"),
     "context_gb": ("CUDA context", "#c5cad0"),
 }
-"""Labels and colours of a breakdown's parts, in the order of the bars."""
+"""Labels and colours of a breakdown's parts, and of what CUDA graphs hold beside them, in the order of the bars."""
 
 WIDEST = 2.0
-"""Bars are cut at this many times the card's memory; their number says how long they are."""
+"""Bars are cut at this many times the card's memory if an option fits it; their number says how long they are."""
 
 INCHES_PER_BAR = 0.42
 
@@ -53,7 +56,8 @@ def draw_memory(path: str | Path, result: Mapping[str, Any]) -> Path:
     )
     axes.invert_yaxis()
     axes.set_xlabel("GB")
-    axes.set_title(f"{result['model']} on {result['gpu']}: predicted peak", fontsize=11, loc="left")
+    title = f"{result['model']} on {result['gpu']}: predicted memory, with CUDA's context"
+    axes.set_title(title, fontsize=11, loc="left")
     figure.legend(loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     with disk_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -62,25 +66,33 @@ def draw_memory(path: str | Path, result: Mapping[str, Any]) -> Path:
 
 
 def _bars(axes: Axes, options: Sequence[Mapping[str, Any]], memory_gb: float) -> None:
-    limit = WIDEST * memory_gb
     starts = [0.0] * len(options)
     for key, (label, colour) in KINDS.items():
-        widths = [option["breakdown"].get(key, 0.0) for option in options]
+        widths = [parts_of(option).get(key, 0.0) for option in options]
         axes.barh(range(len(options)), widths, left=starts, height=0.66, color=colour, label=label)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    edge = 1.05 * max([*starts, memory_gb])
+    if any(option["fits"] for option in options):  # else what is too long is all there is to see
+        edge = min(edge, WIDEST * memory_gb)
     for place, (option, total) in enumerate(zip(options, starts, strict=True)):
-        cut = min(total, limit)
-        text = f" {total:.1f}" + (" …" if total > limit else "")
+        # Beside the axes, where neither bars nor lines are.
         axes.text(
-            cut, place, text, va="center", ha="right" if total > limit else "left", fontsize=8,
-            color="white" if total > limit else "#1f2328" if option["fits"] else "#c8524d",
+            1.01, place, f"{total:,.1f}" + (" …" if total > edge else ""), transform=axes.get_yaxis_transform(),
+            va="center", ha="left", fontsize=8, color="#1f2328" if option["fits"] else "#c8524d",
         )  # fmt: skip
+    room = CONTEXT_GB + HEADROOM * (memory_gb - CONTEXT_GB)
+    axes.axvline(room, color="#c8524d", linewidth=1.2, linestyle="--", label=f"what a plan may fill: {room:.1f} GB")
     axes.axvline(memory_gb, color="#c8524d", linewidth=1.4, label=f"the card: {memory_gb:.1f} GB")
-    axes.set_xlim(0, min(limit, 1.12 * max([*starts, memory_gb])))
+    axes.set_xlim(0, edge)
     axes.grid(axis="x", color="#d8dce0", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def parts_of(option: Mapping[str, Any]) -> dict[str, float]:
+    """The parts of an option's bar, by the keys of KINDS."""
+    return {**option["breakdown"], "graphs_gb": option["graphs_gb"]}
 
 
 def _label(option: Mapping[str, Any]) -> str:

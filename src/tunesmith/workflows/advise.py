@@ -21,9 +21,11 @@ from tunesmith.config import DataConfig, RunConfig
 from tunesmith.errors import ConfigError
 from tunesmith.files import write_atomic
 from tunesmith.types import Progress, no_progress
+from tunesmith.workflows.advise_card import CardFit
 from tunesmith.workflows.advise_costs import Prices, Way, cost_model, few_shot_examples, few_shot_tokens
-from tunesmith.workflows.advise_data import DataFacts, read_facts
-from tunesmith.workflows.advise_settings import Fit, choose_settings, run_config, run_yaml
+from tunesmith.workflows.advise_data import DataFacts, is_or_are, read_facts
+from tunesmith.workflows.advise_settings import Plan, choose_settings, run_config, run_yaml
+from tunesmith.workflows.plan_options import METHOD_NAMES
 
 FEW_EXAMPLES = 500
 """Below this, examples in the prompt come first: it is about where a trained model begins to beat them reliably."""
@@ -109,7 +111,7 @@ def advise(
     config: RunConfig,
     answers: Mapping[str, str],
     *,
-    fit: Fit | None = None,
+    fit: CardFit | None = None,
     prices: Prices | None = None,
     out: Path | None = None,
     ask: Ask | None = None,
@@ -121,12 +123,14 @@ def advise(
     `fit` predicts memory and speed on the card (None: no card is known). Returns what --json prints:
 
     - `decision`: prompt, few_shot, retrieval, fine_tune or retrieval_and_fine_tune; `headline`, the same in words
+      (with the reason, where it does not train on this card)
+    - `instead`: what would train, one line each, where that is so
     - `reasons`: one line each, the deciding one first; `alternatives`: `{way, when}` each
     - `answers`: all of them; `assumed`: those that nobody gave
     - `data`: `file, form, rows, distinct_rows, tokens, supervised_tokens, estimated, labels, ...`
     - `settings`: by dotted key, as `load_config` takes them; `settings_reasons`: by the same keys
     - `run_yaml`: the path that was written, or null
-    - `fits`: `method, peak_gb, memory_gb, fits, tokens_per_second, micro_batch_size, tried`, or null without a card
+    - `fits`: `method`, what `FitResult` has, `usable_gb`, and `tried` (the same by method); null without a card
     - `costs`: see `advise_costs.cost_model`; null without prices
 
     Raises ConfigError for answers, prices or settings that cannot be, and where `out` exists; DataError for rows with
@@ -144,11 +148,16 @@ def advise(
     reasons += [*_off_the_data(facts, assumed), *remarks(facts, known, decision)]
     plan = choose_settings(facts, config, fit)
     run_config(config, plan)  # raises ConfigError where what the user set contradicts the plan
+    headline, instead = HEADLINES[decision], []
+    if fit is not None and plan.fit is not None and not plan.trains:
+        instead = fit.instead(plan)
+        headline = _but_not_here(headline, fit, plan)
     if out is not None:
-        write_atomic(out, run_yaml(config, plan, HEADLINES[decision]))
+        write_atomic(out, run_yaml(config, plan, headline))
     return {
         "decision": decision,
-        "headline": HEADLINES[decision],
+        "headline": headline,
+        "instead": instead,
         "reasons": reasons,
         "alternatives": [{"way": way, "when": when} for way, when in ALTERNATIVES[decision]],
         "answers": known,
@@ -160,6 +169,13 @@ def advise(
         "fits": plan.fits(),
         "costs": cost_model(facts, plan, prices),
     }
+
+
+def _but_not_here(headline: str, fit: CardFit, plan: Plan) -> str:
+    """The headline where what is recommended does not fit the card."""
+    assert plan.fit is not None
+    method = METHOD_NAMES[plan.values["method"]]
+    return f"{headline.rstrip('.')}; but {fit.model} does not train on {fit.target.label}: {method} takes {plan.fit.needs}."
 
 
 def parse_answers(given: Sequence[str]) -> dict[str, str]:
@@ -244,22 +260,23 @@ def decide(facts: DataFacts, answers: Mapping[str, str]) -> tuple[Way, list[str]
         if goal == UNKNOWN:
             return "retrieval", [why]
         if few:
-            return "retrieval", [why, f"{_examples(facts)} are too few to train on beside it: show some in the prompt"]
-        return "retrieval_and_fine_tune", [why, f"{_examples(facts)} are enough to train the rest: {KINDS[goal]}"]
+            too_few = f"{facts.counted} {is_or_are(facts.examples)} too few to train on beside it"
+            return "retrieval", [why, f"{too_few}: show some in the prompt"]
+        return "retrieval_and_fine_tune", [why, f"{facts.counted} are enough to train the rest: {KINDS[goal]}"]
     if few:
-        how_many = f"{_examples(facts)}: under about {FEW_EXAMPLES}, training seldom beats a good prompt"
+        how_many = f"{facts.counted}: under about {FEW_EXAMPLES}, training seldom beats a good prompt"
         if too_long := _too_long(facts):
             return "prompt", [how_many, too_long]
         return "few_shot", [f"{how_many} with {few_shot_examples(facts)} examples in it"]
     why = "what should get better is not known: facts are better looked up (--answers goal=facts)"
-    return "fine_tune", [f"{_examples(facts)}: enough to learn from", KINDS.get(goal, why)]
+    return "fine_tune", [f"{facts.counted}: enough to learn from", KINDS.get(goal, why)]
 
 
 def _decide_facts(facts: DataFacts, answers: Mapping[str, str], few: bool, moving: bool) -> tuple[Way, list[str]]:
     changes = answers["knowledge_changes"]
     if changes == "never" and answers["latency"] == "tight" and not few:
         why = "the facts never change, and there is no time to look them up"
-        return "fine_tune", [why, f"{_examples(facts)} to learn them from: test for invented ones (arXiv 2405.05904)"]
+        return "fine_tune", [why, f"{facts.counted} to learn them from: test for invented ones (arXiv 2405.05904)"]
     reasons = []
     if moving:
         reasons.append(
@@ -272,7 +289,7 @@ def _decide_facts(facts: DataFacts, answers: Mapping[str, str], few: bool, movin
         corpus = f"{facts.total_tokens:,} tokens of text"
         return "retrieval_and_fine_tune", [*reasons, f"{corpus} teach the domain's language: train on them beside it"]
     if answers["output_format"] == "strict" and not few:
-        enough = f"{_examples(facts)} are enough to train the strict output format beside it"
+        enough = f"{facts.counted} are enough to train the strict output format beside it"
         return "retrieval_and_fine_tune", [*reasons, enough]
     return "retrieval", reasons
 
@@ -315,20 +332,16 @@ def remarks(facts: DataFacts, answers: Mapping[str, str], decision: Way) -> list
     if answers["privacy"] == "strict":
         found.append("the data may not leave: compare with a model that you host, not with a hosted one")
     if repeated := facts.rows - facts.distinct_rows:
-        found.append(f"{repeated:,} of {facts.rows:,} rows repeat others: they count once here")
+        repeat = "repeats another: it counts" if repeated == 1 else "repeat others: they count"
+        found.append(f"{repeated:,} of {facts.rows:,} rows {repeat} once here")
     if facts.conflicts:
-        found.append(f"{facts.conflicts:,} rows give a prompt of an earlier row another answer: settle which is right")
+        give = "1 row gives" if facts.conflicts == 1 else f"{facts.conflicts:,} rows give"
+        found.append(f"{give} a prompt of an earlier row another answer: settle which is right")
     rare = [label for label, count in facts.labels.items() if count < 5]
     if rare and tuned:
-        found.append(
-            f"{len(rare)} of {len(facts.labels)} labels have fewer than 5 rows: too few to learn, or to measure"
-        )
+        have = f"{len(rare)} of {len(facts.labels)} labels {'has' if len(rare) == 1 else 'have'}"
+        found.append(f"{have} fewer than 5 rows: too few to learn, or to measure")
     return found
-
-
-def _examples(facts: DataFacts) -> str:
-    what = "pieces of text" if facts.plain_text else "distinct rows" if facts.distinct_rows < facts.rows else "rows"
-    return f"{facts.examples:,} {what}"
 
 
 def _too_long(facts: DataFacts) -> str | None:

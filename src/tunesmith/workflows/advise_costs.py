@@ -1,6 +1,7 @@
 """What each way costs over a year, with the prices that were given: training, labelling, serving. Prices are in one currency.
 
-    hours of a run = tokens x epochs / (tokens/s) / 3600         training = hours x 5 to 10 runs x price an hour
+    hours of a run = tokens x epochs / (tokens/s) / 3600, of the rows that are trained on: neither held out nor dropped
+    training       = hours x 5 to 10 runs x price of a card an hour x cards
     labelling      = examples x price of an example
     serving        = 365 x requests a day x (input x price + output x price) / 10^6, or a card that is always on:
                      8,760 hours x price an hour
@@ -10,7 +11,7 @@ Left out: people's time other than labelling, storage, the index of a retrieval 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from tunesmith.errors import ConfigError
@@ -36,7 +37,7 @@ RETRIEVED_TOKENS = 2000
 class Prices:
     """What the user said: prices in any one currency, None where not given.
 
-    `per_hour` of the card that trains, and that serves what was tuned; tokens are those of a hosted model, by the million.
+    `per_hour` of one card of those that train, and of the one that serves what was tuned; tokens are those of a hosted model, by the million.
     """
 
     per_hour: float | None = None
@@ -94,13 +95,15 @@ def cost_model(facts: DataFacts, plan: Plan, prices: Prices) -> dict[str, Any] |
 
     What a missing price or speed leaves unknown is None; labelling without a price counts as done.
 
-    `run`: `tokens`, `epochs`, `tokens_per_second`, `hours`, `cost` of one run, and `search_hours`, `search_cost` of 5 and of
-    10. `ways`: for each, `input_tokens` and `output_tokens` of a request, `labelling`, `training` (of 5 and of 10 runs),
+    `run`: `tokens`, `epochs`, `tokens_per_second`, `num_gpus`, `hours`, `cost` of one run, `search_hours`, `search_cost` of 5
+    and of 10, and `unknown`: why there are no hours, or null. `ways`: for each, `input_tokens` and `output_tokens` of a request, `labelling`, `training` (of 5 and of 10 runs),
     `serving` and `first_year` (least and most; None where one of its parts is unknown). `formulas` has them in words.
     """
     if not prices.given:
         return None
     run = _run(facts, plan, prices)
+    # A card that does not train the model is not the one that serves it.
+    serving = prices if plan.trains else replace(prices, per_hour=None)
     return {
         "prices": asdict(prices),
         "assumptions": {
@@ -113,29 +116,37 @@ def cost_model(facts: DataFacts, plan: Plan, prices: Prices) -> dict[str, Any] |
         },
         "formulas": {
             "hours": "tokens x epochs / tokens_per_second / 3600",
-            "training": "hours x 5 to 10 runs x price per hour",
+            "training": "hours x 5 to 10 runs x price per hour x number of cards",
             "labelling": "examples x labelling cost per example: all rows where it is trained on, else those of the prompt",
             "serving": "365 x requests per day x (input tokens x price + output tokens x price) / 1,000,000; of what was "
             "tuned, with a price per hour: 8760 x price per hour (one card, always on)",
         },
         "run": run,
-        "ways": [_way(way, facts, run, prices) for way in get_args(Way)],
+        "ways": [_way(way, facts, run, serving) for way in get_args(Way)],
     }
 
 
 def _run(facts: DataFacts, plan: Plan, prices: Prices) -> dict[str, Any]:
-    tokens = sum(facts.lengths if facts.plain_text else [min(plan.max_seq_length, length) for length in facts.lengths])
-    speed = plan.fit.tokens_per_second if plan.fit else None
+    tokens = round(sum(plan.lengths) * (1 - plan.values.get("data.eval_fraction", 0.0)))
+    speed = plan.fit.tokens_per_second if plan.fit and plan.trains else None
+    cards = plan.fit.num_gpus if plan.fit else 1
     hours = tokens * plan.epochs / speed / 3600 if speed else None
-    cost = hours * prices.per_hour if hours is not None and prices.per_hour is not None else None
+    cost = hours * cards * prices.per_hour if hours is not None and prices.per_hour is not None else None
+    unknown = None
+    if not plan.trains:
+        unknown = "it does not train on this card"
+    elif hours is None:
+        unknown = "no card is known that the speed could be predicted for"
     return {
         "tokens": tokens,
         "epochs": plan.epochs,
         "tokens_per_second": speed,
+        "num_gpus": cards,
         "hours": hours,
         "cost": cost,
         "search_hours": [runs * hours for runs in RUNS] if hours is not None else None,
         "search_cost": [runs * cost for runs in RUNS] if cost is not None else None,
+        "unknown": unknown,
     }
 
 

@@ -18,8 +18,8 @@ from tunesmith.data.fingerprints import last_answer, supervised_turns
 from tunesmith.data.formats import read_examples
 from tunesmith.data.lengths import TOKENS_PER_TURN, estimate_row, estimate_turn
 from tunesmith.data.tokens import tokenize
-from tunesmith.errors import DataError
-from tunesmith.models.catalogue import find_model_config
+from tunesmith.errors import DataError, ModelError
+from tunesmith.models.catalogue import find_model_config, unknown_model
 from tunesmith.models.load import HUB_ID, ModelSource, find_model, load_tokenizer
 from tunesmith.types import Example, Finding, Progress, no_progress
 
@@ -65,6 +65,15 @@ class DataFacts:
         return self.distinct_rows
 
     @property
+    def counted(self) -> str:
+        """`examples` in words: `1 row`, `3,000 distinct rows`, `20 pieces of text`."""
+        one = self.examples == 1
+        if self.plain_text:
+            return f"{self.examples:,} {'piece' if one else 'pieces'} of text"
+        distinct = "distinct " if self.distinct_rows < self.rows else ""
+        return f"{self.examples:,} {distinct}{'row' if one else 'rows'}"
+
+    @property
     def mean_row_tokens(self) -> float:
         """Tokens of the mean row."""
         return self.total_tokens / self.rows
@@ -93,6 +102,11 @@ class DataFacts:
             "estimated": self.estimated,
             "labels": dict(self.labels),
         }
+
+
+def is_or_are(count: int) -> str:
+    """The verb of `count` things."""
+    return "is" if count == 1 else "are"
 
 
 def read_facts(config: RunConfig, progress: Progress = no_progress) -> DataFacts:
@@ -151,9 +165,12 @@ def read_facts(config: RunConfig, progress: Progress = no_progress) -> DataFacts
 
 def _local_model(config: RunConfig) -> ModelSource | None:
     """The model if it is a folder. A hub id or a .gguf file would have to be fetched or converted first: None."""
-    path = Path(config.model.name).expanduser()
-    if not path.is_dir() and (HUB_ID.fullmatch(config.model.name) or (path.suffix == ".gguf" and path.is_file())):
+    name = config.model.name
+    path = Path(name).expanduser()
+    if not path.is_dir() and (HUB_ID.fullmatch(name) or (path.suffix == ".gguf" and path.is_file())):
         return None
+    if name and not path.exists() and "/" not in name:
+        raise ModelError(unknown_model(name))
     return find_model(config.model)
 
 

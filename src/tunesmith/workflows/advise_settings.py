@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
 
 import yaml
 
 from tunesmith.config import PLAIN_MICRO_BATCH, Method, RunConfig, load_config
 from tunesmith.data.lengths import padding, recommended_max_seq_length, rows_longer_than
-from tunesmith.workflows.advise_data import TEXT_PIECE, DataFacts
+from tunesmith.memory.estimate import CONTEXT_GB
+from tunesmith.memory.policy import HEADROOM
+from tunesmith.workflows.advise_data import TEXT_PIECE, DataFacts, is_or_are
 from tunesmith.workflows.rules import CAPACITY_TOKENS, FEW_ROWS, HIGH_RANK
 
 BITS_PER_TOKEN = 1 / math.log(2)
@@ -30,9 +32,10 @@ at hand. Larger models hold more, so that the rank is rather too high than too l
 MAX_RANK = 256
 """Data that needs a higher rank than this is for full fine-tuning: LWR's ranks end at 512."""
 
+ADAPTER = {"adapter.alpha": 32, "adapter.target_modules": "all-linear"}
+"""What is recommended of an adapter beside its rank, whatever the data."""
+
 MANY_ROWS = 100_000
-ROOM = 0.95
-"""LoRA is taken while its predicted peak leaves 5% of the card free; above, QLoRA is, where it fits."""
 WASTE = 0.15
 """Padding that is worth packing: share of the slots, in batches sorted by length as training sorts them."""
 PACK_TOKENS = 8192
@@ -51,7 +54,8 @@ MIN_STEPS_BETWEEN = 10
 class FitResult:
     """What one setting needs on one card: GB are 2^30 bytes; `micro_batch_size` is what the planner takes, 1 if nothing fits.
 
-    It is not among the settings: `train` plans it on the card that is there.
+    It is not among the settings: `train` plans it on the card that is there. `graphs_gb` is what CUDA graphs hold beside the
+    peak. Speed is of all `num_gpus` cards together. `basis` says where memory and speed come from.
     """
 
     peak_gb: float
@@ -59,13 +63,33 @@ class FitResult:
     fits: bool
     tokens_per_second: float | None
     micro_batch_size: int
+    micro_batch_unit: Literal["examples", "tokens"] = "examples"
+    graphs_gb: float = 0.0
+    num_gpus: int = 1
+    basis: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def usable_gb(self) -> float:
+        """What a plan may fill of the card: 90% of what the driver's context leaves."""
+        return HEADROOM * (self.memory_gb - CONTEXT_GB)
+
+    @property
+    def needs(self) -> str:
+        """What it needs of that, in words."""
+        return f"{self.peak_gb + self.graphs_gb:.1f} of {self.usable_gb:.1f} usable GB"
+
+    def summary(self) -> dict[str, Any]:
+        """For --json."""
+        return asdict(self) | {"usable_gb": self.usable_gb}
 
 
 class Fit(Protocol):
-    """Predicts a setting's memory and speed on the card that was named; None where it cannot (an unknown architecture)."""
+    """Predicts memory and speed on the card that was named; None where it cannot (an unknown architecture)."""
 
-    def __call__(self, method: Method, r: int, max_seq_length: int, batch_size: int) -> FitResult | None:
-        """`r` is 0 for full fine-tuning."""
+    def __call__(
+        self, settings: Mapping[str, Any], lengths: Sequence[int], supervised: Sequence[int]
+    ) -> FitResult | None:
+        """`settings` by dotted key; the examples' tokens, and how many of them are supervised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +105,12 @@ class Setting:
 class Plan:
     """All settings. `fit` is the chosen method's, `tried` those of every method that was looked at.
 
-    `max_seq_length` is what `data.max_seq_length` comes to, also where that is `auto`.
+    `max_seq_length` is what `data.max_seq_length` comes to, also where that is `auto`; `lengths` are the examples' tokens.
     """
 
     settings: Sequence[Setting]
     max_seq_length: int
+    lengths: Sequence[int]
     epochs: float
     fit: FitResult | None
     tried: Mapping[str, FitResult]
@@ -95,12 +120,17 @@ class Plan:
         """The settings by dotted key, as `load_config` takes them."""
         return {setting.key: setting.value for setting in self.settings}
 
+    @property
+    def trains(self) -> bool:
+        """False where it is predicted not to fit the card."""
+        return self.fit is None or self.fit.fits
+
     def fits(self) -> dict[str, Any] | None:
         """For --json: the chosen method's prediction, with those of the others in `tried`; None without a card."""
         if self.fit is None:
             return None
-        tried = {method: asdict(result) for method, result in self.tried.items()}
-        return {"method": self.values["method"], **asdict(self.fit), "tried": tried}
+        tried = {method: result.summary() for method, result in self.tried.items()}
+        return {"method": self.values["method"], **self.fit.summary(), "tried": tried}
 
 
 def choose_settings(facts: DataFacts, config: RunConfig, fit: Fit | None) -> Plan:
@@ -111,25 +141,51 @@ def choose_settings(facts: DataFacts, config: RunConfig, fit: Fit | None) -> Pla
     length, lengths, about_length = _length(facts)
     batch = 32 if facts.examples >= 10_000 else 16
     rank, about_rank = rank_for(facts)
-    method, result, tried, about_method = _method(fit, rank, length, batch, facts)
+    share = facts.supervised_tokens / facts.total_tokens
+    supervised = [max(1, round(share * tokens)) for tokens in lengths]
+    tried: dict[str, FitResult] = {}
+
+    def ask(method: Method, packing: bool = False) -> FitResult | None:
+        """Plan what would be recommended."""
+        asked = {"method": method, **{setting.key: setting.value for setting in about_length}}
+        asked |= {"data.packing": packing, "training.batch_size": batch}
+        if method != "full":
+            asked |= {"adapter.r": rank, **ADAPTER}
+        found = fit(asked, lengths, supervised) if fit else None
+        if found is not None:
+            tried[method] = found
+        return found
+
+    method, result, about_method = _method(fit is not None, ask, facts)
     lr, about_lr = _rate(method, facts)
     epochs, about_epochs = _epochs(facts)
     settings = [Setting("method", method, about_method), *about_length]
-    settings += _packing(lengths, batch, length, result)
+    packing = _packing(lengths, batch, length, result)
+    if packing and result is not None and result.fits:
+        unpacked = result
+        result = ask(method, packing=True)
+        if result is None or not result.fits:  # a pack holds the longest example at least, and its masks
+            packing, result = [], unpacked
+            tried[method] = unpacked
+    settings += packing
     held_out, evaluation = _evaluation(facts, config, batch)
     settings += held_out
     if method != "full":
         settings += [
             Setting("adapter.r", rank, about_rank),
-            Setting("adapter.alpha", 32, "fixed: with the factor alpha / r the best rate hardly depends on r (LWR)"),
-            Setting("adapter.target_modules", "all-linear", "attention alone learns less, at any rank (LWR)"),
+            Setting(
+                "adapter.alpha",
+                ADAPTER["adapter.alpha"],
+                "fixed: with alpha / r the best rate hardly depends on r (LWR)",
+            ),
+            Setting("adapter.target_modules", ADAPTER["adapter.target_modules"], "attention alone learns less (LWR)"),
         ]
     settings += [
         Setting("optimizer.lr", lr, about_lr),
         Setting("training.epochs", epochs, about_epochs),
         Setting("training.batch_size", batch, "modest: large batches cost LoRA more than full fine-tuning (LWR)"),
     ]
-    return Plan([*settings, *evaluation], length, epochs, result, tried)
+    return Plan([*settings, *evaluation], length, lengths, epochs, result, tried)
 
 
 def rank_for(facts: DataFacts) -> tuple[int, str]:
@@ -178,49 +234,25 @@ def _needed_rank(facts: DataFacts) -> int:
 
 
 def _method(
-    fit: Fit | None, rank: int, length: int, batch: int, facts: DataFacts
-) -> tuple[Method, FitResult | None, dict[str, FitResult], str]:
-    """The method, its fit, those that were asked for, and why."""
-    tried: dict[str, FitResult] = {}
-
-    def ask(method: Method) -> FitResult | None:
-        found = fit(method, 0 if method == "full" else rank, length, batch) if fit else None
-        if found is not None:
-            tried[method] = found
-        return found
-
-    if fit is None:
-        return "lora", None, tried, "no card is known (--gpu, --memory): take qlora if 16-bit weights do not fit"
+    card: bool, ask: Callable[[Method], FitResult | None], facts: DataFacts
+) -> tuple[Method, FitResult | None, str]:
+    """The method, its fit, and why."""
+    if not card:
+        return "lora", None, "no card is known (--gpu, --memory): take qlora if 16-bit weights do not fit"
     if (needed := _needed_rank(facts)) > MAX_RANK and (full := ask("full")) is not None and full.fits:
-        why = f"an adapter of rank {MAX_RANK} cannot hold the data (rank {needed} would), and full fits: {_needs(full)}"
-        return "full", full, tried, why
+        why = f"an adapter of rank {MAX_RANK} cannot hold the data (rank {needed} would), and full fits: {full.needs}"
+        return "full", full, why
     lora = ask("lora")
     if lora is None:
-        return "lora", None, tried, "what this model needs on this card cannot be predicted: LoRA is the default"
-    if lora.fits and lora.peak_gb <= ROOM * lora.memory_gb:
-        return "lora", lora, tried, f"learns as well as full on data of this size (LWR), and fits: {_needs(lora)}"
-    qlora = ask("qlora")
-    if qlora is not None and qlora.fits:
-        short = "leaves no room" if lora.fits else "does not fit"
-        return (
-            "qlora",
-            qlora,
-            tried,
-            f"LoRA {short} ({_needs(lora)}); QLoRA takes {_needs(qlora)}, some time and quality",
-        )
+        return "lora", None, "what this model needs on this card cannot be predicted: LoRA is the default"
     if lora.fits:
-        return "lora", lora, tried, f"fits, with hardly any room: {_needs(lora)}"
-    smallest = qlora or lora
-    return (
-        "qlora" if qlora else "lora",
-        smallest,
-        tried,
-        f"does not fit ({_needs(smallest)}): take a smaller model, a larger card or a lower data.max_seq_length",
-    )
-
-
-def _needs(result: FitResult) -> str:
-    return f"{result.peak_gb:.1f} of {result.memory_gb:.1f} GB"
+        return "lora", lora, f"learns as well as full on data of this size (LWR), and fits: {lora.needs}"
+    qlora = ask("qlora")
+    if qlora is None:
+        return "lora", lora, f"does not fit: {lora.needs}"
+    if qlora.fits:
+        return "qlora", qlora, f"LoRA does not fit ({lora.needs}); QLoRA takes {qlora.needs}, some time and quality"
+    return "qlora", qlora, f"does not fit: {qlora.needs}"
 
 
 def _rate(method: Method, facts: DataFacts) -> tuple[float, str]:
@@ -235,16 +267,17 @@ def _rate(method: Method, facts: DataFacts) -> tuple[float, str]:
 
 
 def _epochs(facts: DataFacts) -> tuple[int, str]:
-    rows = f"{facts.examples:,} {'pieces of text' if facts.plain_text else 'rows'}"
+    rows = facts.counted
     if facts.examples < 5_000:
-        return 3, f"{rows} are few: they are worth seeing again"
+        again = "it is" if facts.examples == 1 else "they are"
+        return 3, f"{rows} {is_or_are(facts.examples)} few: {again} worth seeing again"
     if facts.examples < 50_000:
         return 2, f"{rows}: a third pass mostly memorises"
     return 1, f"{rows}: more of them tell more than seeing them again"
 
 
 def _length(facts: DataFacts) -> tuple[int, list[int], list[Setting]]:
-    """(tokens of the longest sequence, lengths once cut to it, settings)."""
+    """(tokens of the longest sequence, lengths of the examples that are left, settings)."""
     if facts.plain_text:
         limit = min(TEXT_PIECE, facts.context_length or TEXT_PIECE)
         pieces = [min(limit, length - start) for length in facts.lengths for start in range(0, length, limit)]
@@ -255,10 +288,14 @@ def _length(facts: DataFacts) -> tuple[int, list[int], list[Setting]]:
     if facts.estimated:
         why = f"{about}, counted when the tokenizer is there; about {limit} (an estimate)"
         settings = [Setting("data.max_seq_length", "auto", why)]
-    if longer := rows_longer_than(facts.lengths, [limit])[limit]:
-        why = f"{_about(facts)}{longer:,} of {len(facts.lengths):,} rows are longer, and a cut answer teaches to stop anywhere"
-        settings.append(Setting("data.overlong", "drop", why))
-    return limit, [min(limit, length) for length in facts.lengths], settings
+    longer = rows_longer_than(facts.lengths, [limit])[limit]
+    if longer == len(facts.lengths):  # dropped, nothing would be left
+        why = f"every row is longer than the model takes ({limit:,} tokens): take one with a longer context"
+        return limit, [limit] * longer, [*settings, Setting("data.overlong", "truncate", why)]
+    if longer:
+        rows = f"{_about(facts)}{longer:,} of {len(facts.lengths):,} rows {is_or_are(longer)} longer"
+        settings.append(Setting("data.overlong", "drop", f"{rows}, and a cut answer teaches to stop anywhere"))
+    return limit, [length for length in facts.lengths if length <= limit], settings
 
 
 def _packing(lengths: list[int], batch: int, limit: int, result: FitResult | None) -> list[Setting]:
@@ -302,7 +339,12 @@ def _about(facts: DataFacts) -> str:
 
 def run_config(config: RunConfig, plan: Plan) -> RunConfig:
     """What the user set, and the plan's settings, as one configuration."""
-    return load_config(None, (), {**_given(config), **plan.values})
+    return with_advice(config, plan.values)
+
+
+def with_advice(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """What the user set, and settings by dotted key."""
+    return load_config(None, (), {**_given(config), **values})
 
 
 def run_yaml(config: RunConfig, plan: Plan, headline: str) -> str:

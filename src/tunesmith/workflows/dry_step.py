@@ -15,7 +15,7 @@ from tunesmith.data.batches import few_lengths, make_batch
 from tunesmith.hardware import Hardware
 from tunesmith.memory.calibrate import Measured, calibrate
 from tunesmith.models.forward import ModelForward
-from tunesmith.out_of_memory import is_out_of_memory
+from tunesmith.out_of_memory import is_out_of_memory, release_memory
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.training.prepare import apply_plan
@@ -47,7 +47,7 @@ class DryStep:
         """
         device = self.hardware.device
         apply_plan(self.forward, plan.memory)
-        torch.cuda.empty_cache()
+        release_memory()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.get_rng_state(), torch.cuda.get_rng_state_all()
         was_training = self.forward.model.training
@@ -109,6 +109,7 @@ def calibrated(plan: RunPlan, step: DryStep) -> tuple[RunPlan, list[Event]]:
         return plan, []
     found, measured = calibrate(plan, step.measure, RunPlan.corrected)
     apply_plan(step.forward, found.memory)
+    step.config.training.cuda_graphs = found.choice.graphs
     return found, [_event(entry, found if entry is measured[-1] and found is not plan else None) for entry in measured]
 
 

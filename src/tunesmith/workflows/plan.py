@@ -11,24 +11,53 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tunesmith.cards import CARDS, Card, card_of, find_card
+from tunesmith.cards import Card, card_of, find_card
 from tunesmith.config import Method, ModelConfig, RunConfig
 from tunesmith.errors import ConfigError, MachineError, ModelError
-from tunesmith.hardware import ComputeDType
-from tunesmith.measurements import ARITHMETIC, Calibration, Measurement, calibration, read_measured
-from tunesmith.memory.choose import Choice, best
-from tunesmith.memory.estimate import CONTEXT_GB, Setup
-from tunesmith.memory.policy import HEADROOM, Mode
+from tunesmith.measurements import read_measured
 from tunesmith.memory.shape import ModelShape
-from tunesmith.models.catalogue import CATALOGUE, find_model_config, nearest_models
+from tunesmith.models.catalogue import ALSO_KNOWN_AS, _words, find_model_config, unknown_model
+from tunesmith.models.hub import fetch_config
 from tunesmith.models.load import HUB_ID, find_model
-from tunesmith.workflows.diagnosis import largest_that_fits, least_gb, smallest_card
-from tunesmith.workflows.setups import choices_of, engine_on_gpu, setup_of
+from tunesmith.workflows.plan_advice import advice
+from tunesmith.workflows.plan_options import (
+    METHOD_NAMES,
+    PARALLEL,
+    WAYS,
+    Data,
+    Option,
+    Target,
+    by_way,
+    micro_batch_of,
+    plan_option,
+    with_settings,
+)
+
+__all__ = [
+    "METHOD_NAMES",
+    "PARALLEL",
+    "Data",
+    "Option",
+    "Target",
+    "answer",
+    "asked_length",
+    "basis",
+    "find_shape",
+    "find_target",
+    "full_name",
+    "longest_example",
+    "micro_batch_of",
+    "plan",
+    "plan_option",
+    "refuse_unless_fits",
+    "rounded",
+    "with_settings",
+]
 
 SEQUENCE = 2048
 """Tokens of an example where nothing is said of the data."""
@@ -36,83 +65,11 @@ SEQUENCE = 2048
 SEQUENCES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 """Lengths that are looked at beside the one that was asked for."""
 
-PARALLEL = 0.95
-"""What each card of several reaches of one alone: the ranks wait for each other's gradients."""
+QWEN2_TRAINED = 32_768
+"""Tokens that Qwen2 and Qwen2.5 take in their Instruct and Coder forms, whatever the base model takes."""
 
 RATED_CARD = "H100"
 """The card that speeds were measured on (memory/speed.py)."""
-
-
-METHOD_NAMES: dict[str, str] = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
-"""How people write the methods."""
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What is planned for: `count` cards alike, or so many GB of memory with a card that is not known.
-
-    `measured` is what runs measured, on this card and others.
-    """
-
-    name: str
-    memory_gb: float
-    card: Card | None = None
-    count: int = 1
-    measured: tuple[Measurement, ...] = ()
-
-    @property
-    def budget_gb(self) -> float:
-        """What PyTorch may take of one card."""
-        return self.memory_gb - CONTEXT_GB
-
-    @property
-    def label(self) -> str:
-        """How a sentence calls it: `a T4`, `4 H100`."""
-        if self.count > 1:
-            return f"{self.count} {self.name}"
-        article = "an" if self.name[0] in "AHLR" else "a"  # as the letters are said
-        return f"{article} {self.name}" if self.card else self.name
-
-
-@dataclass(frozen=True, slots=True)
-class Option:
-    """One way to train: the setting, and what it needs and gives. `recompute` is in words; speed is of all cards together.
-
-    `calibration` is in the speed already.
-    """
-
-    method: Method
-    scheme: str | None
-    optimizer: str
-    memory_mode: Mode
-    micro_batch_size: int
-    micro_batch_unit: Literal["examples", "tokens"]
-    gradient_accumulation_steps: int
-    max_seq_length: int
-    recompute: str
-    recompute_layers: int
-    peak_gb: float
-    fits: bool
-    tokens_per_second: float | None
-    adapter_parameters: int | None
-    breakdown: Mapping[str, float]
-    calibration: Calibration = ARITHMETIC
-
-    @property
-    def basis(self) -> dict[str, Any]:
-        """Whether `memory` and `speed` are arithmetic or calibrated on this card, and by how many `runs`."""
-        return self.calibration.basis(self.tokens_per_second)
-
-    @property
-    def label(self) -> str:
-        """How people call the method."""
-        return METHOD_NAMES[self.method] + (f" ({self.scheme})" if self.scheme not in (None, "nf4") else "")
-
-    @property
-    def micro_batches(self) -> str:
-        """Micro-batches of a step: `2 x 8`, or `4,096 tokens x 8`."""
-        size = f"{self.micro_batch_size:,} tokens" if self.micro_batch_unit == "tokens" else str(self.micro_batch_size)
-        return f"{size} x {self.gradient_accumulation_steps}"
 
 
 # -- models and cards -------------------------------------------------------------------------------------------------
@@ -126,27 +83,40 @@ def find_shape(name: str) -> tuple[str, ModelShape]:
     if path.suffix == ".gguf":
         return path.stem, _shape_in(find_model(ModelConfig(name=name)).path)
     if (known := find_model_config(name)) is not None:
-        return known[0].rpartition("/")[2], ModelShape.of(known[1])
-    near = nearest_models(name)
-    hint = f"; known models like it: {', '.join(near)}" if near else ""
+        own = _own_id(name, known[0])
+        if own != known[0] and known[1]["model_type"] == "qwen2":
+            known[1]["max_position_embeddings"] = min(known[1]["max_position_embeddings"], QWEN2_TRAINED)
+        return own.rpartition("/")[2], ModelShape.of(known[1])
     if not HUB_ID.fullmatch(name):
-        raise ModelError(f"{name}: no such model folder and no known model (a hub id looks like org/model){hint}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        config = Path(hf_hub_download(name, "config.json"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{name}: its config.json cannot be fetched from the hub ({reason[:200]}){hint}") from error
-    return name.rpartition("/")[2], _shape_in(config.parent)
+        raise ModelError(unknown_model(name))
+    return name.rpartition("/")[2], _shape_in(fetch_config(name))
 
 
 def full_name(name: str) -> str:
-    """A known model's hub id for its short name; other names as they are."""
+    """A known model's hub id for its short name, also one that shares another's shape; other names as they are."""
     if "/" in name or not name or Path(name).expanduser().exists() or (known := find_model_config(name)) is None:
         return name
-    return known[0]
+    return _own_id(name, known[0])
+
+
+def _own_id(name: str, known: str) -> str:
+    """The id of the model that `name` means, which may only share its shape with `known`.
+
+    A name that leaves out words of the id (`llama-2-7b` of Llama-2-7b-hf), or adds no more than a size, means that model;
+    one with other words (`-Instruct`, `-Coder`) means a sibling of the same organisation.
+    """
+    asked = _words(name)
+    for also in ALSO_KNOWN_AS:
+        if _words(also) == asked:
+            return known if _is_size(set(asked) - set(_words(known))) else also
+    if _is_size(set(asked) - set(_words(known))):
+        return known
+    form = "-hf" if known.endswith("-hf") and "hf" not in asked else ""  # without it, Meta's own files
+    return f"{known.partition('/')[0]}/{name.rstrip('/').rpartition('/')[2]}{form}"
+
+
+def _is_size(words: set[str]) -> bool:
+    return all(word == "b" or word[0].isdecimal() for word in words)
 
 
 def _shape_in(folder: Path) -> ModelShape:
@@ -223,110 +193,8 @@ def _local_target() -> Target | None:
     return Target(card.name if card else name, card.memory_gb if card else gb, card, alike, read_measured())
 
 
-# -- options ----------------------------------------------------------------------------------------------------------
-
-
-def plan_option(
-    config: RunConfig, shape: ModelShape, target: Target, lengths: Sequence[int], supervised: Sequence[int]
-) -> Option:
-    """The best micro-batch and memory policy of one setting on one card, as `train` would choose them."""
-    setup = _setup(config, shape)
-    training = config.training
-    share = config
-    if target.count > 1:
-        share = config.model_copy(deep=True)
-        share.training.batch_size = -(-training.batch_size // target.count)
-        if training.batch_tokens is not None:
-            share.training.batch_tokens = max(
-                training.micro_batch_tokens or 0, -(-training.batch_tokens // target.count)
-            )
-    known = calibration(target.measured, target.card, setup.engine, config.method, setup.scheme, shape.num_parameters)
-    found = choices_of(share, shape, setup, lengths, supervised, target.budget_gb, target.card, host=known.host)
-    return _option(config, shape, setup, target, max(lengths), best(found, config.memory.mode), known)
-
-
-def _setup(config: RunConfig, shape: ModelShape) -> Setup:
-    """Compute in 16 bits, unless fp32 is asked for, with the engine that `train` takes on an NVIDIA GPU."""
-    dtype: ComputeDType = "fp32" if config.model.dtype == "fp32" else "bf16"
-    return setup_of(config, engine_on_gpu(config, shape), dtype)
-
-
-def _option(
-    config: RunConfig,
-    shape: ModelShape,
-    setup: Setup,
-    target: Target,
-    sequence: int,
-    choice: Choice,
-    known: Calibration,
-) -> Option:
-    plan, candidate = choice.plan, choice.candidate
-    speed = choice.tokens_per_second
-    if speed is not None:
-        speed *= known.speed * (PARALLEL * target.count if target.count > 1 else 1)
-    count = plan.recompute_layers
-    words = "none" if not count else f"{count} of {plan.num_layers} layers"
-    if any(policy.offload_input for policy in plan.policies):
-        words = f"all {plan.num_layers} layers, inputs in host memory"
-    return Option(
-        method=config.method,
-        scheme=setup.scheme,
-        optimizer=config.optimizer.name,
-        memory_mode=plan.mode,
-        micro_batch_size=candidate.size,
-        micro_batch_unit=candidate.unit,
-        gradient_accumulation_steps=candidate.count,
-        max_seq_length=sequence,
-        recompute=words,
-        recompute_layers=count,
-        peak_gb=plan.predicted_peak_gb or 0.0,
-        fits=choice.fits,
-        tokens_per_second=speed,
-        adapter_parameters=None if config.method == "full" else shape.adapter_values(setup.r, setup.targets),
-        breakdown=plan.breakdown,
-        calibration=known,
-    )
-
-
-def with_settings(config: RunConfig, **changes: Any) -> RunConfig:
-    """A copy with other settings, by dotted keys written with `__`. A method that is not QLoRA drops the scheme."""
-    values = config.model_dump()
-    for key, value in changes.items():
-        *path, last = key.split("__")
-        section = values
-        for part in path:
-            section = section[part]
-        section[last] = value
-    return RunConfig.model_validate(values)
-
-
-def micro_batch_of(option: Option) -> dict[str, int]:
-    """The micro-batch of an option, as `with_settings` takes it."""
-    return {
-        f"training__micro_batch_{'tokens' if option.micro_batch_unit == 'tokens' else 'size'}": option.micro_batch_size
-    }
-
-
-WAYS: tuple[tuple[Method, str], ...] = (("full", "nf4"), ("lora", "nf4"), ("qlora", "nf4"), ("qlora", "int8"))
-"""Methods, with the scheme of their quantization. Of those that fit the first one is recommended: quantization costs time and
-a little of the result, and is there for what does not fit otherwise. Full fine-tuning is for those who ask for it."""
-
 FASTER = 1.1
 """A leaner method is recommended all the same if it is this many times as fast."""
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """The examples that are planned for: their tokens, and how many of them are supervised."""
-
-    lengths: Sequence[int]
-    supervised: Sequence[int]
-    real: bool
-
-    @classmethod
-    def of_length(cls, length: int, rows: int) -> Data:
-        """Examples of one length, every token supervised: the most memory that such data can need."""
-        return cls([length] * rows, [length] * rows, False)
 
 
 def plan(
@@ -353,17 +221,17 @@ def plan(
         found.append(plan_option(settings, shape, target, examples.lengths, examples.supervised))
         return found[-1]
 
-    ways = [way for way in _ways(config) if not methods or way[0] in methods]
-    main = {way: look(_of(config, way), asked) for way in ways}
-    chosen = _recommended([main[way] for way in ways if methods or way[0] != "full"])
+    main = {way: look(by_way(config, way), asked) for way in _ways(config) if not methods or way[0] in methods}
+    ways = [way for way in main if methods or way[0] != "full"]
+    chosen = _recommended([main[way] for way in ways])
     if chosen is not None:
         way = next(way for way, option in main.items() if option is chosen)
-        settings = _of(config, way)
+        settings = by_way(config, way)
         for other in SEQUENCES:
             most = min(shape.context_length or other, config.training.micro_batch_tokens or other)
             if other != length and data is None and other <= most:
                 look(settings, Data.of_length(other, config.training.batch_size))
-        for mode in ("fast", "min"):
+        for mode in ("auto", "fast", "min"):
             if mode != config.memory.mode:
                 look(with_settings(settings, memory__mode=mode), asked)
         for optimizer in ("adamw", "adamw_8bit", "paged_adamw_8bit"):
@@ -381,13 +249,15 @@ def plan(
         "breakdown": None if chosen is None else dict(chosen.breakdown),
         "basis": basis(target, shape, found),
         "data": None if data is None else _facts(data),
-        "advice": list(_advice(config, name, shape, target, main, chosen, length)),
+        "advice": list(advice(config, name, shape, target, asked, ways, main, chosen, found)),
     }
     if chosen is not None:
-        result["answer"] = answer(name, target, chosen)
+        result["answer"] = answer(name, target, chosen, config.memory.limit_gb)
     else:
         least = [f"{option.label} needs {option.peak_gb:.1f} GB" for option in main.values()]
-        result["answer"] = f"{name} does not train on {target.label} ({target.memory_gb:.1f} GB): {', '.join(least)}"
+        room = _room(target, config.memory.limit_gb)
+        where = target.label if room in target.label else f"{target.label} ({room})"
+        result["answer"] = f"{name} does not train on {where}: {', '.join(least)}"
     return result
 
 
@@ -409,12 +279,6 @@ def _ways(config: RunConfig) -> list[tuple[Method, str]]:
     if scheme != "nf4":
         return [*WAYS[:2], ("qlora", scheme)]
     return [way for way in WAYS if way[1] != "int8" or config.model.engine != "fused"]
-
-
-def _of(config: RunConfig, way: tuple[Method, str]) -> RunConfig:
-    method, scheme = way
-    scheme = config.quantization.scheme if method != "qlora" else scheme
-    return with_settings(config, method=method, quantization__scheme=scheme)
 
 
 def longest_example(config: RunConfig, shape: ModelShape, sequence: int | None, data: Data | None) -> int:
@@ -443,6 +307,7 @@ def asked_length(config: RunConfig, sequence: int | None) -> int:
 def _json(option: Option, trained: float | None, price: float | None) -> dict[str, Any]:
     values = asdict(option) | {"label": option.label, "micro_batches": option.micro_batches, "basis": option.basis}
     del values["calibration"]  # which `basis` tells
+    values["graphs_gb"] = values.pop("pool_gb")
     hours = None
     if trained is not None and option.tokens_per_second:
         hours = trained / option.tokens_per_second / 3600
@@ -488,14 +353,21 @@ def _runs(count: int) -> str:
     return f"{count} run{'s' * (count > 1)}"
 
 
-def answer(name: str, target: Target, option: Option) -> str:
-    """The recommendation as one sentence."""
+def _room(target: Target, limit: float | None) -> str:
+    """The card's memory, or `memory.limit_gb` where that is less."""
+    if limit is not None and limit < target.budget_gb:
+        return f"{limit:.1f} GB by memory.limit_gb"
+    return f"{target.memory_gb:.1f} GB"
+
+
+def answer(name: str, target: Target, option: Option, limit: float | None = None) -> str:
+    """The recommendation as one sentence. `limit` is `memory.limit_gb`."""
     speed = "" if option.tokens_per_second is None else f", about {rounded(option.tokens_per_second)} tokens/s"
     recompute = "keep all activations" if option.recompute == "none" else f"recompute {option.recompute}"
     return (
         f"{name} on {target.label}: {option.label}, micro-batch {option.micro_batches}, "
         f"{option.max_seq_length:,} tokens, {recompute}, "
-        f"{option.peak_gb:.1f} of {target.memory_gb:.1f} GB{speed}"
+        f"{option.held_gb:.1f} of {_room(target, limit)}{speed}"
     )
 
 
@@ -505,90 +377,6 @@ def rounded(value: float) -> str:
         return f"{value:.0f}"
     step = 10 ** (len(str(int(value))) - 2)
     return f"{round(value / step) * step:,}"
-
-
-def _advice(
-    config: RunConfig,
-    name: str,
-    shape: ModelShape,
-    target: Target,
-    main: dict[tuple[Method, str], Option],
-    chosen: Option | None,
-    length: int,
-) -> Iterator[str]:
-    """What to change to go longer, larger or faster, one line each."""
-    if chosen is None:
-        least = least_gb(shape, "qlora", config)
-        if longest := _longest(_of(config, ("qlora", config.quantization.scheme)), shape, target):
-            yield f"method: QLoRA trains here, up to {longest:,} tokens with micro-batch 1 (memory.mode: min)"
-            return
-        if enough := smallest_card(least):
-            yield f"card: QLoRA of {name} needs {least:.1f} GB at least: {enough.name} ({enough.memory_gb:.0f} GB) or more"
-        smaller = largest_that_fits(target.budget_gb, config, below=shape.num_parameters)
-        if smaller:
-            yield f"model: the largest known one that trains here is {smaller} (QLoRA)"
-        return
-    way = next(way for way, option in main.items() if option is chosen)
-    if longest := _longest(_of(config, way), shape, target):
-        context = shape.context_length
-        if longest > length:
-            limit = " (the model's limit)" if longest == context else ""
-            yield f"longer: up to {longest:,} tokens{limit} with micro-batch 1 (memory.mode: min)"
-        elif way[0] == "lora" and (further := _longest(_of(config, ("qlora", "nf4")), shape, target) or 0) > longest:
-            yield f"longer: up to {further:,} tokens with method: qlora"
-    larger = largest_that_fits(target.budget_gb, config, below=10**15)
-    if larger and ModelShape.of(CATALOGUE[larger]).num_parameters > shape.num_parameters:
-        yield f"larger: up to {larger} trains here with QLoRA"
-    yield from _faster(config, shape, target, way, chosen, length)
-
-
-def _faster(
-    config: RunConfig, shape: ModelShape, target: Target, way: tuple[Method, str], chosen: Option, length: int
-) -> Iterator[str]:
-    if target.card is None or chosen.tokens_per_second is None:
-        return
-    examples = Data.of_length(length, config.training.batch_size)
-    if chosen.recompute_layers:
-        wide = replace(target, memory_gb=1e4)
-        kept = plan_option(
-            with_settings(_of(config, way), **micro_batch_of(chosen)),
-            shape, wide, examples.lengths, examples.supervised,
-        )  # fmt: skip
-        needed = kept.peak_gb / HEADROOM + CONTEXT_GB
-        if (kept.tokens_per_second or 0) > 1.05 * chosen.tokens_per_second:
-            yield (
-                f"faster: a card with {needed:.0f} GB would keep all activations, "
-                f"{(kept.tokens_per_second or 0) / chosen.tokens_per_second:.2f} times as fast; shorter examples keep more too"
-            )
-        return
-    better = [card for card in CARDS if card.flops > target.card.flops and card.memory_gb >= target.memory_gb]
-    if better:
-        card = min(better, key=lambda card: card.flops)
-        packing = "" if config.data.packing else ", or data.packing: true"
-        yield f"faster: everything is kept already; a faster card ({card.name}), or several{packing}"
-
-
-def _longest(config: RunConfig, shape: ModelShape, target: Target) -> int | None:
-    """The longest example, in steps of 512 tokens, that trains with micro-batch 1 and everything computed again."""
-    settings = with_settings(
-        config, memory__mode="min", training__micro_batch_size=1, training__micro_batch_tokens=None
-    )
-    limit = shape.context_length or 131_072
-    low, high = 0, max(1, limit // 512)
-
-    def fits(length: int) -> bool:
-        examples = Data.of_length(length, config.training.batch_size)
-        return plan_option(settings, shape, target, examples.lengths, examples.supervised).fits
-
-    if fits(limit):
-        return limit
-    while low < high:  # the largest number of steps that fits
-        middle = (low + high + 1) // 2
-        if fits(512 * middle):
-            low = middle
-        else:
-            high = middle - 1
-    return 512 * low or None
 
 
 def refuse_unless_fits(result: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.cards import CARDS
@@ -13,14 +14,13 @@ from tunesmith.memory.policy import HEADROOM
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.catalogue import CATALOGUE
 from tunesmith.types import GB
-from tunesmith.workflows.diagnosis import least_gb
-from tunesmith.workflows.plan import (
+from tunesmith.workflows.plan import asked_length, find_shape, longest_example
+from tunesmith.workflows.plan_options import (
     Data,
     Option,
     Target,
-    asked_length,
-    find_shape,
-    longest_example,
+    budget_gb,
+    least_needed,
     micro_batch_of,
     plan_option,
     with_settings,
@@ -59,6 +59,7 @@ def plan_ranks(config: RunConfig, target: Target, ranks: Sequence[int], sequence
                 "micro_batch_size": option.micro_batch_size,
                 "recompute": option.recompute,
                 "peak_gb": option.peak_gb,
+                "graphs_gb": option.pool_gb,
                 "fits": option.fits,
                 "tokens_per_second": option.tokens_per_second,
                 "basis": option.basis,
@@ -70,15 +71,24 @@ def plan_ranks(config: RunConfig, target: Target, ranks: Sequence[int], sequence
 def plan_models(
     config: RunConfig, target: Target, sequence: int | None, methods: Sequence[Method] = ()
 ) -> list[dict[str, Any]]:
-    """For each known model: the option of each method on this card, smallest model first."""
+    """For each known model: the option of each method on this card, smallest model first.
+
+    `max_seq_length` is what is planned for: less than what was asked for where the model's context is.
+    """
     shapes = {name: ModelShape.of(values) for name, values in CATALOGUE.items()}
+    known: dict[tuple[ModelShape, int], dict[str, Any]] = {}  # releases that differ in nothing but their context
     rows = []
     for name, shape in sorted(shapes.items(), key=lambda item: item[1].num_parameters):
+        length = _length(config, shape, sequence)
+        key = (replace(shape, context_length=None), length)
+        if key not in known:
+            known[key] = _by_method(config, shape, target, length, methods)
         rows.append(
             {
                 "model": name,
                 "parameters": shape.num_parameters,
-                "methods": _by_method(config, shape, target, sequence, methods),
+                "max_seq_length": length,
+                "methods": known[key],
             }
         )
     return rows
@@ -87,41 +97,63 @@ def plan_models(
 def plan_cards(
     config: RunConfig, sequence: int | None, methods: Sequence[Method] = ()
 ) -> tuple[str, list[dict[str, Any]]]:
-    """The model's name, and for each known card the option of each method, smallest card first."""
+    """The model's name, and for each known card the option of each method, smallest card first.
+
+    Cards without bf16 are left out where `model.dtype` asks for it.
+    """
     name, shape = find_shape(config.model.name)
+    length = _length(config, shape, sequence)
     measured = read_measured()
     rows = []
     for card in sorted(CARDS, key=lambda card: (card.memory_gb, card.flops)):
+        if config.model.dtype == "bf16" and not card.bf16:
+            continue
         target = Target(card.name, card.memory_gb, card, measured=measured)
         rows.append(
             {
                 "gpu": card.name,
                 "memory_gb": card.memory_gb,
-                "methods": _by_method(config, shape, target, sequence, methods),
+                "max_seq_length": length,
+                "methods": _by_method(config, shape, target, length, methods),
             }
         )
     return name, rows
 
 
-def _by_method(
-    config: RunConfig, shape: ModelShape, target: Target, sequence: int | None, methods: Sequence[Method]
-) -> dict[str, Any]:
-    found: dict[str, dict[str, Any]] = {}
+def _length(config: RunConfig, shape: ModelShape, sequence: int | None) -> int:
+    """Tokens of an example, as many as the model takes."""
     length = asked_length(config, sequence)
-    length = min(length, shape.context_length or length)
+    return min(length, shape.context_length or length)
+
+
+def _by_method(
+    config: RunConfig, shape: ModelShape, target: Target, length: int, methods: Sequence[Method]
+) -> dict[str, Any]:
+    """The option of each method. Of one that does not fit, `peak_gb` is the least that these settings need, and `least_gb`
+    what is left of it with optimizer states in 8 bits.
+    """
+    found: dict[str, dict[str, Any]] = {}
     examples = Data.of_length(length, config.training.batch_size)
     everything: tuple[Method, ...] = ("full", "lora", "qlora")
     for method in methods or everything:
         settings = with_settings(config, method=method)
-        least = least_gb(shape, method, settings)
-        if least > HEADROOM * target.budget_gb:
-            basis = ARITHMETIC.basis(None)
-            found[method] = {"fits": False, "peak_gb": least, "tokens_per_second": None, "basis": basis}
+        least = least_needed(settings, shape, target, examples)
+        if least > HEADROOM * budget_gb(settings, target) + 1e-9:
+            saving = with_settings(settings, optimizer__name="adamw_8bit")
+            found[method] = {
+                "fits": False,
+                "peak_gb": least,
+                "least_gb": min(least, least_needed(saving, shape, target, examples)),
+                "graphs_gb": 0.0,
+                "tokens_per_second": None,
+                "basis": ARITHMETIC.basis(None),
+            }
             continue
         option = plan_option(settings, shape, target, examples.lengths, examples.supervised)
         found[method] = {
             "fits": option.fits,
             "peak_gb": option.peak_gb,
+            "graphs_gb": option.pool_gb,
             "tokens_per_second": option.tokens_per_second,
             "micro_batch_size": option.micro_batch_size,
             "recompute": option.recompute,

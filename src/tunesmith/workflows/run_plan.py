@@ -95,13 +95,16 @@ class RunPlan:
 
     def _again(self, mode: Mode, correction_gb: float) -> RunPlan:
         assert self.shape is not None
-        estimate = Estimate(self.shape, self.setup, self.choice.candidate.largest, self.weights_gb, self.trainable)
-        graphs, candidate = self.choice.graphs, self.choice.candidate
-        plan = plan_memory(estimate, mode, self.budget_gb, correction_gb, graphs)
-        seconds = None
-        if self.card is not None:
-            seconds = step_seconds(self.shape, self.setup, candidate, plan, self.card, graphs, self.host)
-        return replace(self, choice=replace(self.choice, plan=plan, step_seconds=seconds))
+        candidate = self.choice.candidate
+        estimate = Estimate(self.shape, self.setup, candidate.largest, self.weights_gb, self.trainable)
+        found: list[Choice] = []
+        for graphs in {self.choice.graphs, False}:
+            plan = plan_memory(estimate, mode, self.budget_gb, correction_gb, graphs)
+            seconds = None
+            if self.card is not None:
+                seconds = step_seconds(self.shape, self.setup, candidate, plan, self.card, graphs, self.host)
+            found.append(Choice(candidate, plan, seconds, graphs))
+        return replace(self, choice=best(found, mode))
 
 
 def plan_run(
@@ -120,7 +123,7 @@ def plan_run(
     budget = budget_gb(config, hardware, weights)
     if config.method != "full":
         weights -= 4 * trainable / GB
-    setup = setup_of(config, engine, forward.dtype, getattr(forward.model, "peft_config", None))
+    setup = setup_of(config, engine, forward.dtype, hardware.capability, getattr(forward.model, "peft_config", None))
     lengths, supervised = _lengths(examples)
     on_gpu = hardware.type == "cuda"
     card = card_of(hardware.name, hardware.memory_gb) if on_gpu else None
@@ -167,7 +170,8 @@ def refuse_what_cannot_fit(
         return
     if hardware.type != "cuda" or config.adapter.init_from:
         return
-    setup = setup_of(config, "reference" if no_fused_engine(hardware) else engine_on_gpu(config, shape), dtype)
+    engine = "reference" if no_fused_engine(hardware) else engine_on_gpu(config, shape)
+    setup = setup_of(config, engine, dtype, hardware.capability)
     budget = budget_gb(config, hardware, 0.0)
     smallest = candidates_of(config, *_lengths(examples), graphs=False, device=hardware.type)[0]
     least = plan_memory(Estimate(shape, setup, smallest.largest), "min", budget)

@@ -8,12 +8,13 @@ from typing import Any, Literal
 
 from tunesmith.cards import Card
 from tunesmith.config import RunConfig, TrainingConfig
-from tunesmith.data.batches import few_lengths, largest_micro_batch
+from tunesmith.data.batches import few_lengths, largest_micro_batch, typical_slots
 from tunesmith.errors import ConfigError
 from tunesmith.hardware import ComputeDType
 from tunesmith.memory.choose import Candidate, Choice, even_sizes, options
 from tunesmith.memory.estimate import Load, Setup
 from tunesmith.memory.shape import HALF_FUSED, ModelShape
+from tunesmith.models.attention import takes_grouped_keys
 
 
 def engine_on_gpu(config: RunConfig, shape: ModelShape) -> Literal["reference", "fused"]:
@@ -28,9 +29,16 @@ def engine_on_gpu(config: RunConfig, shape: ModelShape) -> Literal["reference", 
 
 
 def setup_of(
-    config: RunConfig, engine: Literal["reference", "fused"], dtype: ComputeDType, adapters: Any = None
+    config: RunConfig,
+    engine: Literal["reference", "fused"],
+    dtype: ComputeDType,
+    capability: tuple[int, int] | None,
+    adapters: Any = None,
 ) -> Setup:
-    """The configuration as far as memory depends on it. `adapters` is a loaded model's `peft_config`, which says the rank."""
+    """The configuration as far as memory depends on it. `capability` is the card's (None: not known, as any newer one).
+
+    `adapters` is a loaded model's `peft_config`, which says the rank.
+    """
     adapter = config.adapter
     r, targets = adapter.r, adapter.target_modules
     if adapters is not None:
@@ -44,6 +52,7 @@ def setup_of(
         optimizer=config.optimizer.name,
         scheme=config.quantization.scheme if config.method == "qlora" else None,
         double_quant=config.quantization.double_quant,
+        grouped=takes_grouped_keys(capability or (8, 0), dtype),
     )
 
 
@@ -97,8 +106,10 @@ def candidates_of(
     batch = min(training.batch_size, len(lengths))
     step = training.batch_tokens or batch * mean
 
+    widen = few_lengths if graphs else None
+
     def candidate(settings: TrainingConfig) -> Candidate:
-        tokens = largest_micro_batch(lengths, settings, packing, few_lengths if graphs else None)
+        tokens = largest_micro_batch(lengths, settings, packing, widen)
         targets = largest_micro_batch(supervised, settings, packing=True)
         if settings.micro_batch_tokens is not None:
             size, unit = settings.micro_batch_tokens, "tokens"
@@ -108,17 +119,28 @@ def candidates_of(
             count = math.ceil(batch / size)
         sequence = max(lengths)
         accumulates = count > 1
-        typical = step / count  # not of `size`: sixteen examples are five micro-batches of three, and one
+        masked = 0
+        if packing:
+            masked = tokens
+        elif size > 1 and min(lengths) < sequence:
+            masked = sequence
+        # Of a micro-batch; not of `size`: sixteen examples are five micro-batches of three, and one.
+        slots = (
+            step / count
+            if training.batch_tokens is not None
+            else typical_slots(lengths, settings, packing, widen) / count
+        )
         return Candidate(
             size,
             count,
-            Load(tokens, min(targets, tokens), sequence, accumulates),
+            Load(tokens, min(targets, tokens), sequence, accumulates, masked),
             Load(
-                max(1, round(typical)),
-                max(1, round(typical * mean_supervised / mean)),
-                max(1, round(mean)),
+                max(1, round(slots)),
+                max(1, round(step / count * mean_supervised / mean)),
+                max(1, round(mean if packing else slots * count / batch)),
                 accumulates,
             ),
+            step,
             unit,  # type: ignore[arg-type]  # one of the two
         )
 
