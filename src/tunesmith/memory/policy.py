@@ -64,6 +64,8 @@ def gives_up_alike(one: MemoryPlan, other: MemoryPlan) -> bool:
 
 def _first_that_fits(count: int, peak: Callable[[int], float], room: float) -> int:
     """The smallest number in 0 ... count - 1 whose peak is within `room`, else the last; peaks fall with the number."""
+    if peak(0) <= room:
+        return 0
     low, high = 0, count - 1
     while low < high:
         middle = (low + high) // 2
