@@ -249,7 +249,7 @@ def test_a_card_that_does_not_train_the_model_is_the_first_line(many: Path, tmp_
 def test_shorter_examples_that_fit_are_named(tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "long.jsonl", [{"prompt": f"{i}?", "completion": "x" * 400_000} for i in range(20)])
     value = json.loads(known(rows, "Llama-3.1-8B", "--gpu", "T4", "--json").out)
-    assert value["instead"][0] == "shorter examples: QLoRA trains here with up to 65,536 tokens (data.max_seq_length)"
+    assert value["instead"][0] == "shorter examples: QLoRA trains here with up to 75,264 tokens (data.max_seq_length)"
     assert value["headline"].startswith("Don't fine-tune: write better instructions first; but Llama-3.1-8B does not")
 
 

@@ -25,6 +25,7 @@ from tunesmith.data.batches import (
     make_batch,
     micro_batches,
     split,
+    typical_slots,
 )
 from tunesmith.data.packing import best_fit, fill
 from tunesmith.types import IGNORE_INDEX, Batch, TokenizedExample
@@ -684,3 +685,22 @@ def test_rows_are_numbered_only_when_asked() -> None:
         dropout_rows([ONE], True)[0],
         dropout_rows([TWO], True)[0],
     ]
+
+
+@pytest.mark.parametrize(("packing", "size"), [(False, 4), (False, 16), (True, 4)])
+def test_typical_slots_are_those_of_an_epoch(packing: bool, size: int) -> None:
+    """Of 32 sampled steps against all 60, with their padding: a fifth of chats' lengths, where rows are padded."""
+    rng = random.Random(3)
+    lengths = [min(2048, int(rng.lognormvariate(6.4, 0.8)) + 20) for _ in range(960)]
+    values = training(batch_size=16, micro_batch_size=size)
+    order = StepOrder(lengths, values, packing)
+    slots = 0
+    for step in range(order.steps_per_epoch):
+        for part in order.step(step):
+            rows = [lengths[index] for index in part]
+            slots += few_lengths(sum(rows)) if packing else len(rows) * few_lengths(max(rows))
+    found = typical_slots(lengths, values, packing, few_lengths)
+    assert found == pytest.approx(slots / order.steps_per_epoch, rel=0.03 if not packing else 0.01)
+    plain = 16 * sum(lengths) / len(lengths)
+    assert found > (1.02 if packing else 1.2) * plain
+    assert typical_slots([100] * 40, values, packing) == 1600

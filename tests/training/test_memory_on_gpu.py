@@ -143,7 +143,7 @@ def test_nothing_left_ends_with_a_diagnosis(session: Session, model: Path) -> No
     assert lines[0].startswith("step 1 ran out of memory with one example a micro-batch: CUDA out of memory")
     assert [line[:2] for line in lines[1:]] == ["1.", "2.", "3.", "4.", "5."]
     assert caught.value.exit_code == 3
-    assert held
+    del held
     assert [event["halvings"] for event in events(run, "out_of_memory")] == [1, 2, 3, 3]
 
 

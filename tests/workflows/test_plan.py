@@ -960,7 +960,7 @@ LENGTHS = [100 + 7 * number % 900 for number in range(400)]
 
 def test_hours_and_cost_of_the_data() -> None:
     result = with_data(LENGTHS, "training.epochs=2", price_per_hour=3.5)
-    assert result["data"] == {"rows": 400, "tokens": sum(LENGTHS), "longest": max(LENGTHS)}
+    assert result["data"] == {"rows": 400, "tokens": sum(LENGTHS), "longest": max(LENGTHS), "epochs": 2.0}
     for each in result["options"]:
         hours = 2 * sum(LENGTHS) / each["tokens_per_second"] / 3600
         assert each["hours"] == pytest.approx(hours)

@@ -118,7 +118,7 @@ def plan(
         price_per_hour=None if price is None else price * target.count,
     )
     if result["data"]:
-        result["data"] |= {"estimated": estimated, "epochs": _epochs(result)}
+        result["data"]["estimated"] = estimated
     if plot is not None:
         result["plot"] = draw(plot, result)
     if as_json:
@@ -208,14 +208,6 @@ def _hours(hours: float) -> str:
     if not minutes:
         return "less than a minute"
     return f"about {minutes} minute{'s' * (minutes > 1)}"
-
-
-def _epochs(result: Mapping[str, Any]) -> float | None:
-    """For how many passes over the data the hours are: `training.epochs`, or what `training.max_steps` leaves of them."""
-    chosen = result["recommended"]
-    if chosen is None or chosen["hours"] is None:
-        return None
-    return float(f"{chosen['hours'] * 3600 * chosen['tokens_per_second'] / result['data']['tokens']:.6g}")
 
 
 def _fitting(layouts: Iterable[Table], width: int | None = None) -> Table:

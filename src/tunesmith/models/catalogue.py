@@ -273,7 +273,7 @@ def find_model_config(name: str) -> tuple[str, dict[str, Any]] | None:
     returned; what is shared by all that it stands for are the tensors' sizes, not always `max_position_embeddings`
     (131,072 of Qwen2.5-7B, 32,768 of Qwen2.5-7B-Instruct).
     """
-    words = _words(name)
+    words = words_of(name)
     exact, trained, versioned = _indexes()
     for index, key in ((exact, words), (trained, _untrained(words)), (versioned, _untrained(words))):
         found = index.get(key, [])
@@ -287,8 +287,8 @@ def nearest_models(name: str) -> list[str]:
     """Up to three ids of the catalogue whose names are close to `name`, the closest first."""
     ids: dict[str, list[str]] = {}
     for known in CATALOGUE:
-        ids.setdefault(" ".join(_untrained(_words(known))), []).append(known)
-    close = difflib.get_close_matches(" ".join(_untrained(_words(name))), ids, n=3)
+        ids.setdefault(" ".join(_untrained(words_of(known))), []).append(known)
+    close = difflib.get_close_matches(" ".join(_untrained(words_of(name))), ids, n=3)
     return [known for text in close for known in ids[text]][:3]
 
 
@@ -308,11 +308,11 @@ def unknown_model(name: str) -> str:
 
 def _completions(name: str) -> list[str]:
     """Ids whose names begin with the words of `name`: Mistral-7B's are v0.1, v0.2 and v0.3."""
-    words = _untrained(_words(name))
-    return [known for known in CATALOGUE if words and _untrained(_words(known))[: len(words)] == words]
+    words = _untrained(words_of(name))
+    return [known for known in CATALOGUE if words and _untrained(words_of(known))[: len(words)] == words]
 
 
-def _words(name: str) -> tuple[str, ...]:
+def words_of(name: str) -> tuple[str, ...]:
     """Words and numbers of a name without its organisation: `org/Llama3.1-8B` becomes llama, 3.1, 8, b."""
     text = name.lower().rstrip("/").rpartition("/")[2].removesuffix("-bnb-4bit").removesuffix("-unsloth")
     return tuple(re.findall(r"\d+(?:[x.]\d+)?|[a-z]+", text))
@@ -336,7 +336,7 @@ def _indexes() -> tuple[dict[tuple[str, ...], list[str]], ...]:
     trained: dict[tuple[str, ...], list[str]] = {}
     versioned: dict[tuple[str, ...], list[str]] = {}
     for name, known in {**{name: name for name in CATALOGUE}, **ALSO_KNOWN_AS}.items():
-        words = _words(name)
+        words = words_of(name)
         exact.setdefault(words, []).append(known)
         trained.setdefault(_untrained(words), []).append(known)
         versioned.setdefault(_unversioned(_untrained(words)), []).append(known)

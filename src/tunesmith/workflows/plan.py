@@ -21,7 +21,7 @@ from tunesmith.config import Method, ModelConfig, RunConfig
 from tunesmith.errors import ConfigError, MachineError, ModelError
 from tunesmith.measurements import read_measured
 from tunesmith.memory.shape import ModelShape
-from tunesmith.models.catalogue import ALSO_KNOWN_AS, _words, find_model_config, unknown_model
+from tunesmith.models.catalogue import ALSO_KNOWN_AS, find_model_config, unknown_model, words_of
 from tunesmith.models.hub import fetch_config
 from tunesmith.models.load import HUB_ID, find_model
 from tunesmith.workflows.plan_advice import advice
@@ -105,11 +105,11 @@ def _own_id(name: str, known: str) -> str:
     A name that leaves out words of the id (`llama-2-7b` of Llama-2-7b-hf), or adds no more than a size, means that model;
     one with other words (`-Instruct`, `-Coder`) means a sibling of the same organisation.
     """
-    asked = _words(name)
+    asked = words_of(name)
     for also in ALSO_KNOWN_AS:
-        if _words(also) == asked:
-            return known if _is_size(set(asked) - set(_words(known))) else also
-    if _is_size(set(asked) - set(_words(known))):
+        if words_of(also) == asked:
+            return known if _is_size(set(asked) - set(words_of(known))) else also
+    if _is_size(set(asked) - set(words_of(known))):
         return known
     form = "-hf" if known.endswith("-hf") and "hf" not in asked else ""  # without it, Meta's own files
     return f"{known.partition('/')[0]}/{name.rstrip('/').rpartition('/')[2]}{form}"
@@ -248,7 +248,7 @@ def plan(
         "recommended": None if chosen is None else _json(chosen, trained, price_per_hour),
         "breakdown": None if chosen is None else dict(chosen.breakdown),
         "basis": basis(target, shape, found),
-        "data": None if data is None else _facts(data),
+        "data": None if data is None else _facts(data, _trained_tokens(config, data.lengths)),
         "advice": list(advice(config, name, shape, target, asked, ways, main, chosen, found)),
     }
     if chosen is not None:
@@ -314,8 +314,9 @@ def _json(option: Option, trained: float | None, price: float | None) -> dict[st
     return values | {"hours": hours, "cost": None if hours is None or price is None else hours * price}
 
 
-def _facts(data: Data) -> dict[str, int]:
-    return {"rows": len(data.lengths), "tokens": sum(data.lengths), "longest": max(data.lengths)}
+def _facts(data: Data, trained: float) -> dict[str, float]:
+    tokens = sum(data.lengths)
+    return {"rows": len(data.lengths), "tokens": tokens, "longest": max(data.lengths), "epochs": trained / tokens}
 
 
 def _trained_tokens(config: RunConfig, lengths: Sequence[int]) -> float:

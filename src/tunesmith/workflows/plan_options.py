@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from tunesmith.cards import Card
 from tunesmith.config import Method, RunConfig
-from tunesmith.errors import ConfigError
-from tunesmith.hardware import ComputeDType
+from tunesmith.hardware import Hardware, compute_dtype
 from tunesmith.measurements import ARITHMETIC, Calibration, Measurement, calibration
 from tunesmith.memory.choose import Choice, best
 from tunesmith.memory.estimate import CONTEXT_GB, Estimate, Setup, weight_bytes
@@ -187,18 +186,11 @@ def _speed(
 
 
 def _setup(config: RunConfig, shape: ModelShape, card: Card | None) -> Setup:
-    """Compute in 16 bits, unless fp32 is asked for, with the engine that `train` takes on an NVIDIA GPU.
-
-    Raises ConfigError for bf16 on a card that has none, as `train` does.
-    """
-    asked = config.model.dtype
-    old = card is not None and not card.bf16
-    if card is not None and old and asked == "bf16":
-        raise ConfigError(
-            f"model.dtype is bf16, but {card.name} (compute capability {card.capability}) has no bf16; use fp16 or auto"
-        )
-    dtype: ComputeDType = "fp32" if asked == "fp32" else "fp16" if old else "bf16"
-    return setup_of(config, engine_on_gpu(config, shape), dtype, card.capability if card else None)
+    """The compute type and the engine that `train` takes on this card. Raises ConfigError for what it does not have."""
+    newest = Card("", 0.0, (9, 0), 0.0, 0.0)  # memory alone, of a card that is not known
+    of = card or newest
+    dtype = compute_dtype(config.model.dtype, Hardware("cuda:0", of.name, of.memory_gb, of.bf16, of.capability))
+    return setup_of(config, engine_on_gpu(config, shape), dtype, of.capability)
 
 
 def _option(

@@ -105,7 +105,6 @@ def candidates_of(
     mean, mean_supervised = sum(lengths) / len(lengths), sum(supervised) / len(supervised)
     batch = min(training.batch_size, len(lengths))
     step = training.batch_tokens or batch * mean
-
     widen = few_lengths if graphs else None
 
     def candidate(settings: TrainingConfig) -> Candidate:
