@@ -72,12 +72,13 @@ def cap(gb: float) -> None:
 
 
 def fill() -> Iterator[torch.Tensor]:
-    """Takes what is reserved, but not used, until the cap."""
-    while True:
+    """Takes what is reserved, but not used, until the cap: in pieces of 64 MB down to 1 MB, which leaves room for a batch."""
+    for size in (1 << power for power in range(24, 17, -1)):
         try:
-            yield torch.empty(1 << 18, device="cuda")
+            while True:
+                yield torch.empty(size, device="cuda")
         except torch.OutOfMemoryError:
-            return
+            continue
 
 
 def events(run: TrainingSession, kind: str) -> list[dict[str, Any]]:
