@@ -281,16 +281,18 @@ def test_of_many_names_a_few_are_told() -> None:
 
 
 def test_importing_cards_and_catalogue_is_quick_and_loads_no_torch() -> None:
-    """Seconds of this process's CPU, best of five: other work on the machine does not count."""
+    """Less of this process's CPU than what it takes from the standard library, on whatever processor: best of five."""
     script = (
         "import sys, time; start = time.process_time()\n"
+        "import dataclasses, difflib, functools, re, typing; standard = time.process_time() - start\n"
         "import tunesmith.cards, tunesmith.models.catalogue\n"
-        "print(time.process_time() - start, *{'torch', 'transformers', 'pydantic'} & set(sys.modules))"
+        "own = time.process_time() - start - standard\n"
+        "print(own / standard, *{'torch', 'transformers', 'pydantic'} & set(sys.modules))"
     )
-    seconds = []
+    shares = []
     for _ in range(5):
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-        took, *loaded = done.stdout.split()
+        share, *loaded = done.stdout.split()
         assert loaded == []
-        seconds.append(float(took))
-    assert min(seconds) < 0.05
+        shares.append(float(share))
+    assert min(shares) < 1.5, "0.4 measured"
