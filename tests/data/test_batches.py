@@ -20,14 +20,14 @@ from tunesmith.data.batches import (
     StepOrder,
     Widen,
     deal,
-    few_lengths,
     largest_micro_batch,
     make_batch,
     micro_batches,
+    num_steps,
     split,
-    typical_slots,
 )
 from tunesmith.data.packing import best_fit, fill
+from tunesmith.data.widening import few_lengths
 from tunesmith.types import IGNORE_INDEX, Batch, TokenizedExample
 
 
@@ -41,6 +41,21 @@ def steps_of(order: StepOrder, epoch: int) -> list[list[list[int]]]:
 
 def examples_of(step: list[list[int]]) -> list[int]:
     return sorted(index for part in step for index in part)
+
+
+@pytest.mark.parametrize(
+    ("values", "steps_per_epoch", "expected"),
+    [
+        ({"epochs": 3}, 3, 9),
+        ({"epochs": 0.5}, 10, 5),
+        ({"epochs": 0.5}, 11, 6),
+        ({"max_steps": 4}, 63, 4),
+        ({"epochs": 0.01}, 1, 1),
+        ({"epochs": 0.07}, 100, 7),  # a float's rounding is no step
+    ],
+)
+def test_number_of_steps(values: dict[str, Any], steps_per_epoch: int, expected: int) -> None:
+    assert num_steps(training(**values), steps_per_epoch) == expected
 
 
 # -- steps by examples ------------------------------------------------------------------------------------------------
@@ -583,14 +598,18 @@ def test_documents_come_in_sixteens(documents: int, rounded: int) -> None:
     [
         (1, 5, 64),  # never fewer than 64
         (1, 64, 64),
-        (1, 65, 128),  # 128 positions: an eighth is 16, which 64 is above
+        (1, 65, 96),  # of 128: three quarters
+        (1, 97, 128),
         (4, 5, 64),
-        (16, 5, 256),  # 2,048 positions: an eighth is 256
-        (16, 17, 512),
-        (16, 120, 2048),  # all
+        (16, 5, 128),  # of 2,048: a sixteenth
+        (16, 8, 128),
+        (16, 9, 256),
+        (16, 64, 1024),
+        (16, 65, 1536),
+        (16, 97, 2048),  # all
     ],
 )
-def test_supervised_positions_come_in_eighths(rows: int, supervised: int, room: int) -> None:
+def test_supervised_positions_come_in_few_numbers(rows: int, supervised: int, room: int) -> None:
     batch = make_batch([long(128, seed, supervised) for seed in range(rows)], False, PAD, "cpu", multiples_of(128))
     assert batch.num_supervised == rows * supervised
     assert len(batch.supervised) == len(batch.supervised_labels) == room
@@ -685,22 +704,3 @@ def test_rows_are_numbered_only_when_asked() -> None:
         dropout_rows([ONE], True)[0],
         dropout_rows([TWO], True)[0],
     ]
-
-
-@pytest.mark.parametrize(("packing", "size"), [(False, 4), (False, 16), (True, 4)])
-def test_typical_slots_are_those_of_an_epoch(packing: bool, size: int) -> None:
-    """Of 32 sampled steps against all 60, with their padding: a fifth of chats' lengths, where rows are padded."""
-    rng = random.Random(3)
-    lengths = [min(2048, int(rng.lognormvariate(6.4, 0.8)) + 20) for _ in range(960)]
-    values = training(batch_size=16, micro_batch_size=size)
-    order = StepOrder(lengths, values, packing)
-    slots = 0
-    for step in range(order.steps_per_epoch):
-        for part in order.step(step):
-            rows = [lengths[index] for index in part]
-            slots += few_lengths(sum(rows)) if packing else len(rows) * few_lengths(max(rows))
-    found = typical_slots(lengths, values, packing, few_lengths)
-    assert found == pytest.approx(slots / order.steps_per_epoch, rel=0.03 if not packing else 0.01)
-    plain = 16 * sum(lengths) / len(lengths)
-    assert found > (1.02 if packing else 1.2) * plain
-    assert typical_slots([100] * 40, values, packing) == 1600

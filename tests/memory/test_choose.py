@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -112,6 +113,9 @@ def test_min_takes_graphs_where_they_fit() -> None:
     assert best([plain, choice(2, 2.5), larger], "min") is larger, "9 of 10 fit; without graphs 2.5 would do"
     assert best([plain, choice(1, 3.0, pool=6.1)], "min") is plain
     assert best([choice(1, 12.0), choice(1, 11.0, pool=9.0)], "min").graphs is False, "none fits"
+    slow, fast = choice(1, 3.0, 1.0, pool=2.0), choice(1, 3.0, 0.9, pool=2.0)
+    assert best([choice(1, 3.0, 1.0), slow], "min").graphs is False, "they save nothing"
+    assert best([choice(1, 3.0, 1.0), fast], "min") is fast
 
 
 def test_without_a_prediction_everything_fits() -> None:
@@ -175,6 +179,21 @@ def test_each_option_is_planned_for_its_largest_and_timed_for_its_typical_micro_
         assert one.step_seconds == expected == step_seconds(shape, setup, one.candidate, one.plan, H100, graphs, host)
         assert one.tokens_per_second == one.candidate.count * one.candidate.size * 900 / expected
     assert all(one.step_seconds is None for one in made("qwen2.5-3b", "fused", 12.0, card=None, graphs=graphs))
+
+
+def test_only_what_graphs_replay_is_as_fast_as_graphs() -> None:
+    """A quarter replayed, three quarters launched; without graphs the share does not matter."""
+    shape, setup = ModelShape.of(SHAPES["smollm2-135m"]), Setup("lora", "fused")
+    candidate = Candidate(1, 4, Load(64, 64, 64), Load(64, 64, 64), 256)
+    (plan,) = (one.plan for one in options(shape, setup, [candidate], "auto", None, H100, graphs=True))
+
+    def seconds(replayed: float, graphs: bool) -> float:
+        return step_seconds(shape, setup, replace(candidate, replayed=replayed), plan, H100, graphs)
+
+    launched, graphed = seconds(1.0, False), seconds(1.0, True)
+    assert graphed < launched / 3
+    assert seconds(0.25, True) == pytest.approx(0.25 * graphed + 0.75 * launched)
+    assert seconds(0.0, True) == seconds(0.25, False) == launched
 
 
 def test_options_take_a_loaded_models_numbers_and_what_graphs_save() -> None:

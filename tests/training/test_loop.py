@@ -21,7 +21,7 @@ from tunesmith.data.packing import best_fit
 from tunesmith.errors import ConfigError, DataError, MachineError, VerificationError
 from tunesmith.training import loop
 from tunesmith.training.guards import MovementCheck
-from tunesmith.training.loop import accumulate_gradients, num_steps
+from tunesmith.training.loop import accumulate_gradients
 from tunesmith.training.optimizers import learning_rate, make_optimizer
 from tunesmith.workflows.train import TrainingSession, start
 
@@ -31,15 +31,6 @@ Configure = Callable[..., RunConfig]
 
 def events(session: TrainingSession, kind: str) -> list[dict[str, Any]]:
     return [event for event in session.run.events() if event["event"] == kind]
-
-
-def test_number_of_steps() -> None:
-    assert num_steps(load_config(None, ["training.epochs=3"]), 3) == 9
-    assert num_steps(load_config(None, ["training.epochs=0.5"]), 10) == 5
-    assert num_steps(load_config(None, ["training.epochs=0.5"]), 11) == 6
-    assert num_steps(load_config(None, ["training.max_steps=4"]), 63) == 4
-    assert num_steps(load_config(None, ["training.epochs=0.01"]), 1) == 1
-    assert num_steps(load_config(None, ["training.epochs=0.07"]), 100) == 7, "a float's rounding is no step"
 
 
 def test_learning_rate_schedules() -> None:

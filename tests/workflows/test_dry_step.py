@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.config import RunConfig, load_config
-from tunesmith.data.batches import StepOrder, few_lengths, largest_micro_batch, make_batch
+from tunesmith.data.batches import StepOrder, largest_micro_batch, make_batch
+from tunesmith.data.widening import few_lengths
 from tunesmith.hardware import Hardware, probe
 from tunesmith.memory.policy import HEADROOM, TIGHT_LOSS_ROWS
 from tunesmith.models.adapters import add_adapter, keep_trainable_in_fp32

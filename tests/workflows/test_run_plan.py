@@ -27,6 +27,7 @@ from tunesmith.measurements import record
 from tunesmith.memory.choose import WORTH, Candidate, step_seconds
 from tunesmith.memory.estimate import Estimate, Load, Setup
 from tunesmith.memory.policy import HEADROOM, plan_memory
+from tunesmith.memory.replays import CAPTURING, WARM_UPS
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32, weights_gb
 from tunesmith.models.catalogue import CATALOGUE
@@ -180,6 +181,28 @@ def test_micro_batches_that_are_set_by_hand() -> None:
     assert loads(LENGTHS, SUPERVISED, *packed, "training.batch_tokens=256") == [
         (64, "tokens", 4, Load(64, 40, 60, True, 64), Load(64, 21, 30, True))
     ]
+
+
+def test_what_graphs_would_replay_is_counted() -> None:
+    """4 x 30 examples of three lengths a step: how often their shapes come in the run decides."""
+
+    def shares(*settings: str, lengths: Sequence[int] = (100, 200, 300) * 40, graphs: bool = True) -> list[float]:
+        config = config_of("tiny", "training.batch_size=12", "training.micro_batch_size=1", *settings)
+        return [each.replayed for each in candidates_of(config, lengths, lengths, graphs, "cuda")]
+
+    def expected(steps: int) -> float:  # 12 micro-batches a step, of three shapes, each of which loses some
+        return 1 - 3 * (WARM_UPS + CAPTURING) / (12 * steps)
+
+    assert shares("training.epochs=3") == pytest.approx([expected(30)])
+    assert shares("training.epochs=3", "training.max_steps=10") == pytest.approx([expected(10)])
+    assert shares("training.max_steps=1") == [0.0]
+    assert shares(graphs=False) == shares("training.max_steps=1", lengths=[100] * 40) == [1.0]
+
+
+def test_widened_micro_batches_have_room_for_more_labels() -> None:
+    """Of 64 · 2 positions 30 have a label, which are 64 with room; the largest has 37 of 128."""
+    found = loads([60] * 4, [1, 2, 30, 7], "training.micro_batch_size=2", graphs=True)
+    assert found == [(2, "examples", 2, Load(128, 64, 60, True), Load(128, 64, 64, True))]
 
 
 def test_one_example() -> None:

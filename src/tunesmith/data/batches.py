@@ -8,13 +8,15 @@ micro-batches, so that a step is the same at any world size.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from tunesmith.config import TrainingConfig
 from tunesmith.data.packing import best_fit
+from tunesmith.data.widening import DOCUMENT_STEP, Widen, documents_of, room_for, round_up
 from tunesmith.types import IGNORE_INDEX, Batch, TokenizedExample
 
 if TYPE_CHECKING:
@@ -72,6 +74,12 @@ class StepOrder:
         return [[order[start : start + size]] for start in range(0, len(order), size)]
 
 
+def num_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run: ⌈epochs · steps_per_epoch⌉, at most `max_steps`."""
+    total = max(1, math.ceil(training.epochs * steps_per_epoch - 1e-9))  # 0.07 · 100 is 7.000000000000001
+    return min(total, training.max_steps or total)
+
+
 def split(lengths: Sequence[int], training: TrainingConfig, packing: bool) -> list[list[int]]:
     """Split examples into micro-batches. Returns positions into `lengths`.
 
@@ -117,49 +125,6 @@ def largest_micro_batch(
     return rows * (widen(width) if widen else width)
 
 
-SAMPLED_STEPS = 32
-"""Steps that `typical_slots` looks at."""
-
-
-def typical_slots(lengths: Sequence[int], training: TrainingConfig, packing: bool, widen: Widen | None = None) -> float:
-    """Mean slots (tokens, with padding) of an optimizer step of `training.batch_size` examples.
-
-    The share of padding is that of a sample of steps; the tokens are those of all examples, which a sample misses by 4%.
-    """
-    batch = min(training.batch_size, len(lengths))
-    if min(lengths) == max(lengths):
-        steps = [list(lengths[:batch])]
-    else:
-        rng = random.Random(0)
-        steps = [rng.sample(lengths, batch) for _ in range(SAMPLED_STEPS)]
-    total = 0
-    for rows in steps:
-        for part in split(rows, training, packing):
-            height, width = (1, sum(rows[i] for i in part)) if packing else (len(part), max(rows[i] for i in part))
-            total += height * (widen(width) if widen else width)
-    share = total / sum(map(sum, steps))
-    return share * batch * sum(lengths) / len(lengths)
-
-
-Widen = Callable[[int], int]
-"""Rounds the length of a row up."""
-
-
-def few_lengths(length: int) -> int:
-    """`length` rounded up to one of eight between a power of two and the next: an eighth longer at most, above 64 tokens.
-
-    Multiples of 8 at least: matrix products want them.
-    """
-    return _up(length, max(8, (1 << (length - 1).bit_length()) // 16))
-
-
-DOCUMENT_STEP = 16
-"""A widened packed row has a multiple of it in documents."""
-
-SHORTEST = 128
-"""Tokens that the longest document of a widened row is taken for at least."""
-
-
 def make_batch(
     examples: Sequence[TokenizedExample],
     packing: bool,
@@ -172,7 +137,7 @@ def make_batch(
 
     With `widen` its sizes are rounded up, so that they come again: rows to `widen(length)` tokens, documents of
     a packed row to a multiple of DOCUMENT_STEP (by some of padding and empty ones), the longest document to a power of
-    two, supervised positions to an eighth of all (by ones without a label). Nothing that counts sees what is added.
+    two, supervised positions to `room_for` them (by ones without a label). Nothing that counts sees what is added.
 
     With `dropout_rows` each token has the number of its row in dropout masks, `_mask_key` · 2^32 + position, which does
     not depend on the batch that it is in. Padding has 0.
@@ -205,8 +170,7 @@ def make_batch(
     supervised = slots[targets] - 1
     labels = np.full(height * width, IGNORE_INDEX, dtype=np.int64)
     labels[supervised] = ids[targets]
-    room = min(_up(len(supervised), max(64, height * width // 8)), height * width) if widen else len(supervised)
-    spare = room - len(supervised)
+    spare = room_for(len(supervised), height * width) - len(supervised) if widen else 0
 
     numbers: np.ndarray | None = None
     if dropout_rows:
@@ -244,10 +208,6 @@ def _mask_key(example: TokenizedExample) -> int:
     return zlib.crc32(example.input_ids.tobytes(), zlib.crc32(str(example.line).encode())) & 0x7FFFFFFF
 
 
-def _up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
 def _dense_layout(rows: int, length: int) -> SequenceLayout:
     from tunesmith.kernels.attention import SequenceLayout
 
@@ -263,14 +223,11 @@ def _packed_layout(lengths: list[int], width: int, device: torch.device | str, w
 
     longest = max(lengths)
     if widen:
-        # No document may be longer than what attention is told: padding is cut into several.
-        longest = min(max(SHORTEST, 1 << (longest - 1).bit_length()), width)
-        spare = width - sum(lengths)
-        lengths = [*lengths, *[longest] * (spare // longest), *([spare % longest] if spare % longest else [])]
+        lengths, longest = documents_of(lengths, width)
     bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     if not widen or len(set(lengths)) == 1:
         return SequenceLayout.packed(torch.from_numpy(bounds).to(device, non_blocking=True), lengths, width)
-    bounds = np.pad(bounds, (0, _up(len(lengths), DOCUMENT_STEP) - len(lengths)), constant_values=width)
+    bounds = np.pad(bounds, (0, round_up(len(lengths), DOCUMENT_STEP) - len(lengths)), constant_values=width)
     return SequenceLayout(
         1, width, tuple(lengths), longest, False, torch.from_numpy(bounds).to(device, non_blocking=True)
     )

@@ -23,7 +23,8 @@ class Candidate:
     """One way to divide a step. `size` is in examples or in tokens (`unit`), `count` the micro-batches of a step.
 
     `largest` is the load that memory is planned for, `typical` the mean one, for time: both with the padding that is computed.
-    `tokens` are those of a step without it.
+    `tokens` are those of a step without it. `replayed` is the share of a run's micro-batches that CUDA graphs replay, if there
+    are any (replays.py).
     """
 
     size: int
@@ -32,6 +33,7 @@ class Candidate:
     typical: Load
     tokens: float
     unit: Literal["examples", "tokens"] = "examples"
+    replayed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +94,27 @@ def step_seconds(
     host: float = 1.0,
 ) -> float:
     """Predicted seconds of an optimizer step."""
-    one = micro_batch_seconds(shape, setup, candidate.typical, card, plan.policies, plan.recompute_layers, graphs, host)
+
+    def seconds(graphed: bool) -> float:
+        load, layers = candidate.typical, plan.recompute_layers
+        return micro_batch_seconds(shape, setup, load, card, plan.policies, layers, graphed, host)
+
+    share = candidate.replayed if graphs else 0.0
+    one = (share * seconds(True) if share else 0.0) + ((1 - share) * seconds(False) if share < 1 else 0.0)
     return candidate.count * one + optimizer_seconds(shape, setup, card, host)
 
 
 def best(found: Sequence[Choice], mode: Mode) -> Choice:
     """The best of at least one choice, the smallest first in `found`.
 
-    `min`: the least memory, with CUDA graphs where they fit beside it. Else, of those that fit, the least time; without a
-    known card, the largest that keeps as much as any. If none fits, the one that needs the least.
+    `min`: the least memory, with CUDA graphs where they fit beside it and save time. Else, of those that fit, the least time;
+    without a known card, the largest that keeps as much as any. If none fits, the one that needs the least.
     """
     fitting = [choice for choice in found if choice.fits]
     if mode == "min" or not fitting:
-        graphed = [choice for choice in fitting if choice.graphs]
-        plain = [choice for choice in found if not choice.graphs]
-        return min(graphed or plain or found, key=lambda choice: choice.plan.predicted_peak_gb or 0.0)
+        return _least(
+            [choice for choice in fitting if choice.graphs], [choice for choice in found if not choice.graphs]
+        )
     chosen = fitting[0]
     for choice in fitting[1:]:
         if choice.step_seconds is None or chosen.step_seconds is None:
@@ -116,3 +124,17 @@ def best(found: Sequence[Choice], mode: Mode) -> Choice:
         if better:
             chosen = choice
     return chosen
+
+
+def _least(graphed: Sequence[Choice], plain: Sequence[Choice]) -> Choice:
+    """The choice that needs the least memory: with graphs, if there are any and they are not known to save no time."""
+
+    def least(choices: Sequence[Choice]) -> Choice:
+        return min(choices, key=lambda choice: choice.plan.predicted_peak_gb or 0.0)
+
+    if not graphed or not plain:
+        return least(graphed or plain)
+    one, other = least(graphed), least(plain)
+    if one.step_seconds is None or other.step_seconds is None:
+        return one
+    return one if one.step_seconds < WORTH * other.step_seconds else other

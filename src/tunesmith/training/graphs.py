@@ -1,36 +1,36 @@
 """A micro-batch's forward and backward as one CUDA graph, where launching its kernels takes longer than running them.
 
 A small model or a short micro-batch keeps the GPU waiting for Python: thousands of launches of some microseconds each. A
-graph replays them without. It needs shapes that come again, so micro-batches are widened to a few of them (data/batches.py),
-as long as that pays for one of them. A shape is captured after it was seen WARM_UPS times, if Python was the slower one; until then, and for other shapes, it runs
-launch by launch. Graphs write gradients to where the optimizer reads them, which therefore stay in place.
+graph replays them without. It needs shapes that come again, so micro-batches are widened to a few of them
+(data/widening.py), as long as that pays for one of them. A shape is captured after it was seen WARM_UPS times, if Python was
+the slower one; until then, and for shapes that find no room, it runs launch by launch. Capturing takes as long as some
+micro-batches, so the graphs that are kept are those of the shapes that come most (memory/replays.py). Graphs write gradients
+to where the optimizer reads them, which therefore stay in place.
 """
 
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from tunesmith.config import RunConfig
+from tunesmith.data.widening import MicroBatchShape
+from tunesmith.memory.replays import MAX_GRAPHS, OUSTS, WARM_UPS
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.types import Batch, EventSink
 
-WARM_UPS, FIRST_WARM_UPS = 1, 3
-"""Times that a shape, and the first one, run launch by launch: libraries choose and kernels are compiled."""
-
 PAYS_FROM = 0.4
 """Share of a micro-batch's time that launching takes from which on it is captured: after every wait (a log line, an
 evaluation) the GPU stands still until launching has caught up."""
 
-MAX_GRAPHS = 24
-"""Graphs that are kept; the one that was used longest ago goes first. They share one memory pool."""
+WORTH_WIDENING = 0.1
+"""Share of the micro-batches whose shapes must pay, or be not known yet: all are widened for them."""
 
 
 def micro_batch_graphs(
@@ -58,34 +58,27 @@ def _rotates_by_length(forward: ModelForward) -> bool:
     return any("dynamic" in kind or kind == "longrope" for kind in found)
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What two micro-batches must share to share a graph. `longest` is the longest document of a packed row."""
-
-    rows: int
-    length: int
-    documents: int
-    longest: int
-    supervised: int
-
-    @classmethod
-    def of(cls, batch: Batch) -> Shape:
-        """The shape of a batch."""
-        rows, length = batch.input_ids.shape
-        bounds = batch.layout.cu_seqlens
-        documents = 0 if bounds is None or batch.layout.equal_length else len(bounds) - 1
-        return cls(rows, length, documents, batch.layout.max_length, len(batch.supervised))
+def shape_of(batch: Batch) -> MicroBatchShape:
+    """The shape of a batch that was made."""
+    rows, length = batch.input_ids.shape
+    bounds = batch.layout.cu_seqlens
+    documents = 0 if bounds is None or batch.layout.equal_length else len(bounds) - 1
+    return MicroBatchShape(rows, length, documents, batch.layout.max_length, len(batch.supervised))
 
 
 @dataclass(slots=True)
 class Known:
-    """A shape that was seen: how often, whether a graph pays, and the graph with its inputs and its loss."""
+    """A shape that was seen: how often, whether a graph pays (None: not known), and the graph with its inputs and its loss."""
 
     seen: int = 0
-    pays: bool = True
+    pays: bool | None = None
     batch: Batch | None = None
     graph: Any = None
     loss: torch.Tensor | None = None
+
+    def forget_graph(self) -> None:
+        """Let go of the graph and of what it holds."""
+        self.batch = self.graph = self.loss = None
 
 
 class GraphedMicroBatches:
@@ -102,7 +95,7 @@ class GraphedMicroBatches:
         self.runs = 0
         self.forward, self.objective, self.optimizer, self.scaler = forward, objective, optimizer, scaler
         self.log = log
-        self.known: OrderedDict[Shape, Known] = OrderedDict()
+        self.known: dict[MicroBatchShape, Known] = {}
         self.given_up = False
         self._pool: Any = None
         self._stream = torch.cuda.Stream(forward.device)
@@ -110,25 +103,21 @@ class GraphedMicroBatches:
 
     @property
     def pay(self) -> bool:
-        """Whether a graph may still be worth its shape: before anything is known, or of a shape that was seen."""
+        """Whether graphs may be worth widening all micro-batches."""
         if self.given_up:
             return False
-        return self.runs <= FIRST_WARM_UPS or any(known.pays for known in self.known.values())
+        return sum(known.seen for known in self.known.values() if known.pays is not False) >= WORTH_WIDENING * self.runs
 
     @property
     def captured(self) -> bool:
         """Whether there are graphs, which hold memory."""
         return any(known.graph is not None for known in self.known.values())
 
-    def clear(self) -> None:
-        """Forget all graphs, with their memory: shapes are looked at anew."""
+    def give_up(self) -> None:
+        """Forget all graphs for good, with their memory: micro-batches go launch by launch."""
+        self.given_up = True
         self.known.clear()
         self._pool = None
-
-    def give_up(self) -> None:
-        """Forget all graphs for good: micro-batches go launch by launch."""
-        self.given_up = True
-        self.clear()
 
     def set_counts(self, counts: dict[str, int]) -> None:
         """The counts of the step that begins: what its terms are divided by."""
@@ -139,8 +128,8 @@ class GraphedMicroBatches:
 
     def run(self, batch: Batch) -> torch.Tensor:
         """Forward and backward of a widened batch; returns its part of the loss. Good until the next run."""
-        known = self.known.setdefault(Shape.of(batch), Known())
-        self.known.move_to_end(Shape.of(batch))
+        shape = shape_of(batch)
+        known = self.known.setdefault(shape, Known())
         known.seen += 1
         self.runs += 1
         if known.graph is not None:
@@ -149,9 +138,32 @@ class GraphedMicroBatches:
             copy_batch(batch, known.batch)
             known.graph.replay()
             return known.loss
-        if known.seen <= WARM_UPS or self.runs <= FIRST_WARM_UPS:
+        if known.pays is None:
+            known.pays = self._expected_to_pay(shape)
+        if known.pays is None and known.seen == WARM_UPS:
             return self._timed(batch, known)
-        return self._capture(batch, known) if known.pays else self._forward_backward(batch)
+        if known.pays and known.seen > WARM_UPS and self._make_room(known):
+            return self._capture(batch, known)
+        return self._forward_backward(batch)
+
+    def _expected_to_pay(self, shape: MicroBatchShape) -> bool | None:
+        """What other shapes say: launching takes the same for each, and the GPU longer for more tokens. None: unclear."""
+        slots = shape.rows * shape.length
+        sizes = [(other.rows * other.length, known.pays) for other, known in self.known.items()]
+        if any(pays and slots <= size for size, pays in sizes):
+            return True
+        return False if any(pays is False and slots >= size for size, pays in sizes) else None
+
+    def _make_room(self, newcomer: Known) -> bool:
+        """Whether there is room for one more graph: that of a shape that comes far less often gives way."""
+        graphed = [known for known in self.known.values() if known.graph is not None]
+        if len(graphed) < MAX_GRAPHS:
+            return True
+        least = min(graphed, key=lambda known: known.seen)
+        if OUSTS * least.seen >= newcomer.seen:
+            return False
+        least.forget_graph()
+        return True
 
     def _forward_backward(self, batch: Batch) -> torch.Tensor:
         with self.forward.autocast():
@@ -162,7 +174,7 @@ class GraphedMicroBatches:
         return part.detach()
 
     def _timed(self, batch: Batch, known: Known) -> torch.Tensor:
-        """Run it, and see whether Python was slower than the GPU. Waits for the GPU: a few times in a shape's life."""
+        """Run it, and see whether Python was slower than the GPU. Waits for the GPU."""
         torch.cuda.synchronize(self.forward.device)
         began = time.perf_counter()
         loss = self._forward_backward(batch)
@@ -183,16 +195,14 @@ class GraphedMicroBatches:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 known.loss = self._forward_backward(known.batch)
         except RuntimeError as error:  # out of memory, or an operation that cannot be captured: nothing has run yet
-            known.pays, known.batch, known.loss = False, None, None
+            known.pays = False
+            known.forget_graph()
             reason = str(error).partition("\n")[0]
             self.log({"event": "warning", "message": f"no CUDA graph, micro-batches go launch by launch: {reason}"})
             self.optimizer.forget()
             return self._forward_backward(batch)
         self._pool = self._pool or graph.pool()
         known.graph = graph
-        captured = [shape for shape, entry in self.known.items() if entry.graph is not None]
-        for shape in captured[: max(0, len(captured) - MAX_GRAPHS)]:
-            del self.known[shape]
         rows, length = batch.input_ids.shape
         self.log({"event": "decision", "message": f"CUDA graph for micro-batches of {rows} x {length} tokens"})
         graph.replay()

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import StepOrder, deal, few_lengths, make_batch, micro_batches, split
+from tunesmith.data.batches import StepOrder, deal, make_batch, micro_batches, num_steps, split
+from tunesmith.data.widening import few_lengths
 from tunesmith.errors import ConfigError, Interrupted, VerificationError
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
@@ -63,7 +64,7 @@ def train_loop(
     """
     model, training = forward.model, config.training
     order = StepOrder([len(example) for example in examples], training, config.data.packing)
-    total_steps = num_steps(config, order.steps_per_epoch)
+    total_steps = num_steps(config.training, order.steps_per_epoch)
     rank, world_size = rank_and_world_size()
     eval_every = training.eval_every or order.steps_per_epoch
     save_every = training.save_every or order.steps_per_epoch
@@ -168,12 +169,6 @@ def train_loop(
             }
         )
     return state
-
-
-def num_steps(config: RunConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run: ⌈epochs · steps_per_epoch⌉, at most `max_steps`."""
-    total = max(1, math.ceil(config.training.epochs * steps_per_epoch - 1e-9))  # 0.07 · 100 is 7.000000000000001
-    return min(total, config.training.max_steps or total)
 
 
 def accumulate_gradients(

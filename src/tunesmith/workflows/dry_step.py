@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import few_lengths, make_batch
+from tunesmith.data.batches import make_batch
+from tunesmith.data.widening import few_lengths
 from tunesmith.hardware import Hardware
 from tunesmith.memory.calibrate import Measured, calibrate
 from tunesmith.models.forward import ModelForward

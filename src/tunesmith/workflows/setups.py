@@ -8,11 +8,14 @@ from typing import Any, Literal
 
 from tunesmith.cards import Card
 from tunesmith.config import RunConfig, TrainingConfig
-from tunesmith.data.batches import few_lengths, largest_micro_batch, typical_slots
+from tunesmith.data.batches import largest_micro_batch, num_steps
+from tunesmith.data.typical import typical_step
+from tunesmith.data.widening import few_lengths, room_for
 from tunesmith.errors import ConfigError
 from tunesmith.hardware import ComputeDType
 from tunesmith.memory.choose import Candidate, Choice, even_sizes, options
 from tunesmith.memory.estimate import Load, Setup
+from tunesmith.memory.replays import replayed
 from tunesmith.memory.shape import HALF_FUSED, ModelShape
 from tunesmith.models.attention import takes_grouped_keys
 
@@ -102,14 +105,17 @@ def candidates_of(
     than the plain few.
     """
     training, packing = config.training, config.data.packing
-    mean, mean_supervised = sum(lengths) / len(lengths), sum(supervised) / len(supervised)
+    mean = sum(lengths) / len(lengths)
     batch = min(training.batch_size, len(lengths))
     step = training.batch_tokens or batch * mean
     widen = few_lengths if graphs else None
+    steps = num_steps(training, math.ceil(sum(lengths) / step - 1e-9))
 
     def candidate(settings: TrainingConfig) -> Candidate:
         tokens = largest_micro_batch(lengths, settings, packing, widen)
         targets = largest_micro_batch(supervised, settings, packing=True)
+        if widen:
+            targets = room_for(targets, tokens)
         if settings.micro_batch_tokens is not None:
             size, unit = settings.micro_batch_tokens, "tokens"
             count = math.ceil(step / size)
@@ -123,24 +129,22 @@ def candidates_of(
             masked = tokens
         elif size > 1 and min(lengths) < sequence:
             masked = sequence
+        typical = typical_step(lengths, supervised, settings, packing, widen)
         # Of a micro-batch; not of `size`: sixteen examples are five micro-batches of three, and one.
-        slots = (
-            step / count
-            if training.batch_tokens is not None
-            else typical_slots(lengths, settings, packing, widen) / count
-        )
+        slots = typical.slots / count
         return Candidate(
             size,
             count,
             Load(tokens, min(targets, tokens), sequence, accumulates, masked),
             Load(
                 max(1, round(slots)),
-                max(1, round(step / count * mean_supervised / mean)),
+                max(1, round(typical.supervised / count)),
                 max(1, round(mean if packing else slots * count / batch)),
                 accumulates,
             ),
             step,
             unit,  # type: ignore[arg-type]  # one of the two
+            replayed(typical.shapes, steps * count) if graphs else 1.0,
         )
 
     if training.micro_batch_tokens is not None or training.micro_batch_size != "auto":

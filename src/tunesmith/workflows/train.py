@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import StepOrder
+from tunesmith.data.batches import StepOrder, num_steps
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, MachineError, RunError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
@@ -44,7 +44,7 @@ from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder, default_run_path
 from tunesmith.training.checkpoint import TrainState, save_weights
 from tunesmith.training.guards import stop_on_signal
-from tunesmith.training.loop import evaluate_loss, num_steps, train_loop
+from tunesmith.training.loop import evaluate_loss, train_loop
 from tunesmith.training.objectives import OBJECTIVES, Objective
 from tunesmith.training.optimizers import Optimizer, make_optimizer
 from tunesmith.training.prepare import apply_plan, check_forward, check_fused, prepare
@@ -224,7 +224,7 @@ class TrainingSession:
         order = StepOrder(lengths, self.config.training, self.config.data.packing)
         return {
             "event": "start",
-            "steps": num_steps(self.config, order.steps_per_epoch),
+            "steps": num_steps(self.config.training, order.steps_per_epoch),
             "examples": len(self.data.train),
             "method": self.config.method,
             "engine": self.plan.memory.engine,

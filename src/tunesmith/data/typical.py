@@ -1,0 +1,86 @@
+"""What the steps of a run are like, before it: how much of them is padding, and which shapes come again.
+
+A sample of steps is divided as training divides them. Imports no PyTorch.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tunesmith.config import TrainingConfig
+from tunesmith.data.batches import split
+from tunesmith.data.packing import best_fit
+from tunesmith.data.widening import MicroBatchShape, Widen
+
+SAMPLED_STEPS = 32
+"""Steps that `typical_step` looks at."""
+
+SAMPLED_PACKS = 256
+"""Packs that it looks at, where a step is measured in tokens: that many budgets' worth of examples."""
+
+
+@dataclass(frozen=True, slots=True)
+class TypicalStep:
+    """The mean optimizer step. `slots` are its tokens and `supervised` its positions with a label, both with padding;
+    `shapes` says how often each shape of a widened micro-batch came in the steps that were looked at, the most frequent first
+    (none without widening).
+    """
+
+    slots: float
+    supervised: float
+    shapes: tuple[int, ...] = ()
+
+
+def typical_step(
+    lengths: Sequence[int],
+    supervised: Sequence[int],
+    training: TrainingConfig,
+    packing: bool,
+    widen: Widen | None = None,
+) -> TypicalStep:
+    """The mean step of training on examples of `lengths` tokens, of which `supervised` are.
+
+    The share of padding is that of a sample of steps; the tokens are those of all examples, which a sample misses by 4%.
+    """
+    slots, heads, tokens = 0, 0, 0
+    shapes: Counter[MicroBatchShape] = Counter()
+    for part in _sampled_parts(lengths, supervised, training, packing):
+        rows = [lengths[index] for index in part]
+        targets = sum(supervised[index] for index in part)
+        tokens += sum(rows)
+        if widen is None:
+            slots += sum(rows) if packing else len(rows) * max(rows)
+            heads += targets
+            continue
+        shape = MicroBatchShape.widened(rows, targets, packing, widen)
+        shapes[shape] += 1
+        slots += shape.rows * shape.length
+        heads += shape.supervised
+    mean = training.batch_tokens or min(training.batch_size, len(lengths)) * sum(lengths) / len(lengths)
+    scale = mean / tokens
+    return TypicalStep(slots * scale, heads * scale, tuple(count for _, count in shapes.most_common()))
+
+
+def _sampled_parts(
+    lengths: Sequence[int], supervised: Sequence[int], training: TrainingConfig, packing: bool
+) -> Iterator[list[int]]:
+    """The micro-batches of a sample of steps, as indices."""
+    rng = random.Random(0)
+    if training.batch_tokens is not None:
+        assert training.micro_batch_tokens is not None  # contradictions.py
+        mean = sum(lengths) / len(lengths)
+        number = min(len(lengths), math.ceil(SAMPLED_PACKS * training.micro_batch_tokens / mean))
+        drawn = rng.sample(range(len(lengths)), number)
+        for pack in best_fit([lengths[index] for index in drawn], training.micro_batch_tokens):
+            yield [drawn[position] for position in pack]
+        return
+    batch = min(training.batch_size, len(lengths))
+    alike = len(set(lengths)) == len(set(supervised)) == 1
+    for _ in range(1 if alike else SAMPLED_STEPS):
+        drawn = rng.sample(range(len(lengths)), batch)
+        for part in split([lengths[index] for index in drawn], training, packing):
+            yield [drawn[position] for position in part]

@@ -1,0 +1,73 @@
+"""What the steps of a run are like: against whole epochs of StepOrder."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tunesmith.config import TrainingConfig
+from tunesmith.data.batches import StepOrder
+from tunesmith.data.typical import typical_step
+from tunesmith.data.widening import MicroBatchShape, few_lengths
+
+RANDOM = random.Random(3)
+LENGTHS = [min(2048, int(RANDOM.lognormvariate(6.4, 0.8)) + 20) for _ in range(960)]
+SUPERVISED = [RANDOM.randint(length // 2, length - 1) for length in LENGTHS]
+"""As chats have them."""
+
+
+@pytest.mark.parametrize(
+    ("values", "packing"),
+    [
+        ({"micro_batch_size": 4}, False),
+        ({"micro_batch_size": 16}, False),
+        ({"micro_batch_size": 4}, True),
+        ({"micro_batch_tokens": 4096}, True),
+        ({"micro_batch_tokens": 4096, "batch_tokens": 8192}, True),
+    ],
+)
+@pytest.mark.parametrize("widen", [None, few_lengths])
+def test_a_sample_is_like_an_epoch(values: dict[str, Any], packing: bool, widen: Any) -> None:
+    """Of 32 sampled steps against all 60: tokens with padding, positions with a label, how often shapes come again."""
+    training = TrainingConfig(batch_size=16, **values)
+    order = StepOrder(LENGTHS, training, packing)
+    slots, heads, shapes = 0, 0, Counter[MicroBatchShape]()
+    for step in range(order.steps_per_epoch):
+        for part in order.step(step):
+            rows, targets = [LENGTHS[i] for i in part], sum(SUPERVISED[i] for i in part)
+            if widen is None:
+                slots += sum(rows) if packing else len(rows) * max(rows)
+                heads += targets
+            else:
+                shape = MicroBatchShape.widened(rows, targets, packing, widen)
+                shapes[shape] += 1
+                slots += shape.rows * shape.length
+                heads += shape.supervised
+    found = typical_step(LENGTHS, SUPERVISED, training, packing, widen)
+    steps = order.steps_per_epoch if "batch_tokens" not in values else sum(LENGTHS) / 8192
+    assert found.slots == pytest.approx(slots / steps, rel=0.01 if packing else 0.03)
+    assert found.supervised == pytest.approx(heads / steps, rel=0.05)
+    if not packing:
+        assert slots / steps > 1.05 * 16 * sum(LENGTHS) / len(LENGTHS), "padding is a good part of it"
+    assert list(found.shapes) == sorted(found.shapes, reverse=True)
+    if widen is None:
+        assert found.shapes == ()
+    else:
+        share, expected = (sum(sorted(counts)[-8:]) / sum(counts) for counts in (found.shapes, shapes.values()))
+        assert share == pytest.approx(expected, abs=0.1)
+
+
+def test_examples_of_one_length_are_one_shape() -> None:
+    training = TrainingConfig(batch_size=16, micro_batch_size=4)
+    found = typical_step([100] * 40, [60] * 40, training, False, few_lengths)
+    assert (found.slots, found.supervised, found.shapes) == (16 * 104, 4 * 312, (4,))
+    plain = typical_step([100] * 40, [60] * 40, training, False)
+    assert (plain.slots, plain.supervised, plain.shapes) == (1600, 960, ())
+
+
+def test_fewer_examples_than_a_step_takes() -> None:
+    found = typical_step([100, 50], [10, 10], TrainingConfig(batch_size=16, micro_batch_size=4), False)
+    assert (found.slots, found.supervised) == (200, 20)
