@@ -222,26 +222,23 @@ def test_what_users_say(said: str, name: str) -> None:
     assert find_card(said).name == name
 
 
+HOW_TO_SEE_ALL = (
+    "; name one of them, or give --memory GB (where there is no GPU, `tunesmith plan --model NAME` lists all)"
+)
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [
         ("A100", "A100 comes with 40 and 80 GB; say A100-40 or A100-80"),
         ("nvidia v100", "V100 comes with 16 and 32 GB; say V100-16 or V100-32"),
         ("4060 ti", "RTX 4060 Ti comes with 8 and 16 GB; say RTX-4060-Ti-8 or RTX-4060-Ti-16"),
-        (
-            "rtx 4095",
-            "no card is called 'rtx 4095': the nearest are RTX 4090, L40, A40; name one of them, or give --memory GB",
-        ),
-        (
-            "H100 laptop",
-            "no card is called 'H100 laptop': the nearest are H100 NVL, H100, H100 PCIe; "
-            "name one of them, or give --memory GB",
-        ),
-        (
-            "banana",
-            f"no card is called 'banana': the known are {', '.join(card.name for card in CARDS)}; "
-            "name one of them, or give --memory GB",
-        ),
+        ("rtx 4095", f"no card is called 'rtx 4095': the nearest are RTX 4090, L40, A40{HOW_TO_SEE_ALL}"),
+        ("H100 laptop", f"no card is called 'H100 laptop': the nearest are H100 NVL, H100, H100 PCIe{HOW_TO_SEE_ALL}"),
+        # Near nothing: three names all the same, which show how names are written.
+        ("banana", f"no card is called 'banana': the nearest are RTX 6000 Ada, B300, A40{HOW_TO_SEE_ALL}"),
+        ("foo", f"no card is called 'foo': the nearest are RTX PRO 6000, RTX 6000 Ada, V100 32GB{HOW_TO_SEE_ALL}"),
+        ("GeForce", f"no card is called 'GeForce': the nearest are V100 32GB, V100 16GB, T4{HOW_TO_SEE_ALL}"),
     ],
 )
 def test_what_find_card_refuses(said: str, message: str) -> None:

@@ -271,11 +271,11 @@ def test_prices_are_of_each_card_as_in_a_plan(many: Path) -> None:
     assert four["cost"] == pytest.approx(4 * 100 * four["hours"])
 
 
-def test_packing_that_is_recommended_is_planned(tmp_path: Path) -> None:
+def test_rows_of_many_lengths_are_planned_packed(tmp_path: Path) -> None:
     rows = [{"prompt": f"question {i}?", "completion": "word " * (5 + (i % 2) * (i % 400))} for i in range(2000)]
     path = write_jsonl(tmp_path / "r.jsonl", rows)
     value = json.loads(known(path, "qwen2.5-0.5b", "--gpu", "H100", "--json").out)
-    assert value["settings"]["data.packing"] is True
+    assert "data.packing" not in value["settings"], "train decides it as the plan does"
     assert value["fits"]["micro_batch_unit"] == "tokens"
 
 

@@ -161,7 +161,7 @@ def test_all_wrong_settings_come_at_once(tiny_model: Path, data: Path, tmp_path:
     assert result.code == 2
     assert sorted(result.problems) == [
         'tunesmith: --set data.packing=maybe: `data.packing` is "maybe": input should be a valid boolean, '
-        "unable to interpret input",
+        "unable to interpret input, or 'auto'",
         f"tunesmith: {settings}:2: unknown key `optimizer.learning_rate`; did you mean `optimizer.lr`?",
         f'tunesmith: {settings}:4: `adapter.r` is "many": input should be a valid integer, unable to parse string '
         "as an integer",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -392,6 +394,28 @@ def test_a_models_own_tokenizer_counts(tiny_model: Path, tmp_path: Path) -> None
     assert result["recommended"]["hours"] is not None
 
 
+def test_rows_of_a_mix_and_without_those_held_out(rows: Path) -> None:
+    mix = f"data.mix=[{{path: {rows}, weight: 1}}]"
+    whole = as_json(*T4, "--data", rows)["data"]
+    assert as_json(*T4, "--set", mix)["data"] == whole
+    held = as_json(*T4, "--set", mix, "--set", "data.eval_fraction=0.1", "--price-per-hour", "2")
+    assert held["data"]["rows"] == 270
+    assert held["recommended"]["cost"] == pytest.approx(2 * held["recommended"]["hours"])
+
+
+def test_data_without_a_model_folder_is_planned_without_pytorch(rows: Path) -> None:
+    script = (
+        "import sys; sys.argv[0] = 'tunesmith'\n"
+        "from tunesmith.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as exit_: print(exit_.code, file=sys.stderr)\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", script, "plan", *T4, "--data", str(rows)]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert result.stderr.splitlines()[-2:] == ["0", "False"]
+
+
 # -- RUN.yaml and --set -----------------------------------------------------------------------------------------------
 
 
@@ -404,7 +428,10 @@ def test_a_run_file_says_what_is_planned(tmp_path: Path, rows: Path) -> None:
     result = as_json(run, "--gpu", "T4")
     assert {option["method"] for option in result["options"]} == {"qlora"}
     chosen = result["recommended"]
-    assert chosen["micro_batch_size"] * chosen["gradient_accumulation_steps"] == 8
+    assert (chosen["micro_batch_unit"], chosen["micro_batch_size"]) == ("tokens", 2048), "rows differ in length"
+    padded = as_json(run, "--gpu", "T4", "--set", "data.packing=false")["recommended"]
+    assert padded["micro_batch_size"] * padded["gradient_accumulation_steps"] == 8
+    assert padded["tokens_per_second"] < chosen["tokens_per_second"]
     assert chosen["adapter_parameters"] == 64 * 28 * (2 * 7168 + 2 * 4096 + 3 * 22528)
     assert result["data"]["rows"] == 300
     assert chosen["hours"] == pytest.approx(result["data"]["tokens"] / chosen["tokens_per_second"] / 3600)
@@ -672,7 +699,8 @@ def test_an_impossible_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (
             ("--model", QWEN, "--gpu", "RTX 4099"),
-            "no card is called 'RTX 4099': the nearest are RTX 4090, L40, A40; name one of them, or give --memory GB",
+            "no card is called 'RTX 4099': the nearest are RTX 4090, L40, A40; name one of them, or give --memory GB "
+            "(where there is no GPU, `tunesmith plan --model NAME` lists all)",
         ),
         (("--model", QWEN, "--gpu", "A100"), "A100 comes with 40 and 80 GB; say A100-40 or A100-80"),
         (

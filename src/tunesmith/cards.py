@@ -133,10 +133,16 @@ def find_card(name: str) -> Card:
         sizes = " and ".join(card.name.rpartition(" ")[2].removesuffix("GB") for card in found)
         said = " or ".join(card.name.replace(" ", "-").removesuffix("GB") for card in found)
         raise ConfigError(f"{stem} comes with {sizes} GB; say {said}")
-    close = difflib.get_close_matches(key, _by_key(), n=6, cutoff=0.5)
-    near = list(dict.fromkeys(card.name for other in close for card in _by_key()[other]))[:3]
-    known = f"the nearest are {', '.join(near)}" if near else f"the known are {', '.join(card.name for card in CARDS)}"
-    raise ConfigError(f"no card is called {name!r}: {known}; name one of them, or give --memory GB")
+    raise ConfigError(
+        f"no card is called {name!r}: the nearest are {', '.join(_nearest(key))}; name one of them, or give --memory GB "
+        "(where there is no GPU, `tunesmith plan --model NAME` lists all)"
+    )
+
+
+def _nearest(key: str) -> list[str]:
+    """The three cards whose keys are most like `key`; however far, they show how names are written."""
+    close = difflib.get_close_matches(key, _by_key(), n=len(_by_key()), cutoff=0.0)
+    return list(dict.fromkeys(card.name for other in close for card in _by_key()[other]))[:3]
 
 
 def card_of(device_name: str, memory_gb: float) -> Card | None:

@@ -126,12 +126,17 @@ class DataConfig(SourceConfig):
     """`auto` (the tokenizer's own, else `alpaca`), a named one (`alpaca`, `vicuna`, `chatml`, `llama2`), `none` (prompt and answer joined as they are), or a .jinja file."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Variables for the chat template, e.g. `{enable_thinking: false}`; the same in training, evaluation and chat."""
-    packing: bool = False
-    """Lay the examples of a micro-batch end to end without padding, isolated from each other. Pays where their lengths differ much; the reference engine's attention covers the whole packed row."""
+    packing: bool | Literal["auto"] = "auto"
+    """Lay the examples of a micro-batch end to end without padding, isolated from each other; the gradient is the same. `auto`: where that is predicted to be faster, which it is with the fused engine where lengths differ (the reference engine's attention covers the whole packed row); the run's config.yaml says what it was."""
     cache: bool = True
     """Keep the tokens on disk, so that the same data, template and tokenizer are not tokenized again."""
     num_proc: Annotated[int, Field(ge=1)] | None = None
     """Processes that tokenize. Default: as many as the machine has cores and the data keeps busy."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether rows are packed; not, as long as `auto` was not decided."""
+        return self.packing is True
 
     def held_out(self, path: str) -> SourceConfig:
         """Held-out data at `path`: its rows are read as the training rows are; which split or sample is its own."""
@@ -225,7 +230,7 @@ class TrainingConfig(Section):
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Effective batch: examples in one optimizer step. Packing and micro-batches never change it."""
     micro_batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Examples in one forward and backward pass; gradients are accumulated over batch_size / micro_batch_size of them. `auto`: what takes the least time within the memory there is (with `data.packing` a token budget, `micro_batch_tokens`); the run's config.yaml says what it was."""
+    """Examples in one forward and backward pass; gradients are accumulated over batch_size / micro_batch_size of them. `auto`: what takes the least time within the memory there is (a token budget where rows are packed, `micro_batch_tokens`); the run's config.yaml says what it was."""
     micro_batch_tokens: Annotated[int, Field(ge=8)] | None = None
     """Token budget of a micro-batch: examples are packed into it best-fit, however many they are (needs `data.packing`; replaces `micro_batch_size`)."""
     batch_tokens: Annotated[int, Field(ge=8)] | None = None
@@ -398,11 +403,17 @@ def _validate(raw: dict[str, Any], origin: Mapping[tuple[str, ...], str]) -> tup
             config = RunConfig.model_validate(raw)
         except ValidationError as error:
             before = json.dumps(raw, default=str)
+            words = {  # what a union takes beside numbers or booleans
+                _known_path(tuple(map(str, item["loc"]))): item["ctx"]["expected"]
+                for item in error.errors()
+                if item["type"] == "literal_error"
+            }
             for item in error.errors():
                 loc = tuple(part for part in map(str, item["loc"]) if not part.startswith(("function", "constrained")))
                 path = ".".join(_prune(raw, loc))
                 if path not in wrong:  # a union reports each of its branches: one line is enough
-                    problems.append(_describe(item, loc, origin))
+                    problem, word = _describe(item, loc, origin), words.get(_known_path(loc))
+                    problems.append(problem + (f", or {word}" if word and item["type"] != "literal_error" else ""))
                 wrong.add(path)
             if json.dumps(raw, default=str) == before:
                 return None, problems

@@ -91,7 +91,7 @@ def _token_budgets(config: RunConfig) -> dict[str, str]:
     training, length = config.training, config.data.max_seq_length
     micro, batch = training.micro_batch_tokens, training.batch_tokens
     if micro is not None:
-        if not config.data.packing:
+        if config.data.packing is False:
             found["training.micro_batch_tokens"] = (
                 "training.micro_batch_tokens needs packing; set data.packing: true, or remove it and set "
                 "training.micro_batch_size"

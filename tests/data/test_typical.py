@@ -34,9 +34,10 @@ def test_a_sample_is_like_an_epoch(values: dict[str, Any], packing: bool, widen:
     """Of 32 sampled steps against all 60: tokens with padding, positions with a label, how often shapes come again."""
     training = TrainingConfig(batch_size=16, **values)
     order = StepOrder(LENGTHS, training, packing)
-    slots, heads, shapes = 0, 0, Counter[MicroBatchShape]()
+    parts, slots, heads, shapes = 0, 0, 0, Counter[MicroBatchShape]()
     for step in range(order.steps_per_epoch):
         for part in order.step(step):
+            parts += 1
             rows, targets = [LENGTHS[i] for i in part], sum(SUPERVISED[i] for i in part)
             if widen is None:
                 slots += sum(rows) if packing else len(rows) * max(rows)
@@ -48,6 +49,7 @@ def test_a_sample_is_like_an_epoch(values: dict[str, Any], packing: bool, widen:
                 heads += shape.supervised
     found = typical_step(LENGTHS, SUPERVISED, training, packing, widen)
     steps = order.steps_per_epoch if "batch_tokens" not in values else sum(LENGTHS) / 8192
+    assert found.micro_batches == pytest.approx(parts / steps, rel=0.03)
     assert found.slots == pytest.approx(slots / steps, rel=0.01 if packing else 0.03)
     assert found.supervised == pytest.approx(heads / steps, rel=0.05)
     if not packing:
@@ -63,7 +65,7 @@ def test_a_sample_is_like_an_epoch(values: dict[str, Any], packing: bool, widen:
 def test_examples_of_one_length_are_one_shape() -> None:
     training = TrainingConfig(batch_size=16, micro_batch_size=4)
     found = typical_step([100] * 40, [60] * 40, training, False, few_lengths)
-    assert (found.slots, found.supervised, found.shapes) == (16 * 104, 4 * 312, (4,))
+    assert (found.micro_batches, found.slots, found.supervised, found.shapes) == (4, 16 * 104, 4 * 312, (4,))
     plain = typical_step([100] * 40, [60] * 40, training, False)
     assert (plain.slots, plain.supervised, plain.shapes) == (1600, 960, ())
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import socket
+import threading
 import time
-from pathlib import Path
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from tunesmith.errors import ModelError
-from tunesmith.models.hub import fetch_config
+from tunesmith.models import hub
+from tunesmith.models.hub import fetch_config, why_unreachable
 
 
-def test_a_hub_that_cannot_be_reached_is_asked_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_url", lambda name, file: f"http://127.0.0.1:9/{name}/{file}")
+@pytest.fixture
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network is wanted, and nothing is there: no service listens on the discard port."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+
+
+@pytest.mark.usefixtures("online")
+def test_a_hub_that_cannot_be_reached_is_asked_once(capfd: pytest.CaptureFixture[str]) -> None:
     started = time.monotonic()
     with pytest.raises(ModelError) as found:
         fetch_config("someone/mistral-7b")
@@ -26,9 +35,50 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(
     )
     assert "; pass a model folder, or check the network); several known models have such names" in str(found.value)
     assert "\n" not in str(found.value)
-    assert "Retrying" not in capfd.readouterr().err
+    assert capfd.readouterr().err == ""
 
 
 def test_without_a_network_wanted_nothing_is_asked() -> None:
     with pytest.raises(ModelError, match=r"^someone/zzz: its config\.json cannot be fetched from the hub \("):
         fetch_config("someone/zzz")  # conftest.py sets HF_HUB_OFFLINE
+
+
+# -- whether the hub answers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[HTTPServer]:
+    """A hub that has no such page."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_error(404)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found
+        found.shutdown()
+
+
+@pytest.mark.usefixtures("online")
+def test_any_answer_is_an_answer(server: HTTPServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "refused" in (why_unreachable() or "")
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    assert why_unreachable() is None
+
+
+@pytest.mark.usefixtures("online")
+def test_a_hub_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "TIMEOUT", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        started = time.monotonic()
+        assert why_unreachable() == "timed out"
+        assert time.monotonic() - started < 5
+
+
+def test_a_hub_that_is_not_wanted_is_not_asked() -> None:
+    assert "offline mode is enabled" in (why_unreachable() or "")

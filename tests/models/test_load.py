@@ -267,28 +267,75 @@ def test_an_id_that_the_hub_would_not_take() -> None:
     assert refusal("org/a..b").startswith("org/a..b: not found on the hub, or no access to it: ")
 
 
-def test_an_unreachable_hub_is_one_clear_line_too(tmp_path: Path) -> None:
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path) -> Path:
+    """A hub cache that knows which files of a commit there are, and has none of them."""
+    folder = tmp_path / "hub" / "models--some-org--some-model"
+    (folder / "snapshots" / COMMIT).mkdir(parents=True)
+    files = {name: {"size": 9, "blob_id": "ab"} for name in ("config.json", "tokenizer.json")}
+    (folder / "trees").mkdir()
+    (folder / "trees" / f"{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": files}))
+    return tmp_path
+
+
+def found_without_a_hub(cache: Path, revision: str | None) -> tuple[str, float, str]:
+    """What `find_model` comes to where nothing answers, after how many seconds, and what it prints."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "0",
         "HF_ENDPOINT": "http://127.0.0.1:9",  # nothing listens on the discard port
-        "HF_HOME": str(tmp_path),
+        "HF_HOME": str(cache),
         "NO_PROXY": "127.0.0.1",
     }
     script = (
-        "import time\n"
+        "import sys, time\n"
         "from tunesmith.config import ModelConfig\n"
         "from tunesmith.models.load import find_model\n"
         "started = time.perf_counter()\n"
-        "try: find_model(ModelConfig(name='some-org/some-model'))\n"
-        "except Exception as error: print(type(error).__name__, str(error), int(time.perf_counter() - started), sep='|')"
+        f"try: found = find_model(ModelConfig(name='some-org/some-model', revision={revision!r})).path\n"
+        "except Exception as error: found = f'{type(error).__name__}: {error}'\n"
+        "print(found, time.perf_counter() - started, sep='|')"
     )
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
-    kind, message, seconds = result.stdout.strip().split("|")
-    assert kind == "ModelError"
-    assert message == (
+    found, seconds = result.stdout.strip().split("|")
+    return found, float(seconds), result.stderr
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("revision", [None, COMMIT])
+def test_an_unreachable_hub_is_one_clear_line_at_once(
+    hub_cache: Path, tmp_path: Path, revision: str | None, known: bool
+) -> None:
+    """Of a commit too, whose files are asked for at once: huggingface_hub would warn and try again for 24 seconds."""
+    found, seconds, said = found_without_a_hub(hub_cache if known else tmp_path / "empty", revision)
+    assert found == (
+        "ModelError: some-org/some-model: no such folder here, and the hub cannot be reached; check the name or the network"
+    )
+    assert seconds < 10
+    assert said == ""
+
+
+def test_what_is_in_the_cache_needs_no_hub(hub_cache: Path, tiny_model: Path) -> None:
+    snapshot = hub_cache / "hub" / "models--some-org--some-model" / "snapshots" / COMMIT
+    shutil.copytree(tiny_model, snapshot, dirs_exist_ok=True)
+    found, seconds, said = found_without_a_hub(hub_cache, COMMIT)
+    assert (found, said) == (str(snapshot), "")
+    assert seconds < 10
+
+
+def test_a_hub_that_is_lost_on_the_way_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import httpx
+    import huggingface_hub
+
+    def snapshot_download(name: str, **settings: Any) -> str:
+        raise httpx.ReadError("the connection was reset")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert refusal("some-org/some-model") == (
         "some-org/some-model: no such folder here, and the hub cannot be reached; check the name or the network"
     )
-    assert int(seconds) < 15
 
 
 HUB_FILES = [
@@ -317,16 +364,50 @@ def test_what_is_fetched_from_the_hub(tiny_model: Path, monkeypatch: pytest.Monk
 
     fetched: list[list[str]] = []
 
-    def snapshot_download(name: str, revision: str | None, **patterns: list[str]) -> str:
-        assert (name, revision) == ("org/model", "main")
+    def snapshot_download(name: str, revision: str | None, local_files_only: bool, **patterns: list[str]) -> str:
+        assert (name, revision, local_files_only) == ("org/model", "main", False)
         fetched.append(list(filter_repo_objects(HUB_FILES, **patterns)))
         return str(tiny_model)
 
+    monkeypatch.setattr(load, "why_unreachable", lambda: None)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     config = ModelConfig(name="org/model", revision="main", trust_remote_code=trusted)
     assert fetch_weights(find_model(config), config).path == tiny_model
     code = ["code.py"] if trusted else []
     assert fetched == [sorted(SMALL + code), sorted(SMALL + WEIGHTS + code)]
+
+
+# -- the longest sequence ---------------------------------------------------------------------------------------------
+
+
+def context_of(folder: Path, **values: Any) -> int | None:
+    (folder / "config.json").write_text(json.dumps(values))
+    return ModelSource("some-model", folder).context_length
+
+
+@pytest.mark.parametrize(
+    ("value", "length"),
+    [(2048, 2048), (1, 1), (10**9 - 1, 10**9 - 1), (10**9, None), (10**30, None), (0, None), (None, None)],
+)
+def test_the_longest_sequence_of_a_model(tmp_path: Path, value: int | None, length: int | None) -> None:
+    assert context_of(tmp_path, max_position_embeddings=value) == length
+    assert context_of(tmp_path, text_config={"max_position_embeddings": value}) == length
+
+
+def test_a_model_that_says_nothing_of_its_longest_sequence(tmp_path: Path) -> None:
+    assert context_of(tmp_path) is None
+    assert context_of(tmp_path, text_config=None) is None
+    assert context_of(tmp_path, text_config=[4096]) is None
+    assert context_of(tmp_path, max_position_embeddings=4096, text_config={"max_position_embeddings": 64}) == 4096
+
+
+@pytest.mark.parametrize("value", ["2048", "many", -1, True, 2048.5, 1e30, [2048], {"a": 1}])
+def test_a_longest_sequence_that_is_no_number_is_refused(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ModelError) as caught:
+        context_of(tmp_path, max_position_embeddings=value)
+    assert str(caught.value) == (
+        f"{tmp_path / 'config.json'}: max_position_embeddings is {value!r}: expected a whole number without quotes, or null"
+    )
 
 
 # -- the hash of the weights ------------------------------------------------------------------------------------------

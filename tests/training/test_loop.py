@@ -442,7 +442,7 @@ PACKED = ["data.packing=true"]
     ("overrides", "problems"),
     [
         (
-            ["training.micro_batch_tokens=4096"],
+            ["data.packing=false", "training.micro_batch_tokens=4096"],
             [
                 "--set training.micro_batch_tokens=4096: training.micro_batch_tokens needs packing; set data.packing: "
                 "true, or remove it and set training.micro_batch_size"
@@ -496,7 +496,7 @@ PACKED = ["data.packing=true"]
             ["data.packing=maybe", "training.micro_batch_tokens=x", "training.batch_tokens=4096"],
             [
                 '--set data.packing=maybe: `data.packing` is "maybe": input should be a valid boolean, unable to interpret '
-                "input",
+                "input, or 'auto'",
                 '--set training.micro_batch_tokens=x: `training.micro_batch_tokens` is "x": input should be a valid '
                 "integer, unable to parse string as an integer",
             ],
@@ -505,7 +505,7 @@ PACKED = ["data.packing=true"]
             ["data.packing=maybe", "training.micro_batch_tokens=4096"],
             [
                 '--set data.packing=maybe: `data.packing` is "maybe": input should be a valid boolean, unable to interpret '
-                "input"
+                "input, or 'auto'"
             ],
         ),
     ],

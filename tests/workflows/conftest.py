@@ -1,4 +1,4 @@
-"""Trained tiny runs that the tests of this folder share. Copy one before writing into it (trained.copy_run)."""
+"""What the tests of this folder share: trained tiny runs (trained.copy_run before writing into one), and an empty cache."""
 
 from __future__ import annotations
 
@@ -28,3 +28,9 @@ def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The rows that the runs were trained on."""
     return tiny_data(tmp_path_factory)
+
+
+@pytest.fixture
+def nothing_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was measured on any card yet."""
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))

@@ -471,7 +471,7 @@ def test_what_the_card_is_asked() -> None:
         return FitResult(30.0, 24.0, settings["method"] == "qlora", 5000.0, 64, graphs_gb=0.5)
 
     plan = choose_settings(facts(12_000, 100), config_of(), fit)
-    common = {"data.max_seq_length": 128, "data.packing": False, "training.batch_size": 32}
+    common = {"data.max_seq_length": 128, "training.batch_size": 32}
     adapter = {"adapter.r": 16, "adapter.alpha": 32, "adapter.target_modules": "all-linear"}
     assert asked == [({"method": method, **common, **adapter}, {100}, {30}) for method in ("lora", "qlora")]
     asked.clear()
@@ -521,32 +521,8 @@ def test_plain_text_is_split() -> None:
     chosen = settings(facts(3, 20_000, plain_text=True, supervised_tokens=60_000))
     assert chosen["data.max_seq_length"] == 2048
     assert "data.overlong" not in chosen
-    assert "data.packing" not in chosen  # whole pieces but for the last of each document
     chosen = settings(facts(3, 20_000, plain_text=True, supervised_tokens=60_000, context_length=1024))
     assert chosen["data.max_seq_length"] == 1024
-
-
-def test_packing_where_lengths_differ() -> None:
-    spread = facts(1000, lengths=[20 if index % 2 else 20 + 7 * (index % 100) for index in range(1000)])
-    assert settings(spread)["data.packing"] is True
-    assert "data.packing" not in settings(facts(1000, 100))
-    one_at_a_time = choose_settings(spread, config_of(), lambda *_: FitResult(20.0, 24.0, True, None, 1))
-    assert "data.packing" not in one_at_a_time.values  # a micro-batch of one row has no padding
-
-
-@pytest.mark.parametrize("packed_fits", [True, False])
-def test_packing_is_planned_where_it_is_recommended(packed_fits: bool) -> None:
-    def fit(settings: Mapping[str, Any], lengths: Sequence[int], supervised: Sequence[int]) -> FitResult:
-        if settings["data.packing"]:
-            return FitResult(20.0, 24.0, packed_fits, 9000.0, 1024, "tokens")
-        return FitResult(10.0, 24.0, True, 5000.0, 8)
-
-    spread = facts(1000, lengths=[20 if index % 2 else 20 + 7 * (index % 100) for index in range(1000)])
-    plan = choose_settings(spread, config_of(), fit)
-    assert plan.values.get("data.packing", False) is packed_fits
-    assert plan.fit is plan.tried["lora"]
-    assert plan.fit is not None
-    assert plan.fit.tokens_per_second == (9000.0 if packed_fits else 5000.0)
 
 
 @pytest.mark.parametrize(
@@ -597,7 +573,7 @@ def test_the_file_loads_to_the_same_settings(tmp_path: Path) -> None:
     assert loaded == run_config(config, plan)
     assert loaded.data.columns == {"instruction": "q: x", "output": "the answer of an agent"}
     assert "  columns: {instruction: 'q: x', output: the answer of an agent}" in text.splitlines()
-    assert (loaded.data.packing, loaded.adapter.r, loaded.lr) == (True, 16, 2e-4)
+    assert (loaded.data.packing, loaded.adapter.r, loaded.lr) == ("auto", 16, 2e-4)
 
 
 def test_the_file_gives_a_reason_for_every_setting() -> None:
@@ -811,16 +787,16 @@ def test_a_file_that_exists_is_not_overwritten(tmp_path: Path) -> None:
 def test_settings_that_are_decided_here_are_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", [chat("a", "b")])
     with pytest.raises(ConfigError) as error:
-        advise(config_of(path, **{"method": "lora", "adapter.r": 4, "data.packing": True, "data.max_rows": 5}), {})
+        advise(config_of(path, **{"method": "lora", "adapter.r": 4, "data.overlong": "drop", "data.max_rows": 5}), {})
     assert [problem.partition(" ")[0] for problem in error.value.problems] == [
         "method",
         "adapter",
-        "data.packing",
+        "data.overlong",
         "data.max_rows",
     ]
     assert error.value.problems[1] == (
         "adapter is what advise decides; remove it, and change it in the run.yaml afterwards (allowed here: model.*, and "
-        "data.* but max_seq_length, overlong, packing, eval_fraction, mix)"
+        "data.* but max_seq_length, overlong, eval_fraction, mix)"
     )
 
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 
-from tunesmith.cards import CARDS, find_card
+from tunesmith.cards import find_card
 from tunesmith.config import Method, RunConfig, load_config
 from tunesmith.memory.estimate import CONTEXT_GB, Estimate, Load, Setup
 from tunesmith.memory.policy import HEADROOM, Mode, plan_memory
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.catalogue import CATALOGUE
 from tunesmith.types import MemoryPlan
-from tunesmith.workflows.diagnosis import SMALLEST, diagnose, largest_that_fits, least_gb, smallest_card
+from tunesmith.workflows.diagnosis import SMALLEST, diagnose, least_settings
+from tunesmith.workflows.plan_advice import largest_model, smallest_card
+from tunesmith.workflows.plan_options import Data, Target, least_needed
 
 NAME = "Qwen/Qwen2.5-7B"
 SHAPE = ModelShape.of(CATALOGUE[NAME])
@@ -174,8 +176,14 @@ def test_the_micro_batch(settings: tuple[str, ...], halvings: int, line: str) ->
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-def least(method: Method, *settings: str) -> float:
-    return least_gb(SHAPE, method, config_of(*settings))
+def target_of(budget: float) -> Target:
+    return Target("this card", budget + CONTEXT_GB)
+
+
+def least(method: Method, *settings: str, shape: ModelShape = SHAPE) -> float:
+    config = config_of(*settings)
+    data = Data.of_length(SMALLEST, config.training.batch_size)
+    return least_needed(least_settings(config, method), shape, target_of(14.0), data)
 
 
 @pytest.mark.parametrize(
@@ -193,24 +201,46 @@ def test_the_first_leaner_method_that_fits(method: str, budget: float, leaner: M
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
 def test_a_model_that_is_too_large_for_the_card(method: str) -> None:
     needed = least("qlora")
-    said = lines_of(f"method={method}", budget=4.0)[5]
-    smaller = largest_that_fits(4.0, config_of(), SHAPE.num_parameters)
-    card = smallest_card(needed)
-    assert card is not None
-    assert said == (
+    assert lines_of(f"method={method}", budget=4.0)[5] == (
         f"7.6B parameters are too many for this card: method: qlora needs {needed:.1f} GB at least; the smallest card with "
-        f"that is {card.name}; here the largest known model that trains with qlora is {smaller}"
+        "that is RTX 4060; here the largest known model that trains with qlora is Qwen/Qwen3-4B"
     )
-    assert (card.name, smaller) == ("RTX 4060", "Qwen/Qwen3-4B")
+    assert HEADROOM * (find_card("RTX 3070").memory_gb - CONTEXT_GB) >= needed > HEADROOM * 4.0
+
+
+def test_card_and_model_are_those_that_a_plan_names() -> None:
+    """Asked of plan's own advice, with the settings that need the least."""
+    settings, data, way = least_settings(config_of(), "qlora"), Data.of_length(SMALLEST, 16), ("qlora", "nf4")
+    for budget in (2.0, 3.0, 4.0):
+        card = smallest_card(settings, SHAPE, target_of(budget), data, [way])
+        model = largest_model(settings, target_of(budget), data, [way], below=SHAPE.num_parameters)
+        assert card is not None
+        assert model is not None
+        assert lines_of(budget=budget)[5].endswith(
+            f"; the smallest card with that is {card[0].name}; here the largest known model that trains with qlora is {model[0]}"
+        )
+
+
+def test_a_limit_on_memory_is_no_limit_of_another_card() -> None:
+    """The budget holds `memory.limit_gb` already."""
+    assert lines_of("memory.limit_gb=4", budget=4.0)[5] == lines_of(budget=4.0)[5]
+
+
+@pytest.mark.parametrize(("dtype", "card"), [("fp16", "T4"), ("bf16", "RTX 5060 Ti 16GB")])
+def test_the_smallest_card_is_one_that_has_the_dtype(dtype: str, card: str) -> None:
+    shape = ModelShape.of(CATALOGUE["Qwen/Qwen2.5-14B"])
+    needed = least("qlora", f"model.dtype={dtype}", shape=shape)
+    assert HEADROOM * (find_card("RTX 4070 Ti").memory_gb - CONTEXT_GB) < needed
+    said = lines_of(f"model.dtype={dtype}", shape=shape, budget=8.0)[5]
+    assert f"needs {needed:.1f} GB at least; the smallest card with that is {card}; " in said
 
 
 def test_where_no_card_and_no_model_is_known() -> None:
     huge = ModelShape.of({**CATALOGUE[NAME], "num_hidden_layers": 5000})
     said = lines_of("method=qlora", shape=huge, budget=0.05)[5]
-    needed = least_gb(huge, "qlora", config_of())
     assert said == (
-        f"{huge.num_parameters / 1e9:.1f}B parameters are too many for this card: method: qlora needs {needed:.1f} GB at "
-        "least"
+        f"{huge.num_parameters / 1e9:.1f}B parameters are too many for this card: method: qlora needs "
+        f"{least('qlora', shape=huge):.1f} GB at least"
     )
 
 
@@ -222,27 +252,30 @@ def test_a_model_that_is_not_too_large() -> None:
     )
 
 
-# -- the least, the smallest card, the largest model ------------------------------------------------------------------
+# -- the least --------------------------------------------------------------------------------------------------------
 
 
 def test_the_least_by_the_arithmetic() -> None:
-    """One short example, everything computed again, states in 8 bits, in 16 bits on the engine that runs there."""
-    load = Load(SMALLEST, SMALLEST, SMALLEST)
-    eight = {"optimizer": "paged_adamw_8bit"}
+    """One short example, everything computed again, states in 8 bits, on the engine that runs there."""
 
-    def peak(setup: Setup) -> float | None:
+    def peak(setup: Setup, load: Load = Load(SMALLEST, SMALLEST, SMALLEST)) -> float | None:
         return plan_memory(Estimate(SHAPE, setup, load), "min", None).predicted_peak_gb
 
+    eight = {"optimizer": "paged_adamw_8bit"}
     assert least("full") == peak(Setup("full", "fused", r=0, **eight))
     assert least("lora") == peak(Setup("lora", "fused", **eight))
     assert least("qlora") == peak(Setup("qlora", "fused", scheme="nf4", **eight))
     assert least("lora", "adapter.r=64") == peak(Setup("lora", "fused", r=64, **eight))
     assert least("lora", "adapter.target_modules=qv") == peak(Setup("lora", "fused", targets="qv", **eight))
+    assert least("lora", "adapter.target_modules=[q_proj]") == peak(
+        Setup("lora", "fused", targets=("q_proj",), **eight)
+    )
     assert least("lora", "model.engine=reference") == peak(Setup("lora", "reference", **eight))
+    assert least("lora", "model.dtype=fp32") == peak(Setup("lora", "fused", value_bytes=4, **eight))
     int8 = ("method=qlora", "quantization.scheme=int8")
     assert least("qlora", *int8) == peak(Setup("qlora", "reference", scheme="int8", **eight))
-    # Names of one model's modules mean nothing for another: all of them are taken.
-    assert least("lora", "adapter.target_modules=[q_proj]") == least("lora")
+    whole = Load(SMALLEST, SMALLEST, SMALLEST, accumulates=False)
+    assert least("lora", "training.batch_size=1") == peak(Setup("lora", "fused", **eight), whole)
     assert least("qlora") < least("lora") < least("full")
 
 
@@ -250,34 +283,13 @@ def test_the_least_of_a_family_without_fused_layers() -> None:
     shape = ModelShape.of(CATALOGUE["HuggingFaceTB/SmolLM3-3B"])
     setup = Setup("lora", "reference", optimizer="paged_adamw_8bit")
     expected = plan_memory(Estimate(shape, setup, Load(512, 512, 512)), "min", None).predicted_peak_gb
-    assert least_gb(shape, "lora", config_of()) == expected
+    assert least("lora", shape=shape) == expected
 
 
-def test_the_smallest_card_is_the_smallest_that_is_enough() -> None:
-    for gb in (0.1, 6.0, 12.3, 12.4, 20.0, 41.0, 100.0, 240.0):
-        found = smallest_card(gb)
-        enough = [card for card in CARDS if gb <= HEADROOM * (card.memory_gb - CONTEXT_GB)]
-        assert found in enough
-        assert found is not None
-        assert found.memory_gb == min(card.memory_gb for card in enough)
-    t4 = HEADROOM * (find_card("T4").memory_gb - CONTEXT_GB)
-    assert smallest_card(t4) == find_card("T4")
-    assert smallest_card(t4 + 0.001) != find_card("T4")
-    assert smallest_card(10_000.0) is None
-
-
-def test_the_largest_model_is_the_largest_that_fits() -> None:
-    config = config_of()
-    shapes = {name: ModelShape.of(values) for name, values in CATALOGUE.items()}
-    for budget in (2.0, 14.0, 40.0, 79.0):
-        for below in (3 * 10**9, 10**15):
-            found = largest_that_fits(budget, config, below)
-            fitting = {
-                name: shape.num_parameters
-                for name, shape in shapes.items()
-                if shape.num_parameters < below and least_gb(shape, "qlora", config) <= HEADROOM * budget
-            }
-            assert found in fitting
-            assert fitting[found] == max(fitting.values())
-    assert largest_that_fits(0.05, config, 10**15) is None
-    assert largest_that_fits(1000.0, config, below=min(shape.num_parameters for shape in shapes.values())) is None
+def test_what_is_set_for_more_memory_does_not_count() -> None:
+    int8 = ("method=qlora", "quantization.scheme=int8")  # on the reference engine, where a packed row has a mask
+    for more in (
+        ("memory.mode=fast", "training.micro_batch_size=8", "optimizer.name=adamw"),
+        ("data.packing=true", "training.micro_batch_tokens=4096", "training.batch_tokens=8192"),
+    ):
+        assert least("qlora", *int8, *more) == least("qlora", *int8)

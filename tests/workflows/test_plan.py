@@ -1,4 +1,4 @@
-"""plan: models and cards by name, options that add up, the recommendation and its advice, hours and cost, speed."""
+"""A plan: models and cards by name, ways to train, the recommendation in words, hours and cost, and what figures rest on."""
 
 from __future__ import annotations
 
@@ -11,71 +11,43 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plans import (
+    ARITHMETIC,
+    PACKED,
+    QWEN,
+    QWEN_PARAMETERS,
+    TINY_PARAMETERS,
+    config_of,
+    lines_of,
+    measured,
+    model_folder,
+    now,
+    planned,
+    target_of,
+)
 
-from measured import RUN
 from tunesmith.cards import CARDS, find_card
-from tunesmith.config import Method, RunConfig, load_config
+from tunesmith.config import Method
 from tunesmith.errors import ConfigError, MachineError, ModelError
-from tunesmith.measurements import record
-from tunesmith.memory.choose import WORTH
 from tunesmith.memory.estimate import CONTEXT_GB
 from tunesmith.memory.policy import HEADROOM
-from tunesmith.memory.shape import ModelShape
-from tunesmith.models.catalogue import CATALOGUE
-from tunesmith.types import GB
 from tunesmith.workflows import plan as module
-from tunesmith.workflows import plan_lists
 from tunesmith.workflows.plan import (
     FASTER,
-    PARALLEL,
-    Data,
-    Option,
-    Target,
     find_shape,
     find_target,
     full_name,
     plan,
-    plan_option,
     refuse_unless_fits,
     rounded,
-    with_settings,
 )
-from tunesmith.workflows.plan_advice import WORTHWHILE, longest_that_trains
-from tunesmith.workflows.plan_lists import plan_cards, plan_models, plan_ranks
-from tunesmith.workflows.plan_options import least_needed
-from tunesmith.workflows.plan_options import trains as trains_at_all
+from tunesmith.workflows.plan_options import Data, Option, Target
 
-QWEN = "qwen2.5-7b"
-QWEN_PARAMETERS = 7_615_616_512  # its model card: 7.61B
-TINY = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 100,
-    "max_position_embeddings": 4096,
-}
-TINY_PARAMETERS = 2 * 100 * 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64) + 64
-
-
-def model_folder(path: Path, **changes: Any) -> Path:
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps(TINY | changes))
-    return path
-
-
-@pytest.fixture(autouse=True)
-def nothing_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing was measured on any card yet."""
-    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("nothing_measured")
 
 
 @pytest.fixture
@@ -374,32 +346,6 @@ def test_a_card_that_is_named_comes_before_this_machines(nvidia_smi: Callable[..
 
 # -- a plan -----------------------------------------------------------------------------------------------------------
 
-
-def config_of(model: str = QWEN, *settings: str) -> RunConfig:
-    return load_config(None, settings, {"model.name": model})
-
-
-def target_of(gpu: str | None, memory: float | None = None, count: int = 1) -> Target:
-    found = find_target(gpu, memory, count)
-    assert found is not None
-    return found
-
-
-@cache
-def planned(
-    model: str = QWEN,
-    gpu: str | None = "T4",
-    memory: float | None = None,
-    settings: tuple[str, ...] = (),
-    methods: tuple[Method, ...] = (),
-    sequence: int | None = None,
-) -> dict[str, Any]:
-    """A plan by arithmetic alone. Read it only: several tests have the same one."""
-    target = replace(target_of(gpu, memory), measured=())
-    return plan(config_of(model, *settings), target, methods=methods, sequence=sequence)
-
-
-PACKED = ("data.packing=true",)
 CASES: list[tuple[Any, ...]] = [
     (QWEN, "T4"),
     (QWEN, "H100"),
@@ -544,6 +490,55 @@ def test_an_engine_that_does_not_run_what_was_asked_for() -> None:
     assert {o["recompute_layers"] for o in planned("mixtral-8x7b", "B200", None, (fused,))["options"]} == {0}
 
 
+def test_no_example_is_longer_than_the_models_context() -> None:
+    assert (
+        lines_of(planned(QWEN, "H100"))["longer"]
+        == "up to 131,072 tokens (the model's limit) with micro-batch 1 (memory.mode: min)"
+    )
+    whole = planned("tinyllama-1.1b-chat", "H100")
+    assert whole["recommended"]["max_seq_length"] == 2048
+    assert {o["max_seq_length"] for o in whole["options"]} == {512, 1024, 2048}
+    assert "longer" not in lines_of(whole)
+    with pytest.raises(ConfigError) as caught:
+        planned("tinyllama-1.1b-chat", "H100", None, (), (), 4096)
+    assert str(caught.value) == "--max-seq-length is 4,096, but the model takes at most 2,048 tokens"
+    # A limit of the data is no wish for examples of that length.
+    limited = planned("tinyllama-1.1b-chat", "H100", None, ("data.max_seq_length=4096",))
+    assert limited["recommended"]["max_seq_length"] == 2048
+    assert planned(QWEN, "H100", None, ("data.max_seq_length=640",))["recommended"]["max_seq_length"] == 640
+    assert planned(QWEN, "H100", None, ("data.max_seq_length=auto",))["recommended"]["max_seq_length"] == 2048
+
+
+def test_no_example_is_longer_than_a_micro_batch() -> None:
+    settings = (*PACKED, "training.micro_batch_tokens=4096")
+    assert max(o["max_seq_length"] for o in planned(QWEN, "H100", None, settings)["options"]) == 4096
+    with pytest.raises(ConfigError) as caught:
+        planned(QWEN, "H100", None, settings, (), 5000)
+    assert str(caught.value) == (
+        "examples of 5,000 tokens fit into no micro-batch: training.micro_batch_tokens is 4,096; raise it, or pass "
+        "--max-seq-length 4096"
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.4, "0"),
+        (7.6, "8"),
+        (99.4, "99"),
+        (99.6, "100"),
+        (114.0, "110"),
+        (116.0, "120"),
+        (996.0, "1,000"),
+        (1349.0, "1,300"),
+        (13_501.0, "14,000"),
+        (995_000.0, "1,000,000"),
+    ],
+)
+def test_two_digits_are_what_a_prediction_knows(value: float, text: str) -> None:
+    assert rounded(value) == text
+
+
 # -- the recommendation -----------------------------------------------------------------------------------------------
 
 
@@ -600,38 +595,6 @@ def test_everything_fits_on_a_large_card() -> None:
     assert {o["recompute"] for o in kept} == {"none"}
 
 
-def test_the_micro_batch_is_the_fastest_that_fits() -> None:
-    """Or a smaller one that is within 2% of it."""
-    for gpu, method in (("T4", "qlora"), ("H100", "lora"), ("A10", "lora")):
-        config = config_of(QWEN, f"method={method}")
-        target, shape = target_of(gpu), find_shape(QWEN)[1]
-        lengths = [700] * 16
-        chosen = plan_option(config, shape, target, lengths, lengths)
-        others = [
-            plan_option(with_settings(config, training__micro_batch_size=size), shape, target, lengths, lengths)
-            for size in (1, 2, 3, 4, 6, 8, 16)
-        ]
-        assert chosen in others
-        fastest = max(other.tokens_per_second or 0 for other in others if other.fits)
-        assert chosen.tokens_per_second is not None
-        assert chosen.tokens_per_second >= WORTH * fastest
-
-
-def test_a_larger_card_is_never_slower() -> None:
-    card = find_card("A10")
-    config, shape = config_of(QWEN, "method=lora"), find_shape(QWEN)[1]
-    lengths = [3000] * 16
-    found = [plan_option(config, shape, Target("A10", gb, card), lengths, lengths) for gb in range(17, 60, 3)]
-    assert [each.fits for each in found] == sorted(each.fits for each in found)
-    fitting = [each.tokens_per_second or 0 for each in found if each.fits]
-    assert len(fitting) > 10
-    assert all(more >= WORTH * less for less, more in pairwise(fitting))
-    assert fitting[-1] > 1.2 * fitting[0]
-
-
-# -- nothing fits -----------------------------------------------------------------------------------------------------
-
-
 def test_nothing_fits() -> None:
     result = planned("llama-3.1-70b", "T4")
     assert (result["recommended"], result["breakdown"]) == (None, None)
@@ -652,298 +615,10 @@ def test_nothing_fits() -> None:
     refuse_unless_fits(planned())
 
 
-def test_an_impossible_budget() -> None:
-    result = planned(QWEN, None, 0.5)
-    assert result["recommended"] is None
-    assert [line.partition(":")[0] for line in result["advice"]] == ["card"]  # no known model is that small
-
-
-def test_no_card_holds_it(tmp_path: Path) -> None:
-    folder = model_folder(tmp_path / "huge", hidden_size=32768, intermediate_size=131072, num_hidden_layers=200)
-    result = planned(str(folder), "B300")
-    assert result["recommended"] is None
-    assert [line.partition(":")[0] for line in result["advice"]] == ["model"]
-
-
-@pytest.mark.parametrize(
-    ("model", "gpu", "settings", "methods", "sequence", "advice"),
-    [
-        (QWEN, "T4", (), ("full",), None, ["method: QLoRA trains here with --method qlora"]),
-        (QWEN, "T4", (), ("lora",), None, ["method: QLoRA trains here with --method qlora"]),
-        (QWEN, "T4", ("memory.mode=fast",), (), 32768, ["settings: QLoRA trains here with --set memory.mode=auto"]),
-        (
-            "llama-3.1-8b",
-            "H100 NVL",
-            (),
-            ("full",),
-            None,
-            [
-                "settings: full trains here with --set optimizer.name=adamw_8bit",
-                "method: LoRA trains here with --method lora",
-            ],
-        ),
-        (
-            "llama-3.1-8b",
-            "H100",
-            ("memory.limit_gb=5",),
-            (),
-            None,
-            ["settings: LoRA trains here with --set memory.limit_gb=null"],
-        ),
-    ],
-)
-def test_what_does_not_fit_is_answered_with_what_would(
-    model: str,
-    gpu: str,
-    settings: tuple[str, ...],
-    methods: tuple[Method, ...],
-    sequence: int | None,
-    advice: list[str],
-) -> None:
-    """The model is not too large for this card, and another card is not what is needed first."""
-    result = planned(model, gpu, None, settings, methods, sequence)
-    assert result["recommended"] is None
-    assert result["advice"] == advice
-
-
-def test_a_length_that_nothing_takes_is_answered_with_one_that_fits() -> None:
-    said = lines_of(planned(QWEN, "T4", None, ("training.micro_batch_size=16",), (), 131072))
-    longest = int(said["shorter"].split()[-1])
-    assert said["shorter"] == f"QLoRA trains here with --max-seq-length {longest}"
-    assert said["card"].endswith("GB at least: B300 (268 GB) or more")
-    config = config_of(QWEN, "method=qlora", "memory.mode=min", "training.micro_batch_size=16")
-    for length, fits in ((longest, True), (longest + 512, False)):
-        assert plan_option(config, find_shape(QWEN)[1], target_of("T4"), [length] * 16, [length] * 16).fits is fits
-
-
-# -- advice -----------------------------------------------------------------------------------------------------------
-
-
-def lines_of(result: dict[str, Any]) -> dict[str, str]:
-    return dict(line.split(": ", 1) for line in result["advice"])
-
-
-def leanest(config: RunConfig, **more: Any) -> RunConfig:
-    return with_settings(config, memory__mode="min", training__micro_batch_size=1, **more)
-
-
-def trains(config: RunConfig, method: Method, target: Target, length: int) -> bool:
-    """Whether a step of `training.batch_size` such examples fits if everything is given up for it."""
-    settings = leanest(config, method=method)
-    lengths = [length] * config.training.batch_size
-    return plan_option(settings, find_shape(config.model.name)[1], target, lengths, lengths).fits
-
-
-ADVISED: list[tuple[Any, ...]] = [
-    # The same card again, a smaller one, and models that the next plan denied: once each of them was advised.
-    ("llama-3.1-8b", "RTX 3070"),
-    ("qwen2-7b", "RTX 4060"),
-    ("llama-2-13b-hf", "RTX 3080"),
-    ("phi-4", "RTX 3060"),
-    ("llama-3.1-8b", "RTX 3060"),
-    (QWEN, "T4", None, (), (), 32768),
-    ("llama-3.1-8b", "H100 NVL", None, (), ("full",)),
-    ("llama-3.1-70b", "T4"),
-    ("llama-3.1-70b", "T4", None, (), ("lora",)),
-    (QWEN, "T4", None, ("training.micro_batch_size=16",), (), 131072),
-    (QWEN, "T4", None, ("memory.mode=fast",), (), 32768),
-    ("llama-3.1-8b", "H100", None, ("memory.limit_gb=5",)),
-    ("llama-3.1-8b", "H100", None, ("memory.limit_gb=10",)),
-    ("gemma-2-9b", "2xL4", None, PACKED, (), 8192),
-    ("smollm3-3b", "RTX 3060", None, ("optimizer.name=adamw_8bit",), ("lora",)),
-    (QWEN, None, 6.0),
-]
-
-
-@pytest.mark.parametrize("case", ADVISED)
-def test_a_plan_confirms_what_is_advised(case: tuple[Any, ...]) -> None:
-    """Each card, model, length and setting that advice names is planned: it trains, and a larger model or smaller card not."""
-    model, gpu, memory, settings, methods, sequence = (*case, *(None, None, (), (), None)[len(case) - 1 :])
-    result = planned(*case)
-    length = result["options"][0]["max_seq_length"]
-    own, several = result["parameters"], f"{result['num_gpus']}x"
-
-    def again(**changes: Any) -> dict[str, Any]:
-        given = {"model": model, "gpu": gpu, "memory": memory, "settings": settings, "methods": methods}
-        return planned(**{**given, "sequence": sequence, **changes})
-
-    for kind, said in lines_of(result).items():
-        if kind in ("settings", "method", "shorter"):
-            label, flags = said.split(" trains here with ")
-            words = flags.split()
-            options = list(zip(words[::2], words[1::2], strict=True))
-            way = tuple(value for flag, value in options if flag == "--method") or methods
-            more = tuple(value for flag, value in options if flag == "--set")
-            shorter = next((int(value) for flag, value in options if flag == "--max-seq-length"), sequence)
-            found = again(methods=way, settings=(*settings, *more), sequence=shorter)
-            assert label in [option["label"] for option in found["options"] if option["fits"]], said
-        elif kind == "card":
-            card = next(card for card in CARDS if f": {card.name} ({card.memory_gb:.0f} GB) or more" in said)
-            assert again(gpu=several + card.name, memory=None)["recommended"], said
-            for other in CARDS:
-                if result["memory_gb"] < other.memory_gb < card.memory_gb:
-                    assert again(gpu=several + other.name, memory=None)["recommended"] is None, other.name
-        elif kind in ("model", "larger"):
-            named = next(word for word in said.split() if "/" in word)
-            assert again(model=named)["recommended"], said
-            size = find_shape(named)[1].num_parameters
-            assert (size < own) == (kind == "model")
-            for row in plan_models(
-                config_of("", *settings), target_of(gpu, memory), length, methods or ("lora", "qlora")
-            ):
-                if size < row["parameters"] < (own if kind == "model" else 10**15) and row["max_seq_length"] == length:
-                    assert not any(found["fits"] for found in row["methods"].values()), row["model"]
-        elif kind == "longer":
-            longest = int(said.split()[2].replace(",", ""))
-            one = ("memory.mode=min", "training.micro_batch_size=1")
-            assert again(sequence=longest, settings=(*settings, *one))["recommended"], said
-        elif " keeps all activations" in said:
-            card = next(card for card in CARDS if said.startswith(f"{card.name} ({card.memory_gb:.0f} GB)"))
-            kept = again(gpu=several + card.name, memory=None, methods=(result["recommended"]["method"],))["options"][0]
-            assert kept["recompute"] == "none"
-            times = kept["tokens_per_second"] / result["recommended"]["tokens_per_second"]
-            assert times > WORTHWHILE
-            assert f", {times:.2f} times as fast" in said
-
-
-@pytest.mark.parametrize(
-    ("model", "gpu", "method"),
-    [
-        (QWEN, "T4", "qlora"),
-        ("llama-3.1-8b", "A10", "lora"),
-        ("llama-3.1-70b", "RTX A6000", "qlora"),
-        (QWEN, "H200", "full"),
-        ("smollm3-3b", "T4", "lora"),
-    ],
-)
-def test_the_longest_really_is_the_longest(model: str, gpu: str, method: Method) -> None:
-    result = planned(model, gpu, None, (), (method,), 512)
-    assert result["recommended"]["method"] == method
-    said = lines_of(result)["longer"]
-    longest = int(said.split()[2].replace(",", ""))
-    assert said == f"up to {longest:,} tokens with micro-batch 1 (memory.mode: min)"
-    config, target = config_of(model), target_of(gpu)
-    assert longest % 512 == 0
-    assert trains(config, method, target, longest)
-    assert not trains(config, method, target, longest + 512)
-
-
-def test_the_longest_for_many_budgets() -> None:
-    config = config_of(QWEN, "method=qlora")
-    shape = find_shape(QWEN)[1]
-    found = []
-    for memory in (8.0, 8.2, 8.35, 8.8, 9.4, 10.1, 11.0, 12.0):
-        target = target_of(None, memory)
-        longest = longest_that_trains(leanest(config), shape, target)
-        assert longest is not None
-        assert trains(config, "qlora", target, longest)
-        assert not trains(config, "qlora", target, longest + 512)
-        found.append(longest)
-    assert found == sorted(set(found))
-    assert longest_that_trains(leanest(config), shape, target_of(None, 7.0)) is None
-
-
-def test_no_example_is_longer_than_the_models_context() -> None:
-    assert (
-        lines_of(planned(QWEN, "H100"))["longer"]
-        == "up to 131,072 tokens (the model's limit) with micro-batch 1 (memory.mode: min)"
-    )
-    whole = planned("tinyllama-1.1b-chat", "H100")
-    assert whole["recommended"]["max_seq_length"] == 2048
-    assert {o["max_seq_length"] for o in whole["options"]} == {512, 1024, 2048}
-    assert "longer" not in lines_of(whole)
-    with pytest.raises(ConfigError) as caught:
-        planned("tinyllama-1.1b-chat", "H100", None, (), (), 4096)
-    assert str(caught.value) == "--max-seq-length is 4,096, but the model takes at most 2,048 tokens"
-    # A limit of the data is no wish for examples of that length.
-    limited = planned("tinyllama-1.1b-chat", "H100", None, ("data.max_seq_length=4096",))
-    assert limited["recommended"]["max_seq_length"] == 2048
-    assert planned(QWEN, "H100", None, ("data.max_seq_length=640",))["recommended"]["max_seq_length"] == 640
-    assert planned(QWEN, "H100", None, ("data.max_seq_length=auto",))["recommended"]["max_seq_length"] == 2048
-
-
-def test_no_example_is_longer_than_a_micro_batch() -> None:
-    settings = (*PACKED, "training.micro_batch_tokens=4096")
-    assert max(o["max_seq_length"] for o in planned(QWEN, "H100", None, settings)["options"]) == 4096
-    with pytest.raises(ConfigError) as caught:
-        planned(QWEN, "H100", None, settings, (), 5000)
-    assert str(caught.value) == (
-        "examples of 5,000 tokens fit into no micro-batch: training.micro_batch_tokens is 4,096; raise it, or pass "
-        "--max-seq-length 4096"
-    )
-
-
-def test_qlora_is_advised_to_those_who_want_to_go_longer() -> None:
-    config, target = config_of("yi-6b"), target_of("T4")
-    longest = max(length for length in range(512, 4097, 512) if trains(config, "lora", target, length))
-    said = lines_of(planned("yi-6b", "T4", None, (), ("lora",), longest + 100))
-    assert trains(config, "lora", target, longest + 100)
-    further = int(said["longer"].split()[2].replace(",", ""))
-    assert said["longer"] == f"up to {further:,} tokens with method: qlora"
-    assert further > longest
-    assert trains(config, "qlora", target, further)
-
-
-def test_larger_models_are_named_only_if_there_are_any() -> None:
-    said = lines_of(planned())["larger"]
-    assert said == "up to Qwen/Qwen2.5-14B trains here with QLoRA"
-    assert "larger" not in lines_of(planned("qwen2.5-14b", "T4"))
-
-
-def test_models_without_the_modules_that_were_named_are_not_advised() -> None:
-    named = ("adapter.target_modules=[q_proj]",)
-    said = lines_of(planned("smollm3-3b", "RTX 3060", None, named))["larger"]
-    assert said == "up to meta-llama/Llama-2-13b-hf trains here with QLoRA"  # not Phi-3-medium, of 14B
-    assert planned(said.split()[2], "RTX 3060", None, named)["recommended"]
-
-
-def test_a_faster_card_is_a_real_one_with_the_same_data() -> None:
-    """Few long rows among short ones: every figure is of these rows, and no card has the memory that they would need."""
-    lengths = [200] * 60 + [16_000] * 4
-    data = Data(lengths, lengths, True)
-    result = plan(config_of(QWEN), target_of("T4"), data=data)
-    assert result["recommended"]["recompute_layers"] > 0
-    said = lines_of(result)["faster"]
-    card = next(card for card in CARDS if said.startswith(f"{card.name} ({card.memory_gb:.0f} GB) keeps all"))
-    (same,) = [
-        option
-        for option in plan(config_of(QWEN), target_of(card.name), methods=("qlora",), data=data)["options"]
-        if option["label"] == "QLoRA" and (option["memory_mode"], option["optimizer"]) == ("auto", "adamw")
-    ]
-    times = same["tokens_per_second"] / result["recommended"]["tokens_per_second"]
-    assert said == (
-        f"{card.name} ({card.memory_gb:.0f} GB) keeps all activations, {times:.2f} times as fast; shorter examples keep more "
-        "too"
-    )
-    assert "faster" not in lines_of(planned(QWEN, "B300", None, (), (), 131072))  # no card has more
-
-
-def test_the_memory_mode_comes_before_another_card() -> None:
-    result = planned("llama-3.1-8b", "H100", None, ("memory.mode=min",))
-    auto = next(option for option in result["options"] if option["memory_mode"] == "auto")
-    times = auto["tokens_per_second"] / result["recommended"]["tokens_per_second"]
-    held = auto["peak_gb"] + auto["graphs_gb"]
-    assert auto == planned("llama-3.1-8b", "H100", None, (), ("lora",))["recommended"]
-    assert lines_of(result)["faster"] == f"memory.mode: auto, {times:.2f} times as fast ({held:.1f} GB)"
-
-
-def test_a_packed_micro_batch_stays_one_of_tokens() -> None:
-    settings = (*PACKED, "training.batch_size=4")
-    packed = planned(QWEN, "T4", None, settings, ("qlora",), 4096)
-    padded = planned(QWEN, "T4", None, ("training.batch_size=4",), ("qlora",), 4096)
-    assert packed["recommended"]["micro_batch_size"] == 4096 * padded["recommended"]["micro_batch_size"]
-    assert lines_of(packed)["faster"] == lines_of(padded)["faster"]
-
-
-def test_what_is_faster_where_everything_is_kept_already() -> None:
-    assert lines_of(planned())["faster"] == (
-        "everything is kept already; a faster card (A10G), or several, or data.packing: true"
-    )
-    assert lines_of(planned("qwen3-0.6b", "H100", None, PACKED))["faster"] == (
-        "everything is kept already; a faster card (B200), or several"
-    )
-    assert "faster" not in lines_of(planned(QWEN, "B300"))
-    assert "faster" not in lines_of(planned(QWEN, None, 24.0))
+def test_calibration_may_change_the_recommendation() -> None:
+    assert planned(QWEN, "H100")["recommended"]["method"] == "lora"
+    measured(500.0)
+    assert now()["recommended"]["method"] == "qlora"
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -996,91 +671,6 @@ def test_supervised_tokens_cost_logits() -> None:
     assert some["recommended"]["tokens_per_second"] > 1.02 * every["recommended"]["tokens_per_second"]
 
 
-# -- what the card or the settings allow ------------------------------------------------------------------------------
-
-
-def test_memory_that_a_run_may_not_take_is_not_planned() -> None:
-    limited = planned("llama-3.1-8b", "H100", None, ("memory.limit_gb=10",))
-    found = limited["recommended"]
-    assert found["fits"]
-    assert 0.9 * 9 < found["peak_gb"] + found["graphs_gb"] <= 9
-    assert " of 10.0 GB by memory.limit_gb, about " in limited["answer"]
-    denied = planned("llama-3.1-8b", "H100", None, ("memory.limit_gb=5",))
-    assert denied["answer"].startswith(
-        "Llama-3.1-8B does not train on an H100 (5.0 GB by memory.limit_gb): full needs "
-    )
-    large = planned("llama-3.1-8b", "H100", None, ("memory.limit_gb=79.18",))
-    assert large["recommended"] == planned("llama-3.1-8b", "H100")["recommended"]
-    by_list = {
-        row["gpu"]: row["methods"]["qlora"]
-        for row in plan_cards(config_of("llama-3.1-8b", "memory.limit_gb=10"), None)[1]
-    }
-    assert (by_list["H100"]["peak_gb"], by_list["H100"]["fits"]) == (found["peak_gb"], True)
-
-
-def test_a_card_without_bf16_is_not_planned_for_it() -> None:
-    with pytest.raises(ConfigError) as caught:
-        planned(QWEN, "T4", None, ("model.dtype=bf16",))
-    assert str(caught.value) == (
-        "model.dtype is bf16, but T4 (compute capability (7, 5)) has no bf16; use fp16 or auto"
-    )
-    assert planned(QWEN, "T4", None, ("model.dtype=fp16",))["recommended"] == planned()["recommended"]
-    cards = {row["gpu"] for row in plan_cards(config_of(QWEN, "model.dtype=bf16"), None, ("lora",))[1]}
-    assert cards == {card.name for card in CARDS if card.bf16}
-
-
-def test_what_cuda_graphs_hold_counts() -> None:
-    """They hold once more what a step takes beside what is there all the time."""
-    found = planned(QWEN, "H100", None, (), ("lora",), 512)["recommended"]
-    assert found["graphs_gb"] == pytest.approx(found["breakdown"]["activations_gb"] + found["breakdown"]["logits_gb"])
-    assert found["graphs_gb"] > 1
-    held = found["peak_gb"] + found["graphs_gb"]
-    assert f", {held:.1f} of 79.2 GB, " in planned(QWEN, "H100", None, (), ("lora",), 512)["answer"]
-    plain = planned(QWEN, "H100", None, ("training.cuda_graphs=false",), ("lora",), 512)["recommended"]
-    assert plain["graphs_gb"] == 0.0
-    by_list = {
-        row["model"]: row["methods"]["lora"] for row in plan_models(config_of(""), target_of("H100"), 512, ("lora",))
-    }
-    assert by_list["Qwen/Qwen2.5-7B"]["graphs_gb"] == found["graphs_gb"]
-
-
-def test_inputs_in_host_memory_are_counted() -> None:
-    config, shape = config_of(QWEN, "method=qlora"), find_shape(QWEN)[1]
-    found = plan_option(config, shape, target_of("T4"), [32768] * 16, [32768] * 16)
-    number = found.recompute.removeprefix("all 28 layers, inputs of ").removesuffix(" in host memory")
-    assert 0 < int(number) < 28
-    assert f"recompute {found.recompute}, " in planned(QWEN, "T4", None, (), (), 32768)["answer"]
-
-
-# -- several cards ----------------------------------------------------------------------------------------------------
-
-
-def test_several_cards_share_a_step() -> None:
-    four = planned(QWEN, "4xH100", None, (), ("lora",))["options"][0]
-    one = planned(QWEN, "H100", None, ("training.batch_size=4",), ("lora",))["options"][0]
-    assert four["tokens_per_second"] == pytest.approx(4 * PARALLEL * one["tokens_per_second"])
-    same = ("peak_gb", "micro_batch_size", "gradient_accumulation_steps", "recompute", "fits")
-    assert [four[key] for key in same] == [one[key] for key in same]
-
-
-def test_cards_without_an_example_compute_nothing() -> None:
-    """A step's 16 examples go to 16 of 32 cards, or 2 of 8 to each of three and 1 to two."""
-    one = planned(QWEN, "H100", None, ("training.batch_size=1",), ("lora",))["options"][0]["tokens_per_second"]
-    for count, most in ((16, 1), (32, 1)):
-        found = planned(QWEN, f"{count}xH100", None, (), ("lora",))["options"][0]
-        assert found["micro_batch_size"] * found["gradient_accumulation_steps"] == most
-        assert found["tokens_per_second"] == pytest.approx(16 * PARALLEL * one)
-    two = planned(QWEN, "H100", None, ("training.batch_size=2",), ("lora",))["options"][0]["tokens_per_second"]
-    five = planned(QWEN, "5xH100", None, ("training.batch_size=8",), ("lora",))["options"][0]["tokens_per_second"]
-    assert five == pytest.approx(4 * PARALLEL * two)
-
-
-def test_several_cards_share_a_step_in_tokens() -> None:
-    settings = (*PACKED, "training.micro_batch_tokens=4096", "training.batch_tokens=32768")
-    assert planned(QWEN, "4xH100", None, settings, ("lora",))["options"][0]["gradient_accumulation_steps"] == 2
-    assert planned(QWEN, "H100", None, settings, ("lora",))["options"][0]["gradient_accumulation_steps"] == 8
-
-
 # -- honesty ----------------------------------------------------------------------------------------------------------
 
 
@@ -1120,18 +710,6 @@ def test_each_figure_says_what_it_rests_on(
     assert planned(QWEN, gpu, memory)["basis"] == {"memory": memory_basis, "speed": speed_basis}
 
 
-def measured(tokens_per_second: float = 800.0, peak: float | None = 10.2, **other: Any) -> None:
-    """Some run of a 7B with LoRA on an H100 was to reach 1,000 tokens/s, and to take 10 GB."""
-    run = replace(RUN, tokens_per_second=tokens_per_second, measured_peak_gb=peak)
-    record(replace(run, **other))
-
-
-def now(gpu: str | None = "H100", *settings: str, memory: float | None = None, **options: Any) -> dict[str, Any]:
-    """A plan with what was measured until now."""
-    return plan(config_of(QWEN, *settings), target_of(gpu, memory), **options)
-
-
-ARITHMETIC = {"memory": "arithmetic", "speed": "arithmetic", "runs": 0}
 SHARES = "arithmetic with shares of the data sheet that were fitted on an H100, within 15% of what was measured there"
 SHAPE = "arithmetic on the model's config.json, within 5% of what was measured on an H100"
 
@@ -1156,16 +734,6 @@ def test_runs_on_this_card_calibrate_its_speed() -> None:
     json.dumps(after)
 
 
-def test_launching_takes_what_it_took_in_the_runs() -> None:
-    """The reference engine waits for Python, here with twice the time of the H100's host; the runs' own plans knew that."""
-    reference: dict[str, Any] = {"settings": ("model.engine=reference", "training.batch_size=1"), "sequence": 128}
-    before = planned("qwen2.5-0.5b", "H100", methods=("lora",), **reference)["options"][0]
-    measured(1000.0, engine="reference", parameters=5 * 10**8, host=2.0)
-    config = config_of("qwen2.5-0.5b", *reference["settings"])
-    after = plan(config, target_of("H100"), methods=("lora",), sequence=128)["options"][0]
-    assert after["tokens_per_second"] == pytest.approx(0.5 * before["tokens_per_second"], rel=0.01)
-
-
 def test_where_every_method_was_measured_there_is_no_rest() -> None:
     measured(900.0, 9.95)
     measured(1100.0, None, method="full")
@@ -1179,70 +747,10 @@ def test_where_every_method_was_measured_there_is_no_rest() -> None:
     )
 
 
-def test_calibration_may_change_the_recommendation() -> None:
-    assert planned(QWEN, "H100")["recommended"]["method"] == "lora"
-    measured(500.0)
-    assert now()["recommended"]["method"] == "qlora"
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"card": "H100 PCIe"},
-        {"card": "A100 80GB"},
-        {"engine": "reference"},
-        {"method": "full"},
-        {"parameters": 135_000_000},
-        {"version": "0.0.9"},
-    ],
-)
-def test_what_does_not_compare_calibrates_nothing(other: dict[str, Any]) -> None:
-    measured(**other)
-    assert now(methods=("lora",)) == planned(QWEN, "H100", methods=("lora",))
-
-
-def test_only_the_card_that_was_measured_is_calibrated() -> None:
-    measured()
-    lora: dict[str, Any] = {"methods": ("lora",)}
-    for gpu, memory in (("A100-80", None), (None, 79.18)):
-        assert now(gpu, memory=memory, **lora) == planned(QWEN, gpu, memory, methods=("lora",))
-    speed = planned(QWEN, "H100", methods=("lora",))["recommended"]["tokens_per_second"]
-    for name in ("h100 sxm", "NVIDIA H100 80GB HBM3"):
-        assert now(name, **lora)["recommended"]["tokens_per_second"] == 0.8 * speed
-    several = planned(QWEN, "4xH100", methods=("lora",))["recommended"]["tokens_per_second"]
-    assert now("4xH100", **lora)["recommended"]["tokens_per_second"] == pytest.approx(0.8 * several)
-
-
 def test_this_machines_card_is_calibrated(nvidia_smi: Callable[..., None]) -> None:
     measured()
     nvidia_smi("NVIDIA H100 80GB HBM3, 81559")
     assert now(None, methods=("lora",))["recommended"]["basis"]["speed"] == "calibrated"
-
-
-def test_quantization_is_measured_by_itself() -> None:
-    measured(method="qlora", scheme="nf4")
-    measured(600.0, method="qlora", scheme="int8", engine="reference")
-    found = {option["label"]: option for option in now(methods=("qlora",))["options"]}
-    before = {option["label"]: option for option in planned(QWEN, "H100", methods=("qlora",))["options"]}
-    ratios = {label: found[label]["tokens_per_second"] / before[label]["tokens_per_second"] for label in before}
-    assert ratios == {"QLoRA": pytest.approx(0.8), "QLoRA (int8)": pytest.approx(0.6)}
-
-
-def test_lists_are_calibrated_too() -> None:
-    before = plan_cards(config_of(), None, ("lora",))[1]
-    measured()
-    for old, new in zip(before, plan_cards(config_of(), None, ("lora",))[1], strict=True):
-        if new["gpu"] == "H100":
-            found = new["methods"]["lora"]
-            assert found["tokens_per_second"] == 0.8 * old["methods"]["lora"]["tokens_per_second"]
-            assert found["basis"] == ARITHMETIC | {"speed": "calibrated", "runs": 1}
-        else:
-            assert new == old
-    models = {row["model"]: row["methods"]["lora"] for row in plan_models(config_of(""), target_of("H100"), None)}
-    assert models["Qwen/Qwen2.5-7B"] == found
-    assert models["HuggingFaceTB/SmolLM2-135M"]["basis"] == ARITHMETIC
-    (rank,) = plan_ranks(config_of(), target_of("H100"), [16], None)
-    assert (rank["tokens_per_second"], rank["basis"]) == (found["tokens_per_second"], found["basis"])
 
 
 @pytest.mark.parametrize(("kind", "said"), [("olmo", "olmo"), ("", "this")])
@@ -1251,170 +759,6 @@ def test_a_family_that_is_not_known_is_planned_as_a_plain_one(tmp_path: Path, ki
     assert result["basis"]["memory"] == (f"arithmetic for a plain decoder: {said} is not a family that tunesmith knows")
     assert result["parameters"] == TINY_PARAMETERS
     assert result["recommended"]["fits"] is True
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0.4, "0"),
-        (7.6, "8"),
-        (99.4, "99"),
-        (99.6, "100"),
-        (114.0, "110"),
-        (116.0, "120"),
-        (996.0, "1,000"),
-        (1349.0, "1,300"),
-        (13_501.0, "14,000"),
-        (995_000.0, "1,000,000"),
-    ],
-)
-def test_two_digits_are_what_a_prediction_knows(value: float, text: str) -> None:
-    assert rounded(value) == text
-
-
-# -- ranks, models, cards ---------------------------------------------------------------------------------------------
-
-
-def test_ranks_add_parameters_and_memory() -> None:
-    rows = plan_ranks(config_of(), target_of("H100"), [8, 16, 32, 64, 128], None)
-    # Qwen2.5-7B: q and o 3584 x 3584, k and v 3584 x 512, gate, up and down 3584 x 18944, in 28 layers.
-    a_rank = 28 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
-    assert [row["rank"] for row in rows] == [8, 16, 32, 64, 128]
-    for row in rows:
-        assert row["parameters"] == row["rank"] * a_rank
-        assert row["share"] == row["parameters"] / QWEN_PARAMETERS
-        assert row["adapter_gb"] == 4 * row["parameters"] / GB
-    assert [row["peak_gb"] for row in rows] == sorted(row["peak_gb"] for row in rows)
-    # Ranks differ in nothing else: all have the micro-batch of the highest.
-    same = planned(QWEN, "H100", None, ("adapter.r=128",))["options"][1]
-    assert {row["micro_batch_size"] for row in rows} == {same["micro_batch_size"]}
-    keys = ("peak_gb", "tokens_per_second", "recompute", "fits", "basis")
-    assert [rows[4][key] for key in keys] == [same[key] for key in keys]
-    assert same["adapter_parameters"] == rows[4]["parameters"]
-    assert [row["fits"] for row in plan_ranks(config_of(), target_of(None, 19.0), [8, 128], None)] == [True, False]
-
-
-@pytest.mark.parametrize(
-    ("settings", "ranks", "message"),
-    [
-        (
-            ("method=full",),
-            [8],
-            "--rank has no effect with method: full, which has no adapter; use --method lora or qlora",
-        ),
-        ((), [8, 0], "--rank 0: expected 1 to 4096"),
-        ((), [5000], "--rank 5000: expected 1 to 4096"),
-    ],
-)
-def test_ranks_that_are_none(settings: tuple[str, ...], ranks: list[int], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        plan_ranks(config_of(QWEN, *settings), target_of("T4"), ranks, None)
-    assert str(caught.value) == message
-
-
-def test_what_trains_on_a_card() -> None:
-    target = target_of("T4")
-    rows = plan_models(config_of(""), target, None)
-    assert {row["model"] for row in rows} == set(CATALOGUE)
-    sizes = [row["parameters"] for row in rows]
-    assert sizes == sorted(sizes)
-    found = {row["model"]: row["methods"] for row in rows}
-    same = planned()["recommended"]
-    assert found["Qwen/Qwen2.5-7B"]["qlora"] == {
-        key: same[key]
-        for key in ("fits", "peak_gb", "graphs_gb", "tokens_per_second", "micro_batch_size", "recompute", "basis")
-    }
-    assert {row["max_seq_length"] for row in rows} == {2048}
-    for method in ("full", "lora"):
-        nothing = {"memory": "arithmetic", "speed": None, "runs": 0}
-        saving = planned(QWEN, "T4", None, ("optimizer.name=adamw_8bit",), (method,))["options"][0]
-        assert found["Qwen/Qwen2.5-7B"][method] == {
-            "fits": False,
-            "peak_gb": planned(QWEN, "T4", None, (), (method,))["options"][0]["peak_gb"],
-            "least_gb": saving["peak_gb"],
-            "graphs_gb": 0.0,
-            "tokens_per_second": None,
-            "basis": nothing,
-        }
-    assert sum(methods["qlora"]["fits"] for methods in found.values()) > 25
-    assert sum(methods["full"]["fits"] for methods in found.values()) == 6
-
-
-def test_models_of_one_shape_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[ModelShape, int]] = []
-    by_method = plan_lists._by_method
-
-    def count(config: RunConfig, shape: ModelShape, target: Target, length: int, methods: Sequence[Method]) -> Any:
-        asked.append((replace(shape, context_length=None), length))
-        return by_method(config, shape, target, length, methods)
-
-    monkeypatch.setattr(plan_lists, "_by_method", count)
-    rows = {row["model"]: row for row in plan_models(config_of(""), target_of("T4"), 8192, ("qlora",))}
-    assert len(asked) == len(set(asked)) < len(CATALOGUE) - 10
-    same = "microsoft/Phi-3-mini-128k-instruct", "microsoft/Phi-3.5-mini-instruct"
-    assert rows[same[0]]["methods"] == rows[same[1]]["methods"]
-
-
-def test_what_trains_by_one_method_with_examples_of_some_length() -> None:
-    target, config = target_of("T4"), config_of("", "data.max_seq_length=512")
-    rows = {row["model"]: row["methods"] for row in plan_models(config, target, None, ("qlora",))}
-    assert {tuple(methods) for methods in rows.values()} == {("qlora",)}
-    expected = planned(QWEN, "T4", None, (), ("qlora",), 512)["options"][0]
-    assert rows["Qwen/Qwen2.5-7B"]["qlora"]["peak_gb"] == expected["peak_gb"]
-    short = plan_models(config_of(""), target, 512, ("qlora",))
-    assert {row["model"]: row["methods"] for row in short} == rows
-
-
-def test_where_a_model_trains() -> None:
-    name, rows = plan_cards(config_of(), None)
-    assert name == "Qwen2.5-7B"
-    assert {row["gpu"] for row in rows} == {card.name for card in CARDS}
-    assert [row["memory_gb"] for row in rows] == sorted(card.memory_gb for card in CARDS)
-    found = {row["gpu"]: row["methods"] for row in rows}
-    assert found["T4"]["qlora"]["peak_gb"] == planned()["recommended"]["peak_gb"]
-    assert found["H100"]["lora"]["tokens_per_second"] == planned(QWEN, "H100")["recommended"]["tokens_per_second"]
-    assert [found["B300"][method]["fits"] for method in ("full", "lora", "qlora")] == [True, True, True]
-    assert tuple(plan_cards(config_of(), None, ("lora",))[1][0]["methods"]) == ("lora",)
-
-
-def test_a_longer_example_than_a_model_takes_is_cut_for_that_model() -> None:
-    rows = {row["model"]: row["methods"] for row in plan_models(config_of(""), target_of("H100"), 8192, ("lora",))}
-    whole = planned("tinyllama-1.1b-chat", "H100", None, (), ("lora",), 2048)["options"][0]
-    assert rows["TinyLlama/TinyLlama-1.1B-Chat-v1.0"]["lora"]["peak_gb"] == whole["peak_gb"]
-    lengths = {
-        row["model"]: row["max_seq_length"] for row in plan_models(config_of(""), target_of("T4"), 8192, ("qlora",))
-    }
-    assert (lengths["TinyLlama/TinyLlama-1.1B-Chat-v1.0"], lengths["Qwen/Qwen2.5-7B"]) == (2048, 8192)
-    cards = plan_cards(config_of("tinyllama-1.1b-chat"), 8192, ("lora",))[1]
-    assert {row["max_seq_length"] for row in cards} == {2048}
-
-
-def test_at_least_means_the_same_on_every_card() -> None:
-    """What the settings of the table need at the least, also where 8-bit states would fit."""
-    rows = plan_cards(config_of("llama-3.1-8b"), None, ("full",))[1]
-    denied = [row["methods"]["full"] for row in rows if not row["methods"]["full"]["fits"]]
-    newer = [row["methods"]["full"] for row in rows if row["gpu"] in ("H100", "H100 NVL")]
-    assert len({found["peak_gb"] for found in newer}) == len({found["least_gb"] for found in newer}) == 1
-    for key, settings in (("peak_gb", ()), ("least_gb", ("optimizer.name=adamw_8bit",))):
-        option = planned("llama-3.1-8b", "H100", None, settings, ("full",))["options"][0]
-        assert newer[0][key] == option["peak_gb"]
-    assert newer[0]["least_gb"] < 0.7 * newer[0]["peak_gb"]
-    assert len(denied) > 30
-
-
-def test_what_a_list_denies_is_what_a_plan_denies() -> None:
-    """The least is asked of two micro-batches, a plan of all."""
-    for gpu, settings in (("T4", ()), ("H100", ("training.batch_size=5",)), ("A10", ("memory.mode=fast",))):
-        target = target_of(gpu)
-        for name in list(CATALOGUE)[::3]:
-            shape = ModelShape.of(CATALOGUE[name])
-            for method in ("full", "lora", "qlora"):
-                config = config_of(name, f"method={method}", *settings)
-                data = Data.of_length(1000, 16)
-                found = plan_option(config, shape, target, data.lengths, data.supervised)
-                assert trains_at_all(config, shape, target, data) == found.fits, (name, method)
-                if not found.fits:
-                    assert least_needed(config, shape, target, data) == found.peak_gb, (name, method)
 
 
 # -- speed ------------------------------------------------------------------------------------------------------------
@@ -1446,13 +790,3 @@ def test_the_command_needs_no_pytorch(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "[]\n")
-
-
-def test_the_shapes_of_the_catalogue_are_all_planned() -> None:
-    """Each known model trains with QLoRA on the largest card, or its weights alone are too large."""
-    target = target_of("B300")
-    for name, values in CATALOGUE.items():
-        shape = ModelShape.of(values)
-        lengths = [512] * 16
-        found = plan_option(config_of(name, "method=qlora"), shape, target, lengths, lengths)
-        assert found.fits == (found.breakdown["weights_gb"] <= HEADROOM * target.budget_gb), name

@@ -109,6 +109,9 @@ def planned(
     return config, plan_run(config, forward, hardware, examples)
 
 
+PADDED = "data.packing=false"
+
+
 # -- the micro-batches there are --------------------------------------------------------------------------------------
 
 
@@ -119,7 +122,8 @@ def loads(
     graphs: bool = False,
     device: str = "cuda",
 ) -> list[tuple[int, str, int, Load, Load]]:
-    found = candidates_of(config_of("tiny", *settings), lengths, supervised, graphs, device)
+    config = config_of("tiny", *settings)
+    found = candidates_of(config, lengths, supervised, graphs, device, config.data.packed)
     return [(each.size, each.unit, each.count, each.largest, each.typical) for each in found]
 
 
@@ -155,7 +159,7 @@ def test_sizes_divide_the_batch_evenly() -> None:
 def test_packed_micro_batches_by_hand() -> None:
     assert loads(LENGTHS, SUPERVISED, "data.packing=true", "data.max_seq_length=auto") == [
         (60, "tokens", 2, Load(60, 40, 60, True, 60), Load(60, 20, 30, True)),
-        (90, "tokens", 2, Load(90, 40, 60, True, 90), Load(60, 20, 30, True)),
+        *((size, "tokens", 2, Load(size, 40, 60, True, size), Load(60, 20, 30, True)) for size in (75, 90, 105)),
         (120, "tokens", 1, Load(120, 40, 60, False, 120), Load(120, 40, 30, False)),
     ]
     # A budget below `data.max_seq_length` would be refused; above what a step has it is the step.
@@ -220,9 +224,10 @@ def test_a_choice_is_written_where_the_configuration_says_auto() -> None:
         ("examples", ("training.micro_batch_size=2",), (2, None)),
         ("tokens", ("data.packing=true", "data.max_seq_length=64", "training.micro_batch_tokens=64"), ("auto", 64)),
     ):
-        training = config_of("tiny", *settings).training
-        set_micro_batch(training, Candidate(512 if unit == "tokens" else 3, 1, load, load, 8, unit))  # type: ignore[arg-type]
-        assert (training.micro_batch_size, training.micro_batch_tokens) == expected
+        config, packed = config_of("tiny", *settings), unit == "tokens"
+        set_micro_batch(config, Candidate(512 if packed else 3, 1, load, load, 8, unit, packed=packed))  # type: ignore[arg-type]
+        assert (config.training.micro_batch_size, config.training.micro_batch_tokens) == expected
+        assert config.data.packing is packed
 
 
 # -- on the CPU -------------------------------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ def test_a_small_cap_on_the_cpu_is_kept_by_computing_again(forward: ModelForward
 
 
 def test_with_room_the_largest_micro_batch_is_the_fastest(gpu: Callable[..., None], forward: ModelForward) -> None:
-    config, plan = planned(forward)
+    config, plan = planned(forward, PADDED)
     assert plan.card is not None
     assert plan.card.name == "H100"
     assert (plan.memory.engine, plan.memory.recompute_layers, plan.choice.graphs) == ("fused", 0, True)
@@ -337,14 +342,14 @@ def test_the_micro_batch_takes_the_least_time_within_the_budget(
 ) -> None:
     peaks = {}
     for size in (1, 2, 3, 4, 6, 8, 16):
-        _, plan = planned(forward, f"training.micro_batch_size={size}")
+        _, plan = planned(forward, PADDED, f"training.micro_batch_size={size}")
         peaks[size] = plan.memory.predicted_peak_gb or 0
     found = []
     for size in (1, 3, 8, 16):
         budget = 1.001 * peaks[size] / HEADROOM
-        config, chosen = planned(forward, f"memory.limit_gb={budget}")
+        config, chosen = planned(forward, PADDED, f"memory.limit_gb={budget}")
         by_hand = [
-            planned(forward, f"memory.limit_gb={budget}", f"training.micro_batch_size={each}")[1]
+            planned(forward, PADDED, f"memory.limit_gb={budget}", f"training.micro_batch_size={each}")[1]
             for each in peaks
             if peaks[each] <= HEADROOM * budget
         ]
@@ -360,12 +365,12 @@ def test_the_micro_batch_takes_the_least_time_within_the_budget(
 def test_without_a_known_card_it_is_the_largest_that_keeps_as_much(
     gpu: Callable[..., None], forward: ModelForward
 ) -> None:
-    config, plan = planned(forward, hardware=UNKNOWN)
+    config, plan = planned(forward, PADDED, hardware=UNKNOWN)
     assert (plan.card, plan.choice.tokens_per_second) == (None, None)
     assert (config.training.micro_batch_size, plan.memory.recompute_layers) == (16, 0)
-    _, one = planned(forward, "training.micro_batch_size=4", hardware=UNKNOWN)
+    _, one = planned(forward, PADDED, "training.micro_batch_size=4", hardware=UNKNOWN)
     budget = 1.001 * (one.memory.predicted_peak_gb or 0) / HEADROOM
-    config, plan = planned(forward, f"memory.limit_gb={budget}", hardware=UNKNOWN)
+    config, plan = planned(forward, PADDED, f"memory.limit_gb={budget}", hardware=UNKNOWN)
     assert (config.training.micro_batch_size, plan.memory.recompute_layers) == (4, 0)
 
 
@@ -374,13 +379,53 @@ def test_a_packed_run_gets_a_token_budget(gpu: Callable[..., None], forward: Mod
     training = config.training
     assert (training.micro_batch_size, training.batch_size, training.batch_tokens) == ("auto", 12, None)
     assert training.micro_batch_tokens == plan.choice.candidate.size
-    assert training.micro_batch_tokens in [1950 * halves // 2 for halves in (2, 3, 4, 6, 8, 12, 16, 24)]
+    assert training.micro_batch_tokens in [
+        1950 * quarters * 2**octave // 4 for quarters in (4, 5, 6, 7) for octave in range(4)
+    ]
     # It is one that steps can be made with, and that a run's config.yaml may hold.
     again = RunConfig.model_validate(config.model_dump())
     steps = StepOrder([len(example) for example in LONG], again.training, True)
     assert sorted(index for part in steps.step(0) + steps.step(1) for index in part) == list(range(20))
     largest = max(sum(len(LONG[index]) for index in part) for step in (0, 1) for part in steps.step(step))
     assert largest <= plan.choice.candidate.largest.tokens
+
+
+def test_auto_packs_where_that_is_faster(gpu: Callable[..., None], forward: ModelForward) -> None:
+    speeds = {}
+    for setting in ("auto", "true", "false"):
+        config, plan = planned(forward, f"data.packing={setting}")
+        speeds[setting] = plan.choice.tokens_per_second or 0
+        assert config.data.packing is plan.choice.candidate.packed is (setting != "false")
+    assert speeds["auto"] == speeds["true"] > 1.1 * speeds["false"], "padding is a tenth at least"
+
+
+@pytest.mark.parametrize(
+    ("settings", "hardware", "lengths"),
+    [
+        ((), CPU, (400, 100)),  # its attention covers the whole packed row
+        (("model.engine=reference",), H100, (400, 100)),
+        ((), H100, (400, 400)),  # there is no padding to save
+        ((), H100, (400,)),
+    ],
+)
+def test_auto_pads_where_packing_gains_nothing(
+    gpu: Callable[..., None], forward: ModelForward, settings: tuple[str, ...], hardware: Hardware, lengths: Any
+) -> None:
+    examples = [LONG[number % len(LONG)] for number in range(len(lengths))]
+    cut = [
+        replace(example, input_ids=example.input_ids[:length], loss_mask=example.loss_mask[:length])
+        for example, length in zip(examples, lengths, strict=True)
+    ]
+    config, plan = planned(forward, *settings, hardware=hardware, examples=cut)
+    assert config.data.packing is plan.choice.candidate.packed is False
+    assert config.training.micro_batch_tokens is None
+
+
+def test_a_token_budget_is_packed(gpu: Callable[..., None], forward: ModelForward) -> None:
+    for hardware in (CPU, H100):
+        config, plan = planned(forward, "training.micro_batch_tokens=4096", hardware=hardware)
+        assert config.data.packing is plan.choice.candidate.packed is True
+        assert plan.choice.candidate.size == 4096
 
 
 @pytest.mark.parametrize(
@@ -411,7 +456,7 @@ def test_what_is_set_by_hand_is_kept(
 
 
 def test_min_takes_the_least_memory(gpu: Callable[..., None], forward: ModelForward) -> None:
-    config, least = planned(forward, "memory.mode=min")
+    config, least = planned(forward, PADDED, "memory.mode=min")
     assert config.training.micro_batch_size == 1
     assert {policy.keep for policy in least.memory.policies} == {frozenset()}
     others = [planned(forward, f"training.micro_batch_size={size}")[1] for size in (1, 4, 16)]

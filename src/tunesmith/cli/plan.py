@@ -99,16 +99,18 @@ def plan(
             console.result({"model": run.model.name, "gpu": target.name, "method": chosen.method, "ranks": ranks})
             return
         length = planner.longest_example(run, planner.find_shape(run.model.name)[1], sequence, None)
-        size, unit = ranks[0]["micro_batch_size"], "tokens" if run.data.packing else f"x {length:,} tokens"
+        by_tokens = run.data.packed or run.training.micro_batch_tokens is not None
+        size, unit = ranks[0]["micro_batch_size"], "tokens" if by_tokens else f"x {length:,} tokens"
         title = (
             f"{run.model.name}, {planner.METHOD_NAMES[chosen.method]}, on {_place(target)}, micro-batch {size:,} {unit}"
         )
         console.table(ranks_table(title, ranks, target.memory_gb))
         print(basis_line(ranks, "the model's"))
         return
-    if not run.data.path or target.card is None:
+    has_data = bool(run.data.path or run.data.mix)
+    if not has_data or target.card is None:
         _refuse_unused({"--price-per-hour": price}, "without --data and --gpu, which say for how many hours")
-    data_read, estimated = _examples(run, sequence) if run.data.path else (None, False)
+    data_read, estimated = _examples(run, sequence) if has_data else (None, False)
     result = planner.plan(
         run,
         target,

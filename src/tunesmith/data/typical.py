@@ -25,11 +25,12 @@ SAMPLED_PACKS = 256
 
 @dataclass(frozen=True, slots=True)
 class TypicalStep:
-    """The mean optimizer step. `slots` are its tokens and `supervised` its positions with a label, both with padding;
+    """The mean optimizer step: its `micro_batches`, its tokens (`slots`) and positions with a label, both with padding;
     `shapes` says how often each shape of a widened micro-batch came in the steps that were looked at, the most frequent first
     (none without widening).
     """
 
+    micro_batches: float
     slots: float
     supervised: float
     shapes: tuple[int, ...] = ()
@@ -46,12 +47,13 @@ def typical_step(
 
     The share of padding is that of a sample of steps; the tokens are those of all examples, which a sample misses by 4%.
     """
-    slots, heads, tokens = 0, 0, 0
+    parts, slots, heads, tokens = 0, 0, 0, 0
     shapes: Counter[MicroBatchShape] = Counter()
     for part in _sampled_parts(lengths, supervised, training, packing):
         rows = [lengths[index] for index in part]
         targets = sum(supervised[index] for index in part)
         tokens += sum(rows)
+        parts += 1
         if widen is None:
             slots += sum(rows) if packing else len(rows) * max(rows)
             heads += targets
@@ -62,13 +64,23 @@ def typical_step(
         heads += shape.supervised
     mean = training.batch_tokens or min(training.batch_size, len(lengths)) * sum(lengths) / len(lengths)
     scale = mean / tokens
-    return TypicalStep(slots * scale, heads * scale, tuple(count for _, count in shapes.most_common()))
+    number = parts * scale if training.micro_batch_tokens is not None else parts / _sampled_steps(lengths, supervised)
+    return TypicalStep(number, slots * scale, heads * scale, tuple(count for _, count in shapes.most_common()))
+
+
+def _sampled_steps(lengths: Sequence[int], supervised: Sequence[int]) -> int:
+    """Steps of a sample, where a step is measured in examples: one, if they are all alike."""
+    return 1 if len(set(lengths)) == len(set(supervised)) == 1 else SAMPLED_STEPS
 
 
 def _sampled_parts(
     lengths: Sequence[int], supervised: Sequence[int], training: TrainingConfig, packing: bool
 ) -> Iterator[list[int]]:
     """The micro-batches of a sample of steps, as indices."""
+    batch = min(training.batch_size, len(lengths))
+    if _sampled_steps(lengths, supervised) == 1 and training.batch_tokens is None:  # whichever: they are alike
+        yield from split(lengths[:batch], training, packing)
+        return
     rng = random.Random(0)
     if training.batch_tokens is not None:
         assert training.micro_batch_tokens is not None  # contradictions.py
@@ -78,9 +90,7 @@ def _sampled_parts(
         for pack in best_fit([lengths[index] for index in drawn], training.micro_batch_tokens):
             yield [drawn[position] for position in pack]
         return
-    batch = min(training.batch_size, len(lengths))
-    alike = len(set(lengths)) == len(set(supervised)) == 1
-    for _ in range(1 if alike else SAMPLED_STEPS):
+    for _ in range(_sampled_steps(lengths, supervised)):
         drawn = rng.sample(range(len(lengths)), batch)
         for part in split([lengths[index] for index in drawn], training, packing):
             yield [drawn[position] for position in part]

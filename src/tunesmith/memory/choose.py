@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tunesmith.cards import Card
@@ -24,7 +24,7 @@ class Candidate:
 
     `largest` is the load that memory is planned for, `typical` the mean one, for time: both with the padding that is computed.
     `tokens` are those of a step without it. `replayed` is the share of a run's micro-batches that CUDA graphs replay, if there
-    are any (replays.py).
+    are any (replays.py). `packed` says whether its examples lie end to end.
     """
 
     size: int
@@ -34,6 +34,7 @@ class Candidate:
     tokens: float
     unit: Literal["examples", "tokens"] = "examples"
     replayed: float = 1.0
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,16 @@ def step_seconds(
     return candidate.count * one + optimizer_seconds(shape, setup, card, host)
 
 
+def graphs_may_gain(plain: Choice, shape: ModelShape, setup: Setup, card: Card | None, host: float = 1.0) -> bool:
+    """Whether replaying the micro-batches of a choice without CUDA graphs may be worth their memory: there is room at all, and
+    launching takes longer than computing. Graphs leave less to keep, so that they never compute less.
+    """
+    if not plain.fits or card is None or plain.step_seconds is None:
+        return plain.fits
+    replayed = step_seconds(shape, setup, replace(plain.candidate, replayed=1.0), plain.plan, card, True, host)
+    return replayed < WORTH * plain.step_seconds
+
+
 def best(found: Sequence[Choice], mode: Mode) -> Choice:
     """The best of at least one choice, the smallest first in `found`.
 
@@ -127,10 +138,12 @@ def best(found: Sequence[Choice], mode: Mode) -> Choice:
 
 
 def _least(graphed: Sequence[Choice], plain: Sequence[Choice]) -> Choice:
-    """The choice that needs the least memory: with graphs, if there are any and they are not known to save no time."""
+    """The choice that needs the least memory, the fastest of equals: with graphs, if there are any and they are not known to
+    save no time.
+    """
 
     def least(choices: Sequence[Choice]) -> Choice:
-        return min(choices, key=lambda choice: choice.plan.predicted_peak_gb or 0.0)
+        return min(choices, key=lambda choice: (choice.plan.predicted_peak_gb or 0.0, choice.step_seconds or 0.0))
 
     if not graphed or not plain:
         return least(graphed or plain)

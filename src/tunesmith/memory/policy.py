@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from itertools import pairwise
 from typing import Literal
 
@@ -99,6 +100,7 @@ def _plan_fused(
     tight = len(DROP_ORDER) * num_layers + 1
     last = tight + num_layers
 
+    @cache
     def policies(given_up: int) -> tuple[LayerPolicy, ...]:
         drops = min(given_up, tight - 1)
         counts = [min(num_layers, max(0, drops - index * num_layers)) for index in range(len(DROP_ORDER))]
@@ -118,15 +120,19 @@ def _plan_fused(
     def pool(found: Breakdown) -> float:
         return max(0.0, found.peak_gb + correction_gb - estimate.static.peak_gb) if graphs else 0.0
 
+    @cache
+    def parts(given_up: int) -> Breakdown:
+        return estimate.fused(policies(given_up), loss_rows(given_up))
+
     def needed(given_up: int) -> float:
-        found = estimate.fused(policies(given_up), loss_rows(given_up))
+        found = parts(given_up)
         return found.peak_gb + correction_gb + pool(found)
 
     given_up = last if mode == "min" else 0
     if mode == "auto" and room is not None:
         given_up = _first_that_fits(last + 1, needed, room)
     chosen = policies(given_up)
-    found = estimate.fused(chosen, loss_rows(given_up))
+    found = parts(given_up)
     counts = {names[0]: sum(names[0] not in policy.keep for policy in chosen) for names in DROP_ORDER}
     gone = ", ".join(f"{name} of {count}" for name, count in counts.items() if count)
     what = f"recompute {gone} of {num_layers} layers" if gone else "keep all activations"

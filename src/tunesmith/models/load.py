@@ -19,6 +19,7 @@ from tunesmith.errors import MachineError, ModelError, RunError
 from tunesmith.files import atomic_folder, cache_folder, sha256_file, sha256_text, write_json
 from tunesmith.hardware import ComputeDType, Hardware, torch_dtype
 from tunesmith.models import attention
+from tunesmith.models.hub import why_unreachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -28,6 +29,9 @@ SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 DUPLICATES = ["*/*.safetensors", "consolidated*.safetensors"]
 """Weights that transformers does not read: the maker's own format (original/, consolidated), or for other programs."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+NO_LIMIT = 10**9
+"""Tokens from which on `max_position_embeddings` is no limit of a model: some are written with 10^12 or 10^30."""
 
 CONVERSION = 2
 """Of GGUF files: part of the converted folder's name, so raise it when what is written changes."""
@@ -55,11 +59,19 @@ class ModelSource:
 
     @property
     def context_length(self) -> int | None:
-        """The longest sequence in tokens that the model was made for, as its config.json says (a multimodal one's too)."""
-        limit = self.config.get("max_position_embeddings") or self.config.get("text_config", {}).get(
-            "max_position_embeddings"
-        )
-        return int(limit) if limit else None
+        """The longest sequence in tokens that the model was made for, as its config.json says (a multimodal one's too).
+
+        None where it says nothing, 0, or NO_LIMIT and more. Raises ModelError for what is no whole number.
+        """
+        config, key = self.config, "max_position_embeddings"
+        text = config.get("text_config")
+        limit = config.get(key) or (text.get(key) if isinstance(text, dict) else None)
+        if not limit:
+            return None
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+            path = self.path / "config.json"
+            raise ModelError(f"{path}: {key} is {limit!r}: expected a whole number without quotes, or null")
+        return limit if limit < NO_LIMIT else None
 
 
 def find_model(config: ModelConfig) -> ModelSource:
@@ -269,18 +281,24 @@ def _check_config(source: ModelSource, trust_remote_code: bool) -> None:
 
 
 def _snapshot(config: ModelConfig, patterns: list[str]) -> Path:
+    """The folder with a hub model's files: fetched, or where the hub cannot be reached those of its cache."""
+    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if config.trust_remote_code:
         patterns = [*patterns, "*.py"]
     try:
         return Path(
             snapshot_download(
-                config.name, revision=config.revision, allow_patterns=patterns, ignore_patterns=DUPLICATES
+                config.name,
+                revision=config.revision,
+                allow_patterns=patterns,
+                ignore_patterns=DUPLICATES,
+                local_files_only=why_unreachable() is not None,
             )
         )
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+    except (LocalEntryNotFoundError, httpx.TransportError) as error:
         raise ModelError(
             f"{config.name}: no such folder here, and the hub cannot be reached; check the name or the network"
         ) from error

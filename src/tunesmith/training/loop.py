@@ -63,7 +63,7 @@ def train_loop(
     does not suffice whatever is given up.
     """
     model, training = forward.model, config.training
-    order = StepOrder([len(example) for example in examples], training, config.data.packing)
+    order = StepOrder([len(example) for example in examples], training, config.data.packed)
     total_steps = num_steps(config.training, order.steps_per_epoch)
     rank, world_size = rank_and_world_size()
     eval_every = training.eval_every or order.steps_per_epoch
@@ -85,7 +85,7 @@ def train_loop(
     graphs = micro_batch_graphs(config, forward, objective, optimizer, scaler, log)
     judge = StepJudge(forward.device, config.optimizer.max_grad_norm, config.optimizer.skip_spikes, state.norms)
     memory = MemoryRecovery(
-        state, config.data.packing, world_size, optimizer, scaler, graphs, log, least_memory, diagnose
+        state, config.data.packed, world_size, optimizer, scaler, graphs, log, least_memory, diagnose
     )
     skips = Skips()
     monitor = Monitor(config, total_steps, first_step=state.step, predicted_tokens_per_second=tokens_per_second)
@@ -100,7 +100,7 @@ def train_loop(
 
         def attempt(parts: Parts) -> tuple[torch.Tensor, ...]:
             loss = accumulate_gradients(
-                forward, objective, deal(parts, rank, world_size), config.data.packing, pad_id, scaler, graphs
+                forward, objective, deal(parts, rank, world_size), config.data.packed, pad_id, scaler, graphs
             )
             bad: list[torch.Tensor] = []
 
@@ -240,9 +240,14 @@ def evaluate_loss(
     The micro-batches are made as in training; those that run out of memory are halved, and `halving` remembers it for the
     next evaluation. Every rank evaluates all of them. Raises MachineError when one example alone is too much.
     """
-    packing, limit = config.data.packing, config.data.max_seq_length
+    packing, limit = config.data.packed, config.data.max_seq_length
     counts = objective.counts(examples)
-    positions = split([len(example) for example in examples], config.training, packing)
+    lengths, training = [len(example) for example in examples], config.training
+    if (
+        training.micro_batch_tokens is not None and lengths
+    ):  # a longer one than training has is a micro-batch of its own
+        training = training.model_copy(update={"micro_batch_tokens": max(training.micro_batch_tokens, *lengths)})
+    positions = split(lengths, training, packing)
     parts = [[examples[position] for position in part] for part in positions]
     total = torch.zeros((), device=forward.device)
 

@@ -103,7 +103,7 @@ ALTERNATIVES: dict[Way, tuple[tuple[Way, str], ...]] = {
     ),
 }
 
-DECIDED = ("max_seq_length", "overlong", "packing", "eval_fraction", "mix")
+DECIDED = ("max_seq_length", "overlong", "eval_fraction", "mix")
 """`data` settings that are decided here (or, `mix`, say something else than one file)."""
 
 

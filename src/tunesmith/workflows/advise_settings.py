@@ -8,15 +8,14 @@ depends on the rank, with alpha fixed at 32 and the factor alpha / r), batches a
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import yaml
 
-from tunesmith.config import PLAIN_MICRO_BATCH, Method, RunConfig, load_config
-from tunesmith.data.lengths import padding, recommended_max_seq_length, rows_longer_than
+from tunesmith.config import Method, RunConfig, load_config
+from tunesmith.data.lengths import recommended_max_seq_length, rows_longer_than
 from tunesmith.memory.estimate import CONTEXT_GB
 from tunesmith.memory.policy import HEADROOM
 from tunesmith.workflows.advise_data import TEXT_PIECE, DataFacts, is_or_are
@@ -36,10 +35,6 @@ ADAPTER = {"adapter.alpha": 32, "adapter.target_modules": "all-linear"}
 """What is recommended of an adapter beside its rank, whatever the data."""
 
 MANY_ROWS = 100_000
-WASTE = 0.15
-"""Padding that is worth packing: share of the slots, in batches sorted by length as training sorts them."""
-PACK_TOKENS = 8192
-"""Budget that `padding` is asked about; only its figure without packing is used."""
 
 EVAL_ROWS = 200
 """From here on a tenth of the rows is enough to measure a loss on, and the rest enough to train on."""
@@ -145,10 +140,10 @@ def choose_settings(facts: DataFacts, config: RunConfig, fit: Fit | None) -> Pla
     supervised = [max(1, round(share * tokens)) for tokens in lengths]
     tried: dict[str, FitResult] = {}
 
-    def ask(method: Method, packing: bool = False) -> FitResult | None:
+    def ask(method: Method) -> FitResult | None:
         """Plan what would be recommended."""
         asked = {"method": method, **{setting.key: setting.value for setting in about_length}}
-        asked |= {"data.packing": packing, "training.batch_size": batch}
+        asked |= {"training.batch_size": batch}
         if method != "full":
             asked |= {"adapter.r": rank, **ADAPTER}
         found = fit(asked, lengths, supervised) if fit else None
@@ -160,14 +155,6 @@ def choose_settings(facts: DataFacts, config: RunConfig, fit: Fit | None) -> Pla
     lr, about_lr = _rate(method, facts)
     epochs, about_epochs = _epochs(facts)
     settings = [Setting("method", method, about_method), *about_length]
-    packing = _packing(lengths, batch, length, result)
-    if packing and result is not None and result.fits:
-        unpacked = result
-        result = ask(method, packing=True)
-        if result is None or not result.fits:  # a pack holds the longest example at least, and its masks
-            packing, result = [], unpacked
-            tried[method] = unpacked
-    settings += packing
     held_out, evaluation = _evaluation(facts, config, batch)
     settings += held_out
     if method != "full":
@@ -296,17 +283,6 @@ def _length(facts: DataFacts) -> tuple[int, list[int], list[Setting]]:
         rows = f"{_about(facts)}{longer:,} of {len(facts.lengths):,} rows {is_or_are(longer)} longer"
         settings.append(Setting("data.overlong", "drop", f"{rows}, and a cut answer teaches to stop anywhere"))
     return limit, [length for length in facts.lengths if length <= limit], settings
-
-
-def _packing(lengths: list[int], batch: int, limit: int, result: FitResult | None) -> list[Setting]:
-    micro = min(result.micro_batch_size if result else PLAIN_MICRO_BATCH, batch)
-    shuffled = random.Random(0).sample(lengths, len(lengths))  # as training does: a file may be sorted by length
-    wasted = padding(shuffled, micro, batch, max(PACK_TOKENS, limit)).sorted
-    if wasted < WASTE:
-        return []
-    return [
-        Setting("data.packing", True, f"lengths differ: padding would be {wasted:.0%} (not on a CPU: slower there)")
-    ]
 
 
 def _evaluation(facts: DataFacts, config: RunConfig, batch: int) -> tuple[list[Setting], list[Setting]]:

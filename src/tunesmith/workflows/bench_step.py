@@ -72,7 +72,7 @@ class Trainee:
 
     def step(self) -> torch.Tensor:
         """What training/loop.py does in an optimizer step."""
-        packing = self.config.data.packing
+        packing = self.config.data.packed
         loss = accumulate_gradients(self.forward, self.objective, [self.examples], packing, 0, self.scaler, self.graphs)
         self.optimizer.step(self.scaler, self.config.optimizer.max_grad_norm)
         return loss

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tunesmith.cards import CARDS, Card
 from tunesmith.config import Method, RunConfig
 from tunesmith.data.lengths import length_stats
-from tunesmith.memory.estimate import CONTEXT_GB, Estimate, Load, Setup
-from tunesmith.memory.policy import HEADROOM, plan_memory
+from tunesmith.memory.estimate import CONTEXT_GB
 from tunesmith.memory.shape import ModelShape
-from tunesmith.models.catalogue import CATALOGUE
 from tunesmith.types import MemoryPlan
+from tunesmith.workflows.plan_advice import Way, largest_model, leanest, smallest_card
+from tunesmith.workflows.plan_options import Data, Target, by_way, least_needed, trains, with_settings
 
 SMALLEST = 512
 """Tokens of the micro-batch that other methods and models are asked about: one short example."""
@@ -101,21 +100,24 @@ def _what_fits(config: RunConfig, shape: ModelShape | None, budget_gb: float) ->
     if shape is None:
         other = "a smaller model" if config.method == "qlora" else "method: qlora, or a smaller model"
         return f"{config.model.name} is not known to the planner; try {other}"
+    target = Target("this card", budget_gb + CONTEXT_GB)
+    data = Data.of_length(SMALLEST, config.training.batch_size)
     methods: list[Method] = [method for method in ("lora", "qlora") if _leaner(method, config.method)]
     for method in methods:
-        needed = least_gb(shape, method, config)
-        if needed <= HEADROOM * budget_gb:
-            return f"method: {method} would need {needed:.1f} GB at least"
-    billions = shape.num_parameters / 1e9
-    smaller = largest_that_fits(budget_gb, config, below=shape.num_parameters)
-    least = least_gb(shape, "qlora", config)
-    if least <= HEADROOM * budget_gb:  # so the method is qlora: a leaner one was found above
+        settings = least_settings(config, method)
+        if trains(settings, shape, target, data):
+            return f"method: {method} would need {least_needed(settings, shape, target, data):.1f} GB at least"
+    settings = least_settings(config, "qlora")
+    least = least_needed(settings, shape, target, data)
+    if trains(settings, shape, target, data):  # so the method is qlora: a leaner one was found above
         return f"small enough: method: qlora needs {least:.1f} GB at least, with one example of {SMALLEST} tokens"
-    enough = smallest_card(least)
+    way: Way = ("qlora", config.quantization.scheme)
+    enough = smallest_card(settings, shape, target, data, [way])
+    smaller = largest_model(settings, target, data, [way], below=shape.num_parameters)
     hint = f"method: qlora needs {least:.1f} GB at least"
-    hint += f"; the smallest card with that is {enough.name}" if enough else ""
-    hint += f"; here the largest known model that trains with qlora is {smaller}" if smaller else ""
-    return f"{billions:.1f}B parameters are too many for this card: {hint}"
+    hint += f"; the smallest card with that is {enough[0].name}" if enough else ""
+    hint += f"; here the largest known model that trains with qlora is {smaller[0]}" if smaller else ""
+    return f"{shape.num_parameters / 1e9:.1f}B parameters are too many for this card: {hint}"
 
 
 def _leaner(method: Method, than: Method) -> bool:
@@ -123,34 +125,10 @@ def _leaner(method: Method, than: Method) -> bool:
     return order.index(method) > order.index(than)
 
 
-def least_gb(shape: ModelShape, method: Method, config: RunConfig) -> float:
-    """The least that `method` needs with one short example: everything computed again, 8-bit optimizer states."""
-    targets = config.adapter.target_modules
-    int8 = method == "qlora" and config.quantization.scheme == "int8"
-    setup = Setup(
-        method=method,
-        engine="fused" if shape.can_fuse and config.model.engine != "reference" and not int8 else "reference",
-        r=0 if method == "full" else config.adapter.r,
-        targets="all-linear" if isinstance(targets, list) else targets,
-        optimizer="paged_adamw_8bit",
-        scheme=config.quantization.scheme if method == "qlora" else None,
-    )
-    estimate = Estimate(shape, setup, Load(SMALLEST, SMALLEST, SMALLEST))
-    return plan_memory(estimate, "min", None).predicted_peak_gb or 0.0
+def least_settings(config: RunConfig, method: Method) -> RunConfig:
+    """What `method` needs the least with: one example at a time, everything computed again, 8-bit optimizer states.
 
-
-def smallest_card(gb: float) -> Card | None:
-    """The known card with the least memory on which a plan may fill `gb`."""
-    enough = [card for card in CARDS if HEADROOM * (card.memory_gb - CONTEXT_GB) >= gb]
-    return min(enough, key=lambda card: card.memory_gb, default=None)
-
-
-def largest_that_fits(budget_gb: float, config: RunConfig, below: int) -> str | None:
-    """The known model with the most parameters, fewer than `below`, that QLoRA trains within the budget."""
-    sizes = {name: ModelShape.of(values) for name, values in CATALOGUE.items()}
-    fitting = {
-        name: shape.num_parameters
-        for name, shape in sizes.items()
-        if shape.num_parameters < below and least_gb(shape, "qlora", config) <= HEADROOM * budget_gb
-    }
-    return max(fitting, key=lambda name: fitting[name]) if fitting else None
+    Without `memory.limit_gb`, which the budget holds already and which is no limit of another card.
+    """
+    settings = by_way(leanest(config), (method, config.quantization.scheme))
+    return with_settings(settings, data__packing=False, memory__limit_gb=None, optimizer__name="paged_adamw_8bit")

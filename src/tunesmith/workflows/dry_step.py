@@ -73,7 +73,7 @@ class DryStep:
 
     def _forward_backward(self, widen: bool) -> None:
         batch = make_batch(
-            self.examples, self.config.data.packing, self.pad_id, self.forward.device, few_lengths if widen else None
+            self.examples, self.config.data.packed, self.pad_id, self.forward.device, few_lengths if widen else None
         )
         with self.forward.autocast():
             terms = self.objective.terms(self.forward, batch)

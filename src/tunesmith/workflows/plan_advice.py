@@ -52,13 +52,13 @@ def advice(
         return
     way = next(way for way, option in main.items() if option is chosen)
     settings, length = by_way(config, way), max(data.lengths)
-    if longest := longest_that_trains(_leanest(settings), shape, target):
+    if longest := longest_that_trains(leanest(settings), shape, target):
         if longest > length:
             limit = " (the model's limit)" if longest == shape.context_length else ""
             yield f"longer: up to {longest:,} tokens{limit} with micro-batch 1 (memory.mode: min)"
         elif way[0] == "lora":
             qlora = by_way(config, ("qlora", config.quantization.scheme))
-            further = longest_that_trains(_leanest(qlora), shape, target)
+            further = longest_that_trains(leanest(qlora), shape, target)
             if further and further > longest:
                 yield f"longer: up to {further:,} tokens with method: qlora"
     if larger := largest_model(config, target, data, ways, above=shape.num_parameters):
@@ -216,13 +216,14 @@ def _faster(
     better = [card for card in CARDS if card.flops > target.card.flops and card.memory_gb >= target.memory_gb]
     if better:
         card = min(better, key=lambda card: card.flops)
-        packing = "" if settings.data.packing else ", or data.packing: true"
+        packing = "" if settings.data.packing is not False else ", or data.packing: auto"
         yield f"faster: everything is kept already; a faster card ({card.name}), or several{packing}"
 
 
-def _leanest(config: RunConfig) -> RunConfig:
+def leanest(config: RunConfig) -> RunConfig:
     """Micro-batch 1, and everything computed again."""
-    return with_settings(config, memory__mode="min", training__micro_batch_size=1, training__micro_batch_tokens=None)
+    one = {"training__micro_batch_size": 1, "training__micro_batch_tokens": None, "training__batch_tokens": None}
+    return with_settings(config, memory__mode="min", **one)
 
 
 def longest_that_trains(config: RunConfig, shape: ModelShape, target: Target) -> int | None:

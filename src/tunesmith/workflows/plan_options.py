@@ -10,12 +10,12 @@ from tunesmith.cards import Card
 from tunesmith.config import Method, RunConfig
 from tunesmith.hardware import Hardware, compute_dtype
 from tunesmith.measurements import ARITHMETIC, Calibration, Measurement, calibration
-from tunesmith.memory.choose import Choice, best
+from tunesmith.memory.choose import Candidate, Choice, best
 from tunesmith.memory.estimate import CONTEXT_GB, Estimate, Setup, weight_bytes
 from tunesmith.memory.policy import HEADROOM, Mode, plan_memory
 from tunesmith.memory.shape import ModelShape
 from tunesmith.types import GB
-from tunesmith.workflows.setups import candidates_of, choices_of, engine_on_gpu, setup_of
+from tunesmith.workflows.setups import candidates_of, choices_of, engine_on_gpu, packings, setup_of
 
 PARALLEL = 0.95
 """What each card of several reaches of one alone: the ranks wait for each other's gradients."""
@@ -143,11 +143,13 @@ def least_needed(config: RunConfig, shape: ModelShape, target: Target, data: Dat
     """
     setup = _setup(config, shape, target.card)
     share = _share(config, target, data.lengths)
-    candidates = candidates_of(share, data.lengths, data.supervised, graphs=False, device="cuda")
+    extremes: list[Candidate] = []
+    for packing in packings(share, setup.engine, shape, data.lengths, "cuda"):
+        candidates = candidates_of(share, data.lengths, data.supervised, False, "cuda", packing)
+        extremes += [candidates[0], candidates[-1]]
     mode: Mode = "fast" if config.memory.mode == "fast" else "min"
     plans = [
-        plan_memory(Estimate(shape, setup, candidate.largest), mode, None)
-        for candidate in dict.fromkeys((candidates[0], candidates[-1]))
+        plan_memory(Estimate(shape, setup, candidate.largest), mode, None) for candidate in dict.fromkeys(extremes)
     ]
     return min(plan.predicted_peak_gb or 0.0 for plan in plans)
 

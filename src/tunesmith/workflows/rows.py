@@ -16,7 +16,6 @@ from tunesmith.data.formats import DataFile, read_examples
 from tunesmith.data.splits import split_rows
 from tunesmith.data.tokens import Tokenized, TokenStore, changed_since_kept, tokenize
 from tunesmith.errors import ConfigError, DataError
-from tunesmith.evaluation.answers import check_questions, encode_questions
 from tunesmith.files import sha256_text
 from tunesmith.types import Example, Finding, PreferenceExample, Progress, no_progress
 
@@ -76,6 +75,8 @@ def read_rows(config: RunConfig) -> RunRows:
             raise ConfigError(f"data.eval_fraction {settings.eval_fraction} leaves no row of {len(rows)} for {side}")
         eval_rows, rows = [rows[place] for place in parts["eval"]], [rows[place] for place in parts["train"]]
     if config.evaluation.generate:
+        from tunesmith.evaluation.answers import check_questions  # not at the top: `plan --data` needs no PyTorch
+
         check_questions(eval_rows)
     facts = {
         "path": settings.path or [file.path for file in files],
@@ -139,6 +140,8 @@ def tokenize_rows(
     kept = sorted({int(row) for row in held.examples.rows})
     eval_rows = [rows.eval[row] for row in kept]
     if config.evaluation.generate:
+        from tunesmith.evaluation.answers import encode_questions
+
         encode_questions(chat, eval_rows)
     return RunData(train.examples, held.examples, eval_rows, facts, notes, train.max_seq_length)
 

@@ -112,7 +112,7 @@ def plan_run(
 ) -> RunPlan:
     """The micro-batch, and what each layer keeps, recomputes or offloads, so that a run on `examples` fits.
 
-    Fits into `memory.limit_gb`, and what is free. Writes the micro-batch into `config.training` where it was `auto`, and
+    Fits into `memory.limit_gb`, and what is free. Writes the micro-batch and packing into `config` where they were `auto`, and
     whether CUDA graphs replay it. Raises MachineError, with what could be changed, where a GPU cannot hold it whatever is
     given up.
     """
@@ -129,13 +129,13 @@ def plan_run(
     card = card_of(hardware.name, hardware.memory_gb) if on_gpu else None
     host = host_factor(hardware.device) if on_gpu else 1.0
     if shape is None:
-        candidates = candidates_of(config, lengths, supervised, False, hardware.type)
+        candidates = candidates_of(config, lengths, supervised, False, hardware.type, config.data.packed)
         usual = [each for each in candidates if each.size <= config.training.micro_batch]
         plan = _without_prediction(config, engine, forward, budget)
         choice = Choice([candidates[0], *usual][-1], plan, None, graphs=config.training.cuda_graphs)
     else:
         if engine == "fused" and not shape.can_fuse and config.model.engine == "auto":
-            smallest = candidates_of(config, lengths, supervised, False, hardware.type)[0]
+            smallest = candidates_of(config, lengths, supervised, False, hardware.type, config.data.packed)[0]
             setup = _engine_of_half_fused(shape, setup, smallest, config.memory.mode, budget, weights, trainable)
         found = choices_of(
             config, shape, setup, lengths, supervised, budget, card, hardware.type,
@@ -147,7 +147,7 @@ def plan_run(
         known = calibration(read_measured(), card, setup.engine, config.method, setup.scheme, shape.num_parameters)
     if on_gpu and not _may_fit(choice.plan):
         raise MachineError(diagnose(config, shape, choice.plan, budget, hardware.name, lengths))
-    set_micro_batch(config.training, choice.candidate)
+    set_micro_batch(config, choice.candidate)
     if on_gpu:
         config.training.cuda_graphs = choice.graphs
     return RunPlan(choice, shape, setup, budget, card, weights, trainable, host=host, calibration=known)
@@ -173,7 +173,7 @@ def refuse_what_cannot_fit(
     engine = "reference" if no_fused_engine(hardware) else engine_on_gpu(config, shape)
     setup = setup_of(config, engine, dtype, hardware.capability)
     budget = budget_gb(config, hardware, 0.0)
-    smallest = candidates_of(config, *_lengths(examples), graphs=False, device=hardware.type)[0]
+    smallest = candidates_of(config, *_lengths(examples), False, hardware.type, config.data.packed)[0]
     least = plan_memory(Estimate(shape, setup, smallest.largest), "min", budget)
     if not _may_fit(least):
         raise MachineError(diagnose(config, shape, least, budget, hardware.name, [len(e) for e in examples]))

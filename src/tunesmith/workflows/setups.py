@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, Literal
 
 from tunesmith.cards import Card
@@ -13,7 +14,7 @@ from tunesmith.data.typical import typical_step
 from tunesmith.data.widening import few_lengths, room_for
 from tunesmith.errors import ConfigError
 from tunesmith.hardware import ComputeDType
-from tunesmith.memory.choose import Candidate, Choice, even_sizes, options
+from tunesmith.memory.choose import Candidate, Choice, even_sizes, graphs_may_gain, options
 from tunesmith.memory.estimate import Load, Setup
 from tunesmith.memory.replays import replayed
 from tunesmith.memory.shape import HALF_FUSED, ModelShape
@@ -73,17 +74,27 @@ def choices_of(
     weights_gb: float | None = None,
     trainable: int | None = None,
 ) -> list[Choice]:
-    """Every micro-batch with its plan, the smallest first: with CUDA graphs and without, where they may be.
+    """Every micro-batch with its plan, the smallest first: padded and packed, with CUDA graphs and without, where they may be.
 
     Graphs save launching, but hold their memory beside that of other shapes: a large micro-batch is better off without.
     """
-    found: list[Choice] = []
-    for graphs in (True, False) if device == "cuda" and uses_graphs(config, setup.engine, shape) else (False,):
-        candidates = candidates_of(config, lengths, supervised, graphs, device)
-        found += options(
+
+    def planned(candidates: Sequence[Candidate], graphs: bool) -> list[Choice]:
+        found = options(
             shape, setup, candidates, config.memory.mode, budget_gb, card,
             graphs=graphs, host=host, weights_gb=weights_gb, trainable=trainable,
         )  # fmt: skip
+        return list(found)
+
+    found: list[Choice] = []
+    with_graphs = device == "cuda" and uses_graphs(config, setup.engine, shape)
+    for packing in packings(config, setup.engine, shape, lengths, device):
+        plain = planned(candidates_of(config, lengths, supervised, False, device, packing), False)
+        found += plain
+        gaining = [graphs_may_gain(choice, shape, setup, card, host) for choice in plain]
+        if with_graphs and any(gaining):
+            widened = candidates_of(config, lengths, supervised, True, device, packing)
+            found += planned(list(compress(widened, gaining)), True)
     return sorted(found, key=lambda choice: choice.candidate.size)
 
 
@@ -96,15 +107,35 @@ def uses_graphs(config: RunConfig, engine: Literal["reference", "fused"], shape:
     return config.training.cuda_graphs and engine == "fused" and shape.can_fuse and shape.capturable and fixed
 
 
+def packings(
+    config: RunConfig, engine: Literal["reference", "fused"], shape: ModelShape, lengths: Sequence[int], device: str
+) -> tuple[bool, ...]:
+    """Whether rows are packed, or what `data.packing: auto` is decided between, padded first.
+
+    Packing saves padding, where there is any. In the reference engine attention would cover the whole packed row.
+    """
+    if config.data.packing != "auto":
+        return (config.data.packing,)
+    if config.training.micro_batch_tokens is not None:
+        return (True,)
+    isolates = device == "cuda" and engine == "fused" and shape.can_fuse
+    return (False, True) if isolates and len(set(lengths)) > 1 else (False,)
+
+
 def candidates_of(
-    config: RunConfig, lengths: Sequence[int], supervised: Sequence[int], graphs: bool, device: str
+    config: RunConfig,
+    lengths: Sequence[int],
+    supervised: Sequence[int],
+    graphs: bool,
+    device: str,
+    packing: bool = False,
 ) -> list[Candidate]:
     """The micro-batches there are to choose from, the smallest first; one, where the configuration says which.
 
     `lengths` and `supervised` are the examples' tokens and supervised tokens. A CPU gains nothing from more examples at once
     than the plain few.
     """
-    training, packing = config.training, config.data.packing
+    training = config.training
     mean = sum(lengths) / len(lengths)
     batch = min(training.batch_size, len(lengths))
     step = training.batch_tokens or batch * mean
@@ -112,13 +143,14 @@ def candidates_of(
     steps = num_steps(training, math.ceil(sum(lengths) / step - 1e-9))
 
     def candidate(settings: TrainingConfig) -> Candidate:
+        typical = typical_step(lengths, supervised, settings, packing, widen)
         tokens = largest_micro_batch(lengths, settings, packing, widen)
         targets = largest_micro_batch(supervised, settings, packing=True)
         if widen:
             targets = room_for(targets, tokens)
         if settings.micro_batch_tokens is not None:
             size, unit = settings.micro_batch_tokens, "tokens"
-            count = math.ceil(step / size)
+            count = max(1, round(typical.micro_batches))
         else:
             size, unit = settings.micro_batch, "examples"
             count = math.ceil(batch / size)
@@ -129,7 +161,6 @@ def candidates_of(
             masked = tokens
         elif size > 1 and min(lengths) < sequence:
             masked = sequence
-        typical = typical_step(lengths, supervised, settings, packing, widen)
         # Of a micro-batch; not of `size`: sixteen examples are five micro-batches of three, and one.
         slots = typical.slots / count
         return Candidate(
@@ -145,6 +176,7 @@ def candidates_of(
             step,
             unit,  # type: ignore[arg-type]  # one of the two
             replayed(typical.shapes, steps * count) if graphs else 1.0,
+            packing,
         )
 
     if training.micro_batch_tokens is not None or training.micro_batch_size != "auto":
@@ -156,13 +188,16 @@ def candidates_of(
     if config.data.max_seq_length != "auto":
         longest = max(longest, config.data.max_seq_length)  # a budget below it would be refused
     budgets = [longest]
-    while budgets[-1] < step:  # longest times 1, 1.5, 2, 3, 4, 6 ...
-        budgets.append(longest * 3 // 2 if len(budgets) == 1 else 2 * budgets[-2])
+    while budgets[-1] < step:  # longest times 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5 ...
+        octave, quarter = divmod(len(budgets), 4)
+        budgets.append(longest * (4 + quarter) * 2**octave // 4)
     return [candidate(training.model_copy(update={"micro_batch_tokens": size})) for size in budgets]
 
 
-def set_micro_batch(training: TrainingConfig, candidate: Candidate) -> None:
-    """Write a chosen micro-batch where the configuration says `auto`."""
+def set_micro_batch(config: RunConfig, candidate: Candidate) -> None:
+    """Write a chosen micro-batch, and whether it is packed, where the configuration says `auto`."""
+    training = config.training
+    config.data.packing = candidate.packed
     if training.micro_batch_tokens is not None or training.micro_batch_size != "auto":
         return
     if candidate.unit == "tokens":

@@ -221,7 +221,7 @@ class TrainingSession:
     def _start_event(self) -> Event:
         trainable, total = count_parameters(self.forward.model)
         lengths = [len(example) for example in self.data.train]
-        order = StepOrder(lengths, self.config.training, self.config.data.packing)
+        order = StepOrder(lengths, self.config.training, self.config.data.packed)
         return {
             "event": "start",
             "steps": num_steps(self.config.training, order.steps_per_epoch),
@@ -302,7 +302,6 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     model = _load_trainable(config, source, hardware, dtype)
     progress("loading the model", 1, 1)
     forward = ModelForward(model, hardware.device, dtype)
-    check_forward(forward, config.data.packing)
     _check_disk(path, model, config)
     ready = make_ready(config, forward, hardware, data.train, pad_token(tokenizer))
     run = existing or RunFolder.create(
@@ -342,9 +341,10 @@ def make_ready(
 ) -> Ready:
     """Plan memory for a loaded model, prepare it accordingly, make its optimizer, and hold the plan to a dry step.
 
-    Writes the micro-batch into `config` where it was `auto`. Raises MachineError for what cannot fit.
+    Writes the micro-batch and packing into `config` where they were `auto`. Raises MachineError for what cannot fit.
     """
     plan = plan_run(config, forward, hardware, examples)
+    check_forward(forward, config.data.packed)
     forward.loss_rows = plan.memory.loss_rows
     notes: list[str] = []
     prepare(forward.model, plan.memory, torch_dtype(forward.dtype), notes.append)
