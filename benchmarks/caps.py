@@ -1,10 +1,10 @@
 """`memory: auto` under a cap: does what the plan says fits train without running out of memory, and does it use the cap?
 
-    python benchmarks/caps.py OUT.json [--only REGEX]    (on a GPU: measure)
-    python benchmarks/caps.py --table OUT.json           (anywhere: a table)
+    python benchmarks/caps.py OUT.json [--only REGEX] [--steps N]    (on a GPU: measure)
+    python benchmarks/caps.py --table OUT.json                       (anywhere: a table)
 
 The allocator is held to each cap (`memory.limit_gb`). Random weights of the real shapes; 96 examples of 180 to 2,048 tokens,
-16 a step, twenty steps, every token supervised; rank 16 on all linear layers and 8-bit AdamW. Each run goes the way of `tunesmith
+16 a step, twenty steps unless said, every token supervised; rank 16 on all linear layers and 8-bit AdamW. Each run goes the way of `tunesmith
 train` behind loading: plan, prepare, dry step, training loop, and its own micro-batch. `used` is the peak of what PyTorch
 allocated, with what CUDA graphs hold, as a share of the cap. Where it is under 85%, the last column says how fast the fastest
 plan that uses more is predicted to be: if it is slower, the rest of the cap would gain nothing.
@@ -17,7 +17,7 @@ import json
 import re
 import statistics
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,23 +39,24 @@ class Capped:
     method: Method
     cap: float
     engine: Literal["auto", "reference"] = "auto"
-    packed: bool = False
+    padded: bool = False
+    steps: int = STEPS
 
     @property
     def name(self) -> str:
         """What `--only` looks into."""
-        return f"{self.shape} {self.method} {self.cap:g} {self.engine}{' packed' if self.packed else ''}"
+        return f"{self.shape} {self.method} {self.cap:g} {self.engine}{' padded' if self.padded else ''}"
 
 
 RUNS = [
     *(Capped("qwen2.5-3b", "qlora", cap) for cap in (8, 16, 24, 40)),
     Capped("qwen2.5-3b", "qlora", 8, "reference"),
-    Capped("qwen2.5-3b", "qlora", 16, packed=True),
+    *(Capped("qwen2.5-3b", "qlora", cap, padded=True) for cap in (8, 16)),
     *(Capped("qwen2.5-3b", "lora", cap) for cap in (8, 16, 24, 40)),
     Capped("qwen2.5-3b", "full", 40),
     *(Capped("llama-3.1-8b", "qlora", cap) for cap in (8, 16, 24, 40)),
     Capped("llama-3.1-8b", "qlora", 24, "reference"),
-    Capped("llama-3.1-8b", "qlora", 24, packed=True),
+    Capped("llama-3.1-8b", "qlora", 24, padded=True),
     *(Capped("llama-3.1-8b", "lora", cap) for cap in (24, 40)),
 ]
 
@@ -84,13 +85,13 @@ def configuration(run: Capped) -> RunConfig:
             "method": run.method,
             "model.engine": run.engine,
             "model.dtype": "bf16",
-            "data.packing": run.packed,
+            "data.packing": False if run.padded else "auto",
             "adapter.r": 16,
             "adapter.alpha": 32,
             "optimizer.name": "adamw_8bit",
             "training.batch_size": BATCH,
-            "training.max_steps": STEPS,
-            "training.epochs": 20,
+            "training.max_steps": run.steps,
+            "training.epochs": run.steps,
             "training.log_every": 1,
             "training.seed": SEED,
             "memory.limit_gb": run.cap,
@@ -140,10 +141,13 @@ def measure(run: Capped, model: Any, hardware: Any) -> dict[str, Any]:
         "used": (peak + plan.memory.pool_gb) / run.cap,
         "out_of_memory": sum(event["event"] == "out_of_memory" for event in events),
         "steps": state.step,
-        "tok_s": statistics.median(event["tokens_per_second"] for event in steps[-5:]),
+        "tok_s": statistics.median(event["tokens_per_second"] for event in steps[-max(5, run.steps // 2) :]),
         "predicted_tok_s": plan.choice.tokens_per_second,
         "losses": [event["loss"] for event in steps],
         "graphs": plan.choice.graphs,
+        "packed": config.data.packed,
+        "replayed": plan.choice.candidate.replayed,
+        "captured": sum("CUDA graph for" in str(event.get("message", "")) for event in events),
         "pool": plan.memory.pool_gb,
         "fullest": fullest(run, plan, examples),
     }
@@ -175,8 +179,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         more = row["fullest"]
         other = "" if row["used"] >= 0.85 else "none" if more is None else f"{more['tok_s']:,.0f}"
         lines.append(
-            f"| {row['shape']} | {row['method']}{', packed' if row['packed'] else ''} | {row['engine_used']} | {row['cap']:g} "
-            f"| {size} | {row['plan'].split(': ', 2)[2]}{', CUDA graphs' if row['graphs'] else ''} | {row['predicted']:.2f} "
+            f"| {row['shape']} | {row['method']}{', padded' if row.get('padded') else ''} | {row['engine_used']} | {row['cap']:g} "
+            f"| {size}{' tokens' if row['micro_batch_tokens'] else ''} | {row['plan'].split(': ', 2)[2]}{', CUDA graphs' if row['graphs'] else ''} | {row['predicted']:.2f} "
             f"| {row['peak']:.2f} | {row['reserved']:.2f} | {row['used']:.0%} | {row['out_of_memory']} "
             f"| {row['tok_s']:,.0f} | {row['predicted_tok_s']:,.0f} | {other} |"
         )
@@ -187,6 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", default="")
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table:
@@ -201,7 +206,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, Any]] = []
     model, loaded = None, None
-    for run in (run for run in RUNS if re.search(options.only, run.name)):
+    for run in (replace(run, steps=options.steps) for run in RUNS if re.search(options.only, run.name)):
         case = Case(run.shape, run.method, "auto", "auto", 1, 1)
         if loaded != (run.shape, run.method):
             model = None

@@ -1,10 +1,10 @@
 """The planner's predictions against a card: peak memory and tokens/s of whole steps, and of the moments that make the peak.
 
-    python benchmarks/planner.py OUT.json [--cases fitted|fresh] [--only TEXT]     (on a GPU: measure)
-    python benchmarks/planner.py --table OUT.json                                  (anywhere: the table of docs/planner.md)
+    python benchmarks/planner.py OUT.json [--cases fitted|fresh|blind] [--only TEXT]     (on a GPU: measure)
+    python benchmarks/planner.py --table OUT.json                                        (anywhere: the table of docs/planner.md)
 
-`fitted` are the settings that the speeds of memory/speed.py were fitted to, `fresh` are others: they say what a prediction is
-worth.
+The shares in memory/speed.py were fitted to `fitted`, and again with `fresh`; nothing was fitted to `blind`, which says what a
+prediction is worth.
 
 Random weights and tokens, every token supervised, rank 16 (unless said) on all linear layers. Of each setting: what is
 allocated with the optimizer's states there, after the forward of the decoder's layers, the head's peak, the backward's peak,
@@ -127,6 +127,27 @@ FRESH: list[Case] = [
     *_cases("gemma-2-2b", "qlora", ("auto", "fast", 2, 2048), ("auto", "min", 4, 1024), ("reference", "min", 2, 1024)),
 ]  # fmt: skip
 
+BLIND: list[Case] = [
+    *_cases(
+        "qwen2.5-3b", "qlora", ("auto", "fast", 2, 1024), ("auto", "auto", 16, 512, {"limit": 12}), ("auto", "min", 2, 4096),
+        ("reference", "fast", 2, 512), ("reference", "min", 8, 1024),
+    ),
+    *_cases(
+        "llama-3.1-8b", "qlora", ("auto", "auto", 8, 1024, {"limit": 40}), ("auto", "fast", 1, 4096), ("auto", "min", 1, 2048),
+        ("reference", "auto", 4, 1024, {"limit": 20}), ("auto", "fast", 6, 512, {"packed": True}),
+    ),
+    *_cases(
+        "llama-3.1-8b", "lora", ("auto", "fast", 2, 1024), ("auto", "auto", 1, 8192, {"limit": 24}), ("reference", "fast", 1, 1024),
+    ),
+    *_cases(
+        "qwen2.5-3b", "lora", ("auto", "fast", 4, 512), ("reference", "auto", 2, 4096, {"limit": 24}), ("auto", "min", 1, 4096),
+    ),
+    *_cases("qwen2.5-3b", "full", ("auto", "fast", 1, 2048), ("reference", "min", 4, 512)),
+    *_cases("qwen2.5-0.5b", "lora", ("auto", "fast", 4, 4096), ("reference", "fast", 4, 1024), ("auto", "min", 16, 512)),
+    *_cases("qwen2.5-0.5b", "full", ("auto", "fast", 4, 1024), ("reference", "min", 2, 1024, FULL_STATES)),
+]  # fmt: skip
+SETS = {"fitted": FITTED, "fresh": FRESH, "blind": BLIND}
+
 
 # -- prediction -------------------------------------------------------------------------------------------------------
 
@@ -156,11 +177,16 @@ def summary(result: dict[str, Any]) -> str:
     peaks = [peak / row["peak_step"] - 1 for (peak, _), row in pairs]
     speeds = [speed / row["tok_s"] - 1 for (_, speed), row in pairs]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    cases = " --cases fresh" if any(row["mode"] == "auto" for row in result["rows"]) else ""
+    cases = {"fresh": " --cases fresh", "blind": " --cases blind"}.get(result.get("cases", "fitted"), "")
+    fitted = (
+        "nothing was fitted to these rows"
+        if cases.endswith("blind")
+        else "the shares of the data sheet were fitted to these rows, and others"
+    )
     return (
         f"{len(pairs)} settings on one {result['hardware']} ({versions}), `python benchmarks/planner.py OUT.json{cases}`: peaks are "
         f"predicted within {min(peaks):+.1%} and {max(peaks):+.1%}, tokens/s within {min(speeds):+.0%} and {max(speeds):+.0%} "
-        f"(the shares of the data sheet were fitted to these rows, and others). {result.get('note', '')} Random weights and tokens, every token supervised, rank 16 on "
+        f"({fitted}). {result.get('note', '')} Random weights and tokens, every token supervised, rank 16 on "
         "all linear layers and 8-bit AdamW unless said."
     )
 
@@ -315,7 +341,7 @@ def load(case: Case, hardware: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--cases", choices=("fitted", "fresh"), default="fitted")
+    parser.add_argument("--cases", choices=tuple(SETS), default="fitted")
     parser.add_argument("--only", default="")
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
@@ -329,8 +355,7 @@ def main() -> None:
     hardware = probe("cuda")
     rows: list[dict[str, Any]] = []
     model, loaded = None, None
-    cases = FITTED if options.cases == "fitted" else FRESH
-    for case in (case for case in cases if options.only in case.name):
+    for case in (case for case in SETS[options.cases] if options.only in case.name):
         key = (case.shape, case.method, case.rank)
         if key != loaded:
             model = None
@@ -341,7 +366,7 @@ def main() -> None:
         print(
             f"{case.name}: {rows[-1]['peak_step']:.2f} ({peak:.2f}) GB, {rows[-1]['tok_s']:,.0f} ({speed:,.0f}) tokens/s"
         )
-        result = {"hardware": hardware.name, "versions": versions(_row(case)), "rows": rows}
+        result = {"hardware": hardware.name, "cases": options.cases, "versions": versions(_row(case)), "rows": rows}
         options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 

@@ -34,23 +34,28 @@ def test_a_sample_is_like_an_epoch(values: dict[str, Any], packing: bool, widen:
     """Of 32 sampled steps against all 60: tokens with padding, positions with a label, how often shapes come again."""
     training = TrainingConfig(batch_size=16, **values)
     order = StepOrder(LENGTHS, training, packing)
-    parts, slots, heads, shapes = 0, 0, 0, Counter[MicroBatchShape]()
+    parts, slots, heads, pairs, shapes = 0, 0, 0, 0, Counter[MicroBatchShape]()
     for step in range(order.steps_per_epoch):
         for part in order.step(step):
             parts += 1
             rows, targets = [LENGTHS[i] for i in part], sum(SUPERVISED[i] for i in part)
             if widen is None:
                 slots += sum(rows) if packing else len(rows) * max(rows)
+                pairs += sum(row * row for row in rows) if packing else len(rows) * max(rows) ** 2
                 heads += targets
             else:
                 shape = MicroBatchShape.widened(rows, targets, packing, widen)
                 shapes[shape] += 1
                 slots += shape.rows * shape.length
+                pairs += (
+                    sum(row * row for row in rows) if packing else shape.rows * shape.length**2
+                )  # padding: a little more
                 heads += shape.supervised
     found = typical_step(LENGTHS, SUPERVISED, training, packing, widen)
     steps = order.steps_per_epoch if "batch_tokens" not in values else sum(LENGTHS) / 8192
     assert found.micro_batches == pytest.approx(parts / steps, rel=0.03)
     assert found.slots == pytest.approx(slots / steps, rel=0.01 if packing else 0.03)
+    assert found.context == pytest.approx(pairs / slots, rel=0.06)
     assert found.supervised == pytest.approx(heads / steps, rel=0.05)
     if not packing:
         assert slots / steps > 1.05 * 16 * sum(LENGTHS) / len(LENGTHS), "padding is a good part of it"

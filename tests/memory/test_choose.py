@@ -11,12 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunesmith.cards import Card, find_card
-from tunesmith.memory.choose import WORTH, Candidate, Choice, best, even_sizes, options, step_seconds
+from tunesmith.memory.choose import (
+    WORTH,
+    Candidate,
+    Choice,
+    best,
+    even_sizes,
+    graphs_may_gain,
+    options,
+    step_seconds,
+)
 from tunesmith.memory.estimate import Estimate, Load, Setup
 from tunesmith.memory.policy import HEADROOM, Mode, plan_memory
+from tunesmith.memory.replays import PAYS_FROM
 from tunesmith.memory.shape import ModelShape
-from tunesmith.memory.speed import micro_batch_seconds, optimizer_seconds
-from tunesmith.types import MemoryPlan
+from tunesmith.memory.speed import launching_seconds, micro_batch_seconds, optimizer_seconds
+from tunesmith.types import LayerPolicy, MemoryPlan
 from tunesmith.workflows.bench import SHAPES
 
 # -- sizes ------------------------------------------------------------------------------------------------------------
@@ -114,9 +124,9 @@ def test_min_takes_graphs_where_they_fit() -> None:
     assert best([plain, choice(2, 2.5), larger], "min") is larger, "9 of 10 fit; without graphs 2.5 would do"
     assert best([plain, choice(1, 3.0, pool=6.1)], "min") is plain
     assert best([choice(1, 12.0), choice(1, 11.0, pool=9.0)], "min").graphs is False, "none fits"
-    slow, fast = choice(1, 3.0, 1.0, pool=2.0), choice(1, 3.0, 0.9, pool=2.0)
-    assert best([choice(1, 3.0, 1.0), slow], "min").graphs is False, "they save nothing"
-    assert best([choice(1, 3.0, 1.0), fast], "min") is fast
+    slow, equal = choice(1, 3.0, 1.1, pool=2.0), choice(1, 3.0, 1.0, pool=2.0)
+    assert best([choice(1, 3.0, 1.0), slow], "min").graphs is False, "widening costs more than they save"
+    assert best([choice(1, 3.0, 1.0), equal], "min") is equal
 
 
 def test_without_a_prediction_everything_fits() -> None:
@@ -195,6 +205,25 @@ def test_only_what_graphs_replay_is_as_fast_as_graphs() -> None:
     assert graphed < launched / 3
     assert seconds(0.25, True) == pytest.approx(0.25 * graphed + 0.75 * launched)
     assert seconds(0.0, True) == seconds(0.25, False) == launched
+
+
+def test_graphs_are_looked_at_where_training_would_capture_them() -> None:
+    """From 40% of launching on, where there is room at all."""
+    shape, setup = ModelShape.of(SHAPES["qwen2.5-3b"]), Setup("qlora", "fused", scheme="nf4")
+
+    def gains(tokens: int, host: float = 1.0, budget: float | None = None, card: Card | None = H100) -> bool:
+        load = Load(tokens, tokens, 1024)
+        (plain,) = options(
+            shape, setup, [Candidate(1, 4, load, load, 4 * tokens)], "fast", budget, card, graphs=False, host=host
+        )
+        return graphs_may_gain(plain, shape, setup, card, host)
+
+    launching = launching_seconds(shape, setup, [LayerPolicy()] * 36)
+    computing = micro_batch_seconds(shape, setup, Load(8192, 8192, 1024), H100, graphs=True)
+    assert launching < computing
+    edge = PAYS_FROM * computing / launching
+    assert [gains(8192, 0.99 * edge), gains(8192, 1.01 * edge), gains(64)] == [False, True, True]
+    assert [gains(64, budget=1.0), gains(64, card=None), gains(64, budget=1.0, card=None)] == [False, True, False]
 
 
 def test_options_take_a_loaded_models_numbers_and_what_graphs_save() -> None:

@@ -17,12 +17,11 @@ import torch
 
 from tunesmith.data.batches import make_batch
 from tunesmith.data.widening import few_lengths
-from tunesmith.memory.replays import OUSTS, WARM_UPS
+from tunesmith.memory.replays import OUSTS, PAYS_FROM, WARM_UPS
 from tunesmith.models.fuse import engine_of
 from tunesmith.training import graphs as module
 from tunesmith.training import loop
 from tunesmith.training.graphs import (
-    PAYS_FROM,
     GraphedMicroBatches,
     copy_batch,
     copy_of,

@@ -131,10 +131,13 @@ LENGTHS, SUPERVISED = [10, 20, 30, 60], [1, 2, 30, 7]
 
 
 def test_padded_micro_batches_by_hand() -> None:
-    """The largest has the longest rows; the typical one is the mean of 60 and 30, 20 and 10, padded, as training pairs them."""
+    """The largest has the longest rows; the typical one is the mean of 60 and 30, 20 and 10, padded, as training pairs them.
+
+    A token's sequence has 50 tokens in the mean over them all: 120 of 60, and 40 of 20. One by one 42, from 60, 30, 20 and 10.
+    """
     assert loads(LENGTHS, SUPERVISED) == [
-        (1, "examples", 4, Load(60, 30, 60, True), Load(30, 10, 30, True)),
-        (2, "examples", 2, Load(120, 37, 60, True, 60), Load(80, 20, 40, True)),
+        (1, "examples", 4, Load(60, 30, 60, True), Load(30, 10, 42, True)),
+        (2, "examples", 2, Load(120, 37, 60, True, 60), Load(80, 20, 50, True)),
         (4, "examples", 1, Load(240, 40, 60, False, 60), Load(240, 40, 60, False)),
     ]
     # Rows of one length need no mask.
@@ -158,13 +161,13 @@ def test_sizes_divide_the_batch_evenly() -> None:
 
 def test_packed_micro_batches_by_hand() -> None:
     assert loads(LENGTHS, SUPERVISED, "data.packing=true", "data.max_seq_length=auto") == [
-        (60, "tokens", 2, Load(60, 40, 60, True, 60), Load(60, 20, 30, True)),
-        *((size, "tokens", 2, Load(size, 40, 60, True, size), Load(60, 20, 30, True)) for size in (75, 90, 105)),
-        (120, "tokens", 1, Load(120, 40, 60, False, 120), Load(120, 40, 30, False)),
+        (60, "tokens", 2, Load(60, 40, 60, True, 60), Load(60, 20, 42, True)),
+        *((size, "tokens", 2, Load(size, 40, 60, True, size), Load(60, 20, 42, True)) for size in (75, 90, 105)),
+        (120, "tokens", 1, Load(120, 40, 60, False, 120), Load(120, 40, 42, False)),
     ]
     # A budget below `data.max_seq_length` would be refused; above what a step has it is the step.
     assert loads(LENGTHS, SUPERVISED, "data.packing=true", "data.max_seq_length=2048") == [
-        (2048, "tokens", 1, Load(120, 40, 60, False, 120), Load(120, 40, 30, False)),
+        (2048, "tokens", 1, Load(120, 40, 60, False, 120), Load(120, 40, 42, False)),
     ]
     # By examples on a CPU.
     assert [each[:4] for each in loads(LENGTHS, SUPERVISED, "data.packing=true", device="cpu")] == [
@@ -176,14 +179,14 @@ def test_packed_micro_batches_by_hand() -> None:
 
 def test_micro_batches_that_are_set_by_hand() -> None:
     assert loads(LENGTHS, SUPERVISED, "training.micro_batch_size=3") == [
-        (3, "examples", 2, Load(180, 39, 60, True, 60), Load(95, 20, 48, True))
+        (3, "examples", 2, Load(180, 39, 60, True, 60), Load(95, 20, 57, True))
     ]
     packed = ("data.packing=true", "data.max_seq_length=64", "training.micro_batch_tokens=64")
     assert loads(LENGTHS, SUPERVISED, *packed) == [
-        (64, "tokens", 2, Load(64, 40, 60, True, 64), Load(60, 20, 30, True))
+        (64, "tokens", 2, Load(64, 40, 60, True, 64), Load(60, 20, 42, True))
     ]
     assert loads(LENGTHS, SUPERVISED, *packed, "training.batch_tokens=256") == [
-        (64, "tokens", 4, Load(64, 40, 60, True, 64), Load(64, 21, 30, True))
+        (64, "tokens", 4, Load(64, 40, 60, True, 64), Load(64, 21, 42, True))
     ]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tunesmith.config import TrainingConfig
 from tunesmith.data.batches import split
 from tunesmith.data.packing import best_fit
-from tunesmith.data.widening import MicroBatchShape, Widen
+from tunesmith.data.widening import MicroBatchShape, Widen, documents_of
 
 SAMPLED_STEPS = 32
 """Steps that `typical_step` looks at."""
@@ -25,14 +25,15 @@ SAMPLED_PACKS = 256
 
 @dataclass(frozen=True, slots=True)
 class TypicalStep:
-    """The mean optimizer step: its `micro_batches`, its tokens (`slots`) and positions with a label, both with padding;
-    `shapes` says how often each shape of a widened micro-batch came in the steps that were looked at, the most frequent first
+    """The mean optimizer step: its `micro_batches`, its tokens (`slots`) and positions with a label (`supervised`), both with
+    padding; `context` is the mean over the tokens of how long their sequence is, which attention's time goes with; `shapes` says how often each shape of a widened micro-batch came in the steps that were looked at, the most frequent first
     (none without widening).
     """
 
     micro_batches: float
     slots: float
     supervised: float
+    context: float
     shapes: tuple[int, ...] = ()
 
 
@@ -47,7 +48,7 @@ def typical_step(
 
     The share of padding is that of a sample of steps; the tokens are those of all examples, which a sample misses by 4%.
     """
-    parts, slots, heads, tokens = 0, 0, 0, 0
+    parts, slots, heads, tokens, pairs = 0, 0, 0, 0, 0
     shapes: Counter[MicroBatchShape] = Counter()
     for part in _sampled_parts(lengths, supervised, training, packing):
         rows = [lengths[index] for index in part]
@@ -55,17 +56,19 @@ def typical_step(
         tokens += sum(rows)
         parts += 1
         if widen is None:
-            slots += sum(rows) if packing else len(rows) * max(rows)
-            heads += targets
-            continue
-        shape = MicroBatchShape.widened(rows, targets, packing, widen)
-        shapes[shape] += 1
-        slots += shape.rows * shape.length
-        heads += shape.supervised
+            sequences = rows if packing else [max(rows)] * len(rows)
+        else:
+            shape = MicroBatchShape.widened(rows, targets, packing, widen)
+            shapes[shape] += 1
+            sequences = documents_of(rows, shape.length)[0] if packing else [shape.length] * shape.rows
+        slots += sum(sequences)
+        pairs += sum(length * length for length in sequences)
+        heads += targets if widen is None else shape.supervised
     mean = training.batch_tokens or min(training.batch_size, len(lengths)) * sum(lengths) / len(lengths)
     scale = mean / tokens
     number = parts * scale if training.micro_batch_tokens is not None else parts / _sampled_steps(lengths, supervised)
-    return TypicalStep(number, slots * scale, heads * scale, tuple(count for _, count in shapes.most_common()))
+    come_again = tuple(count for _, count in shapes.most_common())
+    return TypicalStep(number, slots * scale, heads * scale, pairs / slots, come_again)
 
 
 def _sampled_steps(lengths: Sequence[int], supervised: Sequence[int]) -> int:

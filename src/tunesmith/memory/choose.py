@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from tunesmith.cards import Card
 from tunesmith.memory.estimate import Estimate, Load, Setup
 from tunesmith.memory.policy import Mode, fits, plan_memory
+from tunesmith.memory.replays import PAYS_FROM
 from tunesmith.memory.shape import ModelShape
-from tunesmith.memory.speed import micro_batch_seconds, optimizer_seconds
+from tunesmith.memory.speed import launching_seconds, micro_batch_seconds, optimizer_seconds
 from tunesmith.types import MemoryPlan
 
 WORTH = 0.995
@@ -107,18 +108,19 @@ def step_seconds(
 
 def graphs_may_gain(plain: Choice, shape: ModelShape, setup: Setup, card: Card | None, host: float = 1.0) -> bool:
     """Whether replaying the micro-batches of a choice without CUDA graphs may be worth their memory: there is room at all, and
-    launching takes longer than computing. Graphs leave less to keep, so that they never compute less.
+    launching takes so long that training captures them. Graphs leave less to keep, so that they never compute less.
     """
     if not plain.fits or card is None or plain.step_seconds is None:
         return plain.fits
-    replayed = step_seconds(shape, setup, replace(plain.candidate, replayed=1.0), plain.plan, card, True, host)
-    return replayed < WORTH * plain.step_seconds
+    whole = (plain.step_seconds - optimizer_seconds(shape, setup, card, host)) / plain.candidate.count
+    launching = launching_seconds(shape, setup, plain.plan.policies, plain.plan.recompute_layers, host)
+    return launching > PAYS_FROM * whole
 
 
 def best(found: Sequence[Choice], mode: Mode) -> Choice:
     """The best of at least one choice, the smallest first in `found`.
 
-    `min`: the least memory, with CUDA graphs where they fit beside it and save time. Else, of those that fit, the least time;
+    `min`: the least memory, with CUDA graphs where they fit beside it and cost no time. Else, of those that fit, the least time;
     without a known card, the largest that keeps as much as any. If none fits, the one that needs the least.
     """
     fitting = [choice for choice in found if choice.fits]
@@ -139,7 +141,7 @@ def best(found: Sequence[Choice], mode: Mode) -> Choice:
 
 def _least(graphed: Sequence[Choice], plain: Sequence[Choice]) -> Choice:
     """The choice that needs the least memory, the fastest of equals: with graphs, if there are any and they are not known to
-    save no time.
+    cost time.
     """
 
     def least(choices: Sequence[Choice]) -> Choice:
@@ -150,4 +152,4 @@ def _least(graphed: Sequence[Choice], plain: Sequence[Choice]) -> Choice:
     one, other = least(graphed), least(plain)
     if one.step_seconds is None or other.step_seconds is None:
         return one
-    return one if one.step_seconds < WORTH * other.step_seconds else other
+    return one if one.step_seconds <= other.step_seconds / WORTH else other

@@ -15,6 +15,10 @@ CAPTURING = 3
 """Micro-batches launch by launch that take as long as capturing one. Not measured: Python launches the kernels once more,
 the graph is made, and what the allocator gave back for it is fetched again."""
 
+PAYS_FROM = 0.4
+"""Share of a micro-batch's time that launching takes from which on it is captured: after every wait (a log line, an
+evaluation) the GPU stands still until launching has caught up."""
+
 MAX_GRAPHS = 24
 """Graphs that are kept, for each costs memory of the driver's. They share one memory pool."""
 

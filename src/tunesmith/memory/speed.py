@@ -96,7 +96,7 @@ def micro_batch_seconds(
     b, tokens = setup.value_bytes, load.tokens
     layers = [layer for count, layer in shape.layers for _ in range(count)]
     keep_all = LayerPolicy()
-    seconds, recomputed = 0.0, 0.0
+    seconds = 0.0
     known: dict[tuple[int, int, bool, bool], float] = {}  # layers that are alike share objects
     for index, layer in enumerate(layers):
         if setup.engine == "fused" and policies:
@@ -108,21 +108,28 @@ def micro_batch_seconds(
         if key not in known:
             known[key] = _layer_seconds(shape, layer, setup, load, card, policy, again, windowed)
         seconds += known[key]
-        recomputed += 1.0 if again else 1 - len(policy.keep & LAUNCHED) / len(LAUNCHED)
     head_products = 3 if setup.method == "full" else 2
     seconds += head_products * _product_seconds(shape.embedding_values, load.supervised, b, card, rates.products)
     seconds += 3 * b * load.supervised * shape.vocab_size / (card.bandwidth * BANDWIDTH)
     offloaded = sum(policy.offload_input for policy in policies)
     seconds = max(seconds, 2 * offloaded * tokens * shape.hidden_size * b / HOST_LINK)
-    if graphs:
-        return seconds
+    return seconds if graphs else max(seconds, launching_seconds(shape, setup, policies, recompute_layers, host))
+
+
+def launching_seconds(
+    shape: ModelShape, setup: Setup, policies: Sequence[LayerPolicy] = (), recompute_layers: int = 0, host: float = 1.0
+) -> float:
+    """Seconds that Python takes to launch a micro-batch's kernels, however few tokens it has. As `micro_batch_seconds`."""
+    recomputed = float(min(recompute_layers, shape.num_layers))
+    if setup.engine == "fused":
+        recomputed = sum(1 - len(policy.keep & LAUNCHED) / len(LAUNCHED) for policy in policies)
     kept_ms, again_ms = LAUNCH_MS[setup.engine, setup.method]
     if setup.engine == "fused" and shape.softcapped:
         kept_ms, again_ms = FLEX_LAUNCH_MS
-    launching = host * ((len(layers) - recomputed) * kept_ms + recomputed * again_ms)
+    launching = host * ((shape.num_layers - recomputed) * kept_ms + recomputed * again_ms)
     if setup.engine == "reference":
         launching *= NORM_LAUNCHES ** (shape.head_norms + 2 * shape.post_norms)
-    return max(seconds, launching / 1e3)
+    return launching / 1e3
 
 
 def _layer_seconds(

@@ -18,16 +18,12 @@ import torch
 
 from tunesmith.config import RunConfig
 from tunesmith.data.widening import MicroBatchShape
-from tunesmith.memory.replays import MAX_GRAPHS, OUSTS, WARM_UPS
+from tunesmith.memory.replays import MAX_GRAPHS, OUSTS, PAYS_FROM, WARM_UPS
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.types import Batch, EventSink
-
-PAYS_FROM = 0.4
-"""Share of a micro-batch's time that launching takes from which on it is captured: after every wait (a log line, an
-evaluation) the GPU stands still until launching has caught up."""
 
 WORTH_WIDENING = 0.1
 """Share of the micro-batches whose shapes must pay, or be not known yet: all are widened for them."""

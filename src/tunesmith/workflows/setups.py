@@ -94,7 +94,7 @@ def choices_of(
         gaining = [graphs_may_gain(choice, shape, setup, card, host) for choice in plain]
         if with_graphs and any(gaining):
             widened = candidates_of(config, lengths, supervised, True, device, packing)
-            found += planned(list(compress(widened, gaining)), True)
+            found = [*planned(list(compress(widened, gaining)), True), *found]
     return sorted(found, key=lambda choice: choice.candidate.size)
 
 
@@ -170,7 +170,7 @@ def candidates_of(
             Load(
                 max(1, round(slots)),
                 max(1, round(typical.supervised / count)),
-                max(1, round(mean if packing else slots * count / batch)),
+                max(1, round(typical.context)),
                 accumulates,
             ),
             step,
