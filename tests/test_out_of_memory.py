@@ -96,6 +96,29 @@ def test_one_that_is_too_much_alone_ends_it() -> None:
     assert len(adding.warnings) == 1
 
 
+def test_one_that_is_too_much_alone_is_done_again_if_others_give_way() -> None:
+    adding, held = Adding(limit=2), [1]
+
+    def give_way() -> bool:
+        adding.limit = 3
+        return bool(held and held.pop())
+
+    adding.halving.give_way = give_way
+    own = adding.add
+
+    def add(part: list[int]) -> int:
+        if len(part) == 1 and held:
+            adding.sizes.append(1)
+            raise MemoryError
+        return own(part)
+
+    adding.add = add  # type: ignore[method-assign]
+    assert adding([[1, 2, 3], [4]]) == [([1, 2], 3), ([3], 3), ([4], 4)]
+    assert adding.sizes == [3, 2, 1, 1, 1]
+    with pytest.raises(MachineError, match=r"^91 is too much"):
+        adding([[91]])
+
+
 def test_memory_is_given_back_before_work_is_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

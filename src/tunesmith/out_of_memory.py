@@ -63,10 +63,12 @@ class Halving:
     """Does work in parts, and halves every part once more each time that one runs out of memory.
 
     `times` is how often so far: work that follows on the same object begins with what fitted. `warn` is told of each.
+    `give_way` is asked when one item alone is too much: to let go of what others hold, and to say whether there was anything.
     """
 
     warn: Callable[[str], None] = lambda text: None
     times: int = 0
+    give_way: Callable[[], bool] = lambda: False
 
     def run(
         self,
@@ -91,9 +93,13 @@ class Halving:
             if not isinstance(result, OutOfMemory):
                 yield part, result
                 continue
-            release_memory()
             if len(part) == 1:
-                raise MachineError(refusal(part[0], result.reason))
+                if not self.give_way():
+                    raise MachineError(refusal(part[0], result.reason))
+                release_memory()
+                waiting.append((part, halved))
+                continue
+            release_memory()
             self.times += 1
             self.warn(
                 f"{doing.format(len(part))} at once ran out of memory and is done again; from now on half as many: "

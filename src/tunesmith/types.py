@@ -292,8 +292,9 @@ class TrainResult:
     metrics: Mapping[str, Any] = field(default_factory=dict)
 
 
-Evaluate = Callable[[int], Mapping[str, float]]
-"""Evaluation during training: given the step, returns metric values by name. The API passes it into the loop."""
+Evaluate = Callable[[int, Callable[[], bool]], Mapping[str, float]]
+"""Evaluation during training: given the step, returns metric values by name. The API passes it into the loop. Where memory does
+not suffice it may call its second argument, which lets go of what training holds and says whether there was anything."""
 
 Progress = Callable[[str, int, int], None]
 """Told (stage, done, total) as work goes on, e.g. ("generating answers", 32, 400)."""

@@ -305,6 +305,40 @@ def test_other_errors_of_an_evaluation_are_not_caught(session: Session, monkeypa
     assert seen == [1, 2]
 
 
+def test_graphs_give_way_to_an_evaluation(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example that does not fit alone is evaluated once training has let go of its CUDA graphs."""
+    options = [*SETTINGS, "data.eval_path=HELD", "training.eval_every=2"]
+    plain, run = session(*options), session(*options)
+    plain.train()
+
+    class Graphs:
+        captured, pay, calls = True, False, 0
+
+        def give_up(self) -> None:
+            self.captured = False
+            Graphs.calls += 1
+
+    graphs = Graphs()
+    monkeypatch.setattr(loop, "micro_batch_graphs", lambda *_: graphs)
+    hidden = run.forward.hidden
+
+    def full(batch: Any) -> torch.Tensor:
+        if not run.forward.model.training and graphs.captured:
+            raise torch.OutOfMemoryError(REASON)
+        return hidden(batch)
+
+    monkeypatch.setattr(run.forward, "hidden", full)
+    run.train()
+    assert Graphs.calls == 1
+    texts = [e["message"] for e in events(run, "warning") if "ran out of memory" in e["message"]]
+    assert texts[-1] == (
+        "evaluation ran out of memory; from now on training goes without CUDA graphs, which hold some of it"
+    )
+    assert len(texts) == 3, "first by halves, 4 and 2"
+    found, expected = ([e["metrics"]["eval_loss"] for e in events(each, "eval")] for each in (run, plain))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_answers_during_training_that_run_out_of_memory(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [
         *SETTINGS, "data.eval_path=HELD", "training.eval_every=3", "evaluation.generate=true",

@@ -11,7 +11,7 @@ from plans import ARITHMETIC, QWEN, QWEN_PARAMETERS, config_of, measured, planne
 
 from tunesmith.cards import CARDS
 from tunesmith.config import Method, RunConfig
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.catalogue import CATALOGUE
 from tunesmith.types import GB
@@ -164,3 +164,13 @@ def test_lists_are_calibrated_too() -> None:
     assert models["HuggingFaceTB/SmolLM2-135M"]["basis"] == ARITHMETIC
     (rank,) = plan_ranks(config_of(), target_of("H100"), [16], None)
     assert (rank["tokens_per_second"], rank["basis"]) == (found["tokens_per_second"], found["basis"])
+
+
+def test_models_that_the_settings_cannot_train_are_left_out() -> None:
+    """Only Phi-3 and its kin have q, k and v in one matrix."""
+    rows = plan_models(config_of(QWEN, "adapter.target_modules=[qkv_proj]"), target_of("H100"), 512, ("lora",))
+    assert [row["model"] for row in rows] == [name for name in CATALOGUE if "/phi-" in name.lower()]
+    with pytest.raises(ModelError, match=r"\('nope',\) matches no linear layer"):
+        plan_models(config_of(QWEN, "adapter.target_modules=[nope]"), target_of("H100"), 512)
+    with pytest.raises(ConfigError, match=r"model\.dtype is bf16, but T4"):
+        plan_models(config_of(QWEN, "model.dtype=bf16"), target_of("T4"), 512)

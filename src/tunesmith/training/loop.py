@@ -128,7 +128,7 @@ def train_loop(
             log({"event": "warning", "step": state.step, "message": f"trainable tensors that have not moved: {names}"})
         if eval_due:
             assert evaluate is not None
-            values = evaluate(state.step)
+            values = evaluate(state.step, memory.drop_graphs)
             log({"event": "eval", "step": state.step, "metrics": dict(values)})
             say(monitor.evaluation(state.step, values), state.step, log)
             if _is_best(state, values, config):

@@ -86,12 +86,18 @@ class MemoryRecovery:
                 return result
             self._give_way(max(len(part) for part in divided), result.reason)
 
+    def drop_graphs(self) -> bool:
+        """Let go of CUDA graphs for good, which hold memory of their own; whether there were any."""
+        if self.graphs is None:
+            return False
+        held = self.graphs.captured
+        self.graphs.give_up()
+        return held
+
     def _give_way(self, largest: int, reason: str) -> None:
         step = self.state.step + 1
         self.optimizer.abandon(self.scaler)
-        graphs = self.graphs is not None and self.graphs.captured
-        if self.graphs is not None:
-            self.graphs.give_up()  # they hold memory of their own
+        graphs = self.drop_graphs()
         release_memory()
         if graphs:
             what = "without CUDA graphs"

@@ -142,7 +142,9 @@ def read_facts(config: RunConfig, progress: Progress = no_progress) -> DataFacts
         raise DataError(f"{data.path}: no row is left to look at")
     if chat is None:
         lengths = [estimate_row(row) for row in rows]
-        supervised = sum(_supervised(row, length, settings.train_on) for row, length in zip(rows, lengths, strict=True))
+        supervised = sum(
+            supervised_tokens(row, length, settings.train_on) for row, length in zip(rows, lengths, strict=True)
+        )
     progress("reading the data", 1, 1)
     _, known = find_model_config(config.model.name) or ("", {})
     counts = Counter(finding.check for finding in findings)
@@ -182,7 +184,7 @@ def _refused(findings: Sequence[Finding], skip: bool) -> set[tuple[str, int | No
     return {(error.file, error.line) for error in errors}
 
 
-def _supervised(row: Example, length: int, train_on: str) -> int:
+def supervised_tokens(row: Example, length: int, train_on: str) -> int:
     """About how many tokens of a row are supervised: its answers with their end-of-turn tokens; all of a plain text."""
     if row.messages is None:
         return length

@@ -19,6 +19,7 @@ from tunesmith.data.lengths import recommended_max_seq_length, rows_longer_than
 from tunesmith.memory.estimate import CONTEXT_GB
 from tunesmith.memory.policy import HEADROOM
 from tunesmith.workflows.advise_data import TEXT_PIECE, DataFacts, is_or_are
+from tunesmith.workflows.plan_options import FASTER
 from tunesmith.workflows.rules import CAPACITY_TOKENS, FEW_ROWS, HIGH_RANK
 
 BITS_PER_TOKEN = 1 / math.log(2)
@@ -233,6 +234,12 @@ def _method(
     if lora is None:
         return "lora", None, "what this model needs on this card cannot be predicted: LoRA is the default"
     if lora.fits:
+        qlora = ask("qlora") if lora.tokens_per_second else None
+        if qlora is not None and qlora.fits:
+            times = (qlora.tokens_per_second or 0.0) / (lora.tokens_per_second or 1.0)
+            if times > FASTER:
+                why = f"LoRA fits ({lora.needs}), but computes so much again that QLoRA is {times:.2f} times as fast: {qlora.needs}"
+                return "qlora", qlora, why
         return "lora", lora, f"learns as well as full on data of this size (LWR), and fits: {lora.needs}"
     qlora = ask("qlora")
     if qlora is None:

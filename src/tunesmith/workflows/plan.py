@@ -26,6 +26,7 @@ from tunesmith.models.hub import fetch_config
 from tunesmith.models.load import HUB_ID, find_model
 from tunesmith.workflows.plan_advice import advice
 from tunesmith.workflows.plan_options import (
+    FASTER,
     METHOD_NAMES,
     PARALLEL,
     WAYS,
@@ -193,10 +194,6 @@ def _local_target() -> Target | None:
     return Target(card.name if card else name, card.memory_gb if card else gb, card, alike, read_measured())
 
 
-FASTER = 1.1
-"""A leaner method is recommended all the same if it is this many times as fast."""
-
-
 def plan(
     config: RunConfig,
     target: Target,
@@ -262,7 +259,7 @@ def plan(
 
 
 def _recommended(preferred: Sequence[Option]) -> Option | None:
-    """The first that fits, unless a later one is a good deal faster: what has to compute much again is slow."""
+    """The first that fits, unless a later one is FASTER."""
     fitting = [option for option in preferred if option.fits]
     if not fitting:
         return None

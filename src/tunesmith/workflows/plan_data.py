@@ -12,10 +12,11 @@ from pathlib import Path
 from tunesmith.config import RunConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.data.fingerprints import supervised_turns
-from tunesmith.data.lengths import TOKENS_PER_TURN, estimate_row, estimate_turn, recommended_max_seq_length
+from tunesmith.data.lengths import estimate_row, recommended_max_seq_length
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.models.load import find_model, load_tokenizer
 from tunesmith.types import Example, Progress, no_progress
+from tunesmith.workflows.advise_data import supervised_tokens
 from tunesmith.workflows.plan import find_shape, full_name
 from tunesmith.workflows.plan_options import Data
 from tunesmith.workflows.rows import RunRows, read_rows, tokenize_rows
@@ -76,7 +77,9 @@ def _estimated(config: RunConfig, rows: RunRows, context: int | None) -> Data:
     ]
     if not pieces:
         raise DataError(f"{_place(config)}: no row is left; all are longer than {limit:,} tokens")
-    supervised = sum(_supervised(config, row, length) for row, length in zip(train, lengths, strict=True))
+    supervised = sum(
+        supervised_tokens(row, length, config.data.train_on) for row, length in zip(train, lengths, strict=True)
+    )
     share = supervised / sum(lengths)
     return Data(pieces, [max(1, round(share * piece)) for piece in pieces], True)
 
@@ -84,14 +87,6 @@ def _estimated(config: RunConfig, rows: RunRows, context: int | None) -> Data:
 def _teaches(config: RunConfig, row: Example) -> bool:
     """Whether anything of the row is trained on: a text, or one of its turns."""
     return row.messages is None or any(supervised_turns(row.messages, config.data.train_on))
-
-
-def _supervised(config: RunConfig, row: Example, length: int) -> int:
-    """About how many tokens of a row are supervised: its answers with their end-of-turn tokens; all of a plain text."""
-    if row.messages is None:
-        return length
-    turns = zip(row.messages, supervised_turns(row.messages, config.data.train_on), strict=True)
-    return round(sum(estimate_turn(message) - TOKENS_PER_TURN + 1 for message, counts in turns if counts))
 
 
 def _refuse_unanswered(config: RunConfig, rows: Sequence[Example]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.cards import CARDS
 from tunesmith.config import Method, RunConfig
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, ModelError, UserError
 from tunesmith.measurements import ARITHMETIC, read_measured
 from tunesmith.memory.policy import HEADROOM
 from tunesmith.memory.shape import ModelShape
@@ -73,16 +73,23 @@ def plan_models(
 ) -> list[dict[str, Any]]:
     """For each known model: the option of each method on this card, smallest model first.
 
-    `max_seq_length` is what is planned for: less than what was asked for where the model's context is.
+    `max_seq_length` is what is planned for: less than what was asked for where the model's context is. Models that these
+    settings cannot train, as they have none of `adapter.target_modules`, are left out; if that leaves none, their error is
+    raised.
     """
     shapes = {name: ModelShape.of(values) for name, values in CATALOGUE.items()}
     known: dict[tuple[ModelShape, int], dict[str, Any]] = {}  # releases that differ in nothing but their context
-    rows = []
+    rows: list[dict[str, Any]] = []
+    refused: UserError | None = None
     for name, shape in sorted(shapes.items(), key=lambda item: item[1].num_parameters):
         length = _length(config, shape, sequence)
         key = (replace(shape, context_length=None), length)
         if key not in known:
-            known[key] = _by_method(config, shape, target, length, methods)
+            try:
+                known[key] = _by_method(config, shape, target, length, methods)
+            except (ConfigError, ModelError) as error:
+                refused = error
+                continue
         rows.append(
             {
                 "model": name,
@@ -91,6 +98,8 @@ def plan_models(
                 "methods": known[key],
             }
         )
+    if refused is not None and not rows:
+        raise refused
     return rows
 
 

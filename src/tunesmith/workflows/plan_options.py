@@ -20,6 +20,9 @@ from tunesmith.workflows.setups import candidates_of, choices_of, engine_on_gpu,
 PARALLEL = 0.95
 """What each card of several reaches of one alone: the ranks wait for each other's gradients."""
 
+FASTER = 1.1
+"""A leaner method is recommended all the same if it is this many times as fast: what has to compute much again is slow."""
+
 METHOD_NAMES: dict[str, str] = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 """How people write the methods."""
 

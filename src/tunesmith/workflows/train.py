@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +171,19 @@ class TrainingSession:
 
         for_loss, for_answers = Halving(warn), Halving(warn)
 
-        def evaluate(step: int) -> Mapping[str, float]:
+        def evaluate(step: int, drop_graphs: Callable[[], bool]) -> Mapping[str, float]:
             nonlocal now
             now = step
+
+            def give_way() -> bool:
+                if not drop_graphs():
+                    return False
+                warn(
+                    "evaluation ran out of memory; from now on training goes without CUDA graphs, which hold some of it"
+                )
+                return True
+
+            for_loss.give_way = for_answers.give_way = give_way
             pad = pad_token(self.tokenizer)
             loss = evaluate_loss(self.forward, self.objective, self.data.eval, config, pad, for_loss)
             values = {"eval_loss": loss}
