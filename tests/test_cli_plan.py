@@ -127,15 +127,14 @@ def test_the_table_holds_every_option() -> None:
         ]
     assert {row[-1] for row in found} == {"no", "tight", "yes"}
     assert sum(row[0].endswith("*") for row in found) == 1
-    assert any(option["graphs_gb"] > 1 for option in result["options"])
     assert "host N: all layers recomputed, the inputs of N of them wait in host memory" in "\n".join(lines)
 
 
 def test_what_graphs_hold_is_part_of_what_is_shown() -> None:
-    arguments = ("--model", "qwen2.5-0.5b", "--gpu", "H100", "--method", "lora")
+    arguments = ("--model", "qwen2.5-0.5b", "--gpu", "H100", "--method", "lora", "--max-seq-length", "512")
     lines, chosen = printed(*arguments), as_json(*arguments)["recommended"]
     held = chosen["peak_gb"] + chosen["graphs_gb"]
-    assert chosen["graphs_gb"] > 10
+    assert chosen["graphs_gb"] > 1
     assert f" {held:.1f} of 79.2 GB" in lines[0]
     assert table(lines)[0][6] == f"{held:.1f}"
     assert f", CUDA graphs {chosen['graphs_gb']:.2f} GB (context is the driver's)" in lines[-3]

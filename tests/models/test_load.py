@@ -313,7 +313,7 @@ def test_an_unreachable_hub_is_one_clear_line_at_once(
     assert found == (
         "ModelError: some-org/some-model: no such folder here, and the hub cannot be reached; check the name or the network"
     )
-    assert seconds < 10
+    assert seconds < 20, "1 s on a quiet machine; its own retries would take 24"
     assert said == ""
 
 
@@ -322,7 +322,7 @@ def test_what_is_in_the_cache_needs_no_hub(hub_cache: Path, tiny_model: Path) ->
     shutil.copytree(tiny_model, snapshot, dirs_exist_ok=True)
     found, seconds, said = found_without_a_hub(hub_cache, COMMIT)
     assert (found, said) == (str(snapshot), "")
-    assert seconds < 10
+    assert seconds < 20, "1 s on a quiet machine; its own retries would take 24"
 
 
 def test_a_hub_that_is_lost_on_the_way_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:

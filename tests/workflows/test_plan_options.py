@@ -121,17 +121,19 @@ def test_a_card_without_bf16_is_not_planned_for_it() -> None:
 
 def test_what_cuda_graphs_hold_counts() -> None:
     """They hold once more what a step takes beside what is there all the time."""
-    found = planned(QWEN, "H100", None, (), ("lora",), 512)["recommended"]
+    small = "qwen2.5-0.5b"  # launching takes more than 40% of its time
+    found = planned(small, "H100", None, (), ("lora",), 512)["recommended"]
     assert found["graphs_gb"] == pytest.approx(found["breakdown"]["activations_gb"] + found["breakdown"]["logits_gb"])
     assert found["graphs_gb"] > 1
     held = found["peak_gb"] + found["graphs_gb"]
-    assert f", {held:.1f} of 79.2 GB, " in planned(QWEN, "H100", None, (), ("lora",), 512)["answer"]
-    plain = planned(QWEN, "H100", None, ("training.cuda_graphs=false",), ("lora",), 512)["recommended"]
+    assert f", {held:.1f} of 79.2 GB, " in planned(small, "H100", None, (), ("lora",), 512)["answer"]
+    plain = planned(small, "H100", None, ("training.cuda_graphs=false",), ("lora",), 512)["recommended"]
     assert plain["graphs_gb"] == 0.0
     by_list = {
         row["model"]: row["methods"]["lora"] for row in plan_models(config_of(""), target_of("H100"), 512, ("lora",))
     }
-    assert by_list["Qwen/Qwen2.5-7B"]["graphs_gb"] == found["graphs_gb"]
+    assert by_list["Qwen/Qwen2.5-0.5B"]["graphs_gb"] == found["graphs_gb"]
+    assert by_list["Qwen/Qwen2.5-7B"]["graphs_gb"] == 0.0, "it computes for longer"
 
 
 def test_inputs_in_host_memory_are_counted() -> None:
