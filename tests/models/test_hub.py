@@ -29,7 +29,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(capfd: pytest.CaptureFixture
     started = time.monotonic()
     with pytest.raises(ModelError) as found:
         fetch_config("someone/mistral-7b")
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10, "retries would take 24"
     assert str(found.value).startswith(
         "someone/mistral-7b: its config.json cannot be fetched from the hub (the hub cannot be reached: "
     )
@@ -77,7 +77,7 @@ def test_a_hub_that_is_silent_is_not_waited_for(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         assert why_unreachable() == "timed out"
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 10, "retries would take 24"
 
 
 def test_a_hub_that_is_not_wanted_is_not_asked() -> None:

@@ -260,7 +260,7 @@ def test_a_hub_id_offline_is_one_clear_line_at_once(revision: str | None) -> Non
     assert refusal("no-such-org/no-such-model", revision=revision) == (
         "no-such-org/no-such-model: no such folder here, and the hub cannot be reached; check the name or the network"
     )
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 10, "retries would take 24"
 
 
 def test_an_id_that_the_hub_would_not_take() -> None:
