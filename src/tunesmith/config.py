@@ -191,6 +191,8 @@ class OptimizerConfig(Section):
     """AdamW, in PyTorch or with bitsandbytes' 8-bit or paged states."""
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
     """Peak learning rate. Default: 2e-4 for lora and qlora, 2e-5 for full."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the rate of the adapter's B matrices as a multiple of `lr`, which stays A's. The paper's choice is 16, with `lr` lower than usual."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay; never applied to norms and biases."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)

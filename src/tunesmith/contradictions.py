@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 CAUSES = {
     "data.eval_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
     "data.packing": ("training.micro_batch_tokens",),
-    "method": ("adapter.", "quantization."),
+    "method": ("adapter.", "quantization.", "optimizer.loraplus_lr_ratio"),
     "training.batch_size": ("training.micro_batch_size",),
     "training.micro_batch_tokens": ("training.batch_tokens",),
     "training.early_stopping.metric": ("training.early_stopping.",),
@@ -26,6 +26,10 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         for name in _changed(getattr(config, section)):
             key = f"{section}.{name}"
             found[key] = f"{key} has no effect with method: {config.method}; remove it, or set method: {method}"
+    if config.method == "full" and config.optimizer.loraplus_lr_ratio != 1:
+        found["optimizer.loraplus_lr_ratio"] = (
+            "optimizer.loraplus_lr_ratio has no effect with method: full, which has no adapter; remove it, or set method: lora"
+        )
     if config.adapter.init_from and config.method != "full":
         for name in _changed(config.adapter):
             if name == "init_from":

@@ -95,7 +95,7 @@ def train_loop(
         step = [[examples[index] for index in part] for part in order.step(state.step)]
         lr = state.lr_scale * learning_rate(config.optimizer, config.lr, state.step, total_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         forward.dropout_seed = step_seed(training.seed, state.step)
 
         def attempt(parts: Parts) -> tuple[torch.Tensor, ...]:

@@ -150,14 +150,17 @@ class Optimizer:
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -> Optimizer:
     """AdamW over the trainable parameters: no weight decay on norms and biases (anything with fewer than two axes).
 
-    The tensors of an adapter become views of one parameter for each group. Raises MachineError when bitsandbytes is needed and missing.
+    A group's rate is `lr` times its `lr_ratio`, which is LoRA+'s for B matrices. The tensors of an adapter become views of one
+    parameter for each group. Raises MachineError when bitsandbytes is needed and missing.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    alike: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            alike.setdefault(_settings_of(name, parameter, config), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": weight_decay, "lr_ratio": lr_ratio, "lr": lr * lr_ratio}
+        for (weight_decay, lr_ratio), parameters in sorted(alike.items(), key=lambda item: (-item[0][0], item[0][1]))
     ]
-    groups = [group for group in groups if group["params"]]
     flats = []
     if hasattr(model, "peft_config"):
         for group in groups:
@@ -180,6 +183,12 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
     }
     return Optimizer(classes[config.name](groups, **options), flats)
+
+
+def _settings_of(name: str, parameter: torch.nn.Parameter, config: OptimizerConfig) -> tuple[float, float]:
+    """A parameter's weight decay, and its rate as a multiple of the usual one."""
+    weight_decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+    return weight_decay, config.loraplus_lr_ratio if ".lora_B." in name else 1.0
 
 
 def learning_rate(config: OptimizerConfig, peak: float, step: int, total_steps: int) -> float:
