@@ -164,6 +164,14 @@ class AdapterConfig(Section):
     """`all-linear`, `attention`, `mlp`, `qv`, or a list of module names."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023)."""
+    dora: bool = False
+    """DoRA (Liu et al. 2024, arXiv:2402.09353): the magnitude of each output's weights trains apart from their direction. Runs in the reference engine."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field(default_factory=dict)
+    """Ranks of some modules instead of `r`, by a module name's ending or a regular expression, e.g. `{down_proj: 32}`."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Values of `alpha` of some modules, written as in `rank_pattern`."""
+    layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    """Decoder layers, from 0, that get an adapter. Default: all."""
     init_from: str | None = None
     """Continue training this adapter (a PEFT folder or a run) instead of a fresh one. Its own rank and targets apply."""
 

@@ -85,7 +85,7 @@ TOKENS = 97
 
 
 def saved_bytes(
-    family: str, method: str, dtype: ComputeDType, attention: str = "sdpa", masked: bool = False
+    family: str, method: str, dtype: ComputeDType, attention: str = "sdpa", masked: bool = False, dora: bool = False
 ) -> tuple[ModelShape, float, float]:
     """The shape of a model, and bytes that a forward of its only layer saves: activations a token, and everything else.
 
@@ -107,7 +107,7 @@ def saved_bytes(
     config = AutoConfig.for_model(family, **settings)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch_dtype("fp32" if method == "full" else dtype))
     if method != "full":
-        model = add_adapter(model, AdapterConfig(r=4), "base")
+        model = add_adapter(model, AdapterConfig(r=4, dora=dora), "base")
     model.train()
     prepare(model, MemoryPlan("fast", 0, 1, None, None, ""))
     decoder = (model.get_base_model() if method != "full" else model).get_decoder()
@@ -175,6 +175,16 @@ def test_repeated_keys_and_masks_are_saved_as_the_arithmetic_says(family: str, d
     norms = 2 if not shape.post_norms else 4
     norms += shape.num_heads + shape.num_kv_heads if shape.head_norms else 0
     assert activations == expected + 4 * (norms + shape.num_heads)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_dora_saves_what_the_arithmetic_says(family: str, dtype: ComputeDType) -> None:
+    shape, activations, _ = saved_bytes(family, "lora", dtype, dora=True)
+    setup = Setup("lora", "reference", 4 if dtype == "fp32" else 2, 4, dora=True)
+    expected = reference_bytes(shape, shape.layers[0][1], setup, TOKENS)
+    assert expected > reference_bytes(shape, shape.layers[0][1], replace(setup, dora=False), TOKENS)
+    assert activations == expected + 4 * (2 + shape.num_heads)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])

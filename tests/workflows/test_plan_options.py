@@ -136,6 +136,19 @@ def test_what_cuda_graphs_hold_counts() -> None:
     assert by_list["Qwen/Qwen2.5-7B"]["graphs_gb"] == 0.0, "it computes for longer"
 
 
+def test_dora_runs_in_the_reference_engine() -> None:
+    """With a magnitude for each output, 28 layers of 2 · 3584 + 2 · 512 + 3584 + 2 · 18944 of them, and more to keep."""
+    plain, dora = (
+        planned(QWEN, "H100", None, (setting,), ("lora",), 512)["recommended"]
+        for setting in ("adapter.dora=false", "adapter.dora=true")
+    )
+    assert dora["adapter_parameters"] - plain["adapter_parameters"] == 28 * (2 * 3584 + 2 * 512 + 3584 + 2 * 18944)
+    reference = planned(QWEN, "H100", None, ("model.engine=reference",), ("lora",), 512)["recommended"]
+    assert dora["peak_gb"] > reference["peak_gb"] or dora["recompute_layers"] > reference["recompute_layers"]
+    with pytest.raises(ConfigError, match=r"model\.engine is fused, which does not run DoRA"):
+        planned(QWEN, "H100", None, ("adapter.dora=true", "model.engine=fused"), ("lora",), 512)
+
+
 def test_inputs_in_host_memory_are_counted() -> None:
     config, shape = config_of(QWEN, "method=qlora"), find_shape(QWEN)[1]
     found = plan_option(config, shape, target_of("T4"), [32768] * 16, [32768] * 16)

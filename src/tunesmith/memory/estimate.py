@@ -42,7 +42,7 @@ class Setup:
 
     `value_bytes` is the compute type's size. `r` is 0 without an adapter, `targets` is `adapter.target_modules`. `scheme` is
     the quantization of the base (None: none). `grouped` says whether the card's attention takes keys that several queries
-    share (models/attention.py); where not, the reference engine repeats them.
+    share (models/attention.py); where not, the reference engine repeats them. `dora` is the reference engine's alone.
     """
 
     method: Literal["lora", "qlora", "full"] = "lora"
@@ -54,6 +54,7 @@ class Setup:
     scheme: Literal["nf4", "fp4", "int8"] | None = None
     double_quant: bool = True
     grouped: bool = True
+    dora: bool = False
 
     @property
     def hidden_bytes(self) -> int:
@@ -121,7 +122,7 @@ def weight_bytes(shape: ModelShape, setup: Setup) -> float:
 
 def trainable_values(shape: ModelShape, setup: Setup) -> int:
     """Trainable parameters: the adapter's, or all."""
-    return shape.num_parameters if setup.method == "full" else shape.adapter_values(setup.r, setup.targets)
+    return shape.num_parameters if setup.method == "full" else shape.adapter_values(setup.r, setup.targets, setup.dora)
 
 
 def fused_tensors(shape: ModelShape, layer: Layer, setup: Setup) -> dict[str, int]:
@@ -176,6 +177,8 @@ def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int
     found += 2 * b * hidden * layer.active_experts  # each one's input and output
     if not full and setup.r:
         found += b * setup.r * len(layer.linears)
+    if setup.dora:  # each layer's own output and the adapter's, which the magnitudes multiply
+        found += 2 * b * sum(linear.outputs for linear in layer.linears)
     return found
 
 
@@ -266,10 +269,18 @@ class Estimate:
         return self._moments(stored, backward, None)
 
     def _largest_operand(self, layer: Layer) -> float:
-        """Bytes of the largest matrix of a layer, dequantized or cast for its product."""
+        """Bytes of the largest matrix of a layer, dequantized or cast for its product.
+
+        With DoRA PEFT makes B·A by sending an identity matrix through the adapter (in fp32, and cast), beside the weights, B·A and
+        their sum.
+        """
+        b = self.setup.value_bytes
+        if self.setup.dora:
+            identity = 4 if b == 4 else 4 + b
+            return float(max(identity * linear.inputs**2 + 3 * b * linear.values for linear in layer.linears))
         if self.setup.method == "lora":
             return 0.0
-        return float(self.setup.value_bytes * max(linear.values for linear in layer.linears))
+        return float(b * max(linear.values for linear in layer.linears))
 
     # -- the fused engine -----------------------------------------------------------------------------------------------
 

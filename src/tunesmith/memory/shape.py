@@ -168,9 +168,16 @@ class ModelShape:
             )
         yield from found
 
-    def adapter_values(self, r: int, setting: str | list[str] | tuple[str, ...] = "all-linear") -> int:
-        """Parameters of a LoRA adapter: r · (inputs + outputs) for each of its linear layers (Hu et al. 2021)."""
-        return sum(count * r * (linear.inputs + linear.outputs) for count, linear in self.targets(setting))
+    def adapter_values(
+        self, r: int, setting: str | list[str] | tuple[str, ...] = "all-linear", dora: bool = False
+    ) -> int:
+        """Parameters of a LoRA adapter: r · (inputs + outputs) for each of its linear layers (Hu et al. 2021); with DoRA a
+        magnitude for each output besides.
+        """
+        return sum(
+            count * (r * (linear.inputs + linear.outputs) + (linear.outputs if dora else 0))
+            for count, linear in self.targets(setting)
+        )
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ModelShape:

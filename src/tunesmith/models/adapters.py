@@ -7,6 +7,7 @@ keeps trainable weights in fp32 whatever the base is stored in, and refuses what
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,12 +91,41 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, base_name: str) -
             lora_dropout=config.dropout,
             target_modules=target_modules(model, config.target_modules),
             use_rslora=config.rslora,
+            use_dora=config.dora,
+            rank_pattern=dict(config.rank_pattern),
+            alpha_pattern=dict(config.alpha_pattern),
+            layers_to_transform=_known_layers(model, config.layers_to_transform),
             task_type="CAUSAL_LM",
         )
         adapted = get_peft_model(model, lora)
+        _refuse_unmatched(adapted, config)
         adapted.peft_config["default"].base_model_name_or_path = base_name
     keep_trainable_in_fp32(adapted)
     return adapted
+
+
+def _known_layers(model: PreTrainedModel, layers: list[int] | None) -> list[int] | None:
+    """`adapter.layers_to_transform`, once each. Raises ModelError for a layer that the model does not have."""
+    count = model.config.get_text_config().num_hidden_layers
+    if layers is not None and max(layers) >= count:
+        raise ModelError(
+            f"adapter.layers_to_transform: {max(layers)} is no layer of this model, which has 0 to {count - 1}"
+        )
+    return None if layers is None else sorted(set(layers))
+
+
+def _refuse_unmatched(adapted: PeftModel, config: AdapterConfig) -> None:
+    """Raise ModelError for patterns that no adapted module matches: PEFT would ignore them."""
+    from peft.tuners.lora import LoraLayer
+
+    names = [name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)]
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, setting):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                endings = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+                raise ModelError(
+                    f"adapter.{setting}: {pattern!r} matches no module that has an adapter; those are {endings}"
+                )
 
 
 def load_adapter(model: PreTrainedModel, path: Path, trainable: bool = False) -> PeftModel:

@@ -227,7 +227,9 @@ def _option(
         peak_gb=plan.predicted_peak_gb or 0.0,
         fits=choice.fits,
         tokens_per_second=speed,
-        adapter_parameters=None if config.method == "full" else shape.adapter_values(setup.r, setup.targets),
+        adapter_parameters=None
+        if config.method == "full"
+        else shape.adapter_values(setup.r, setup.targets, setup.dora),
         breakdown=plan.breakdown,
         calibration=known,
         pool_gb=plan.pool_gb,

@@ -23,13 +23,16 @@ from tunesmith.models.attention import takes_grouped_keys
 
 def engine_on_gpu(config: RunConfig, shape: ModelShape) -> Literal["reference", "fused"]:
     """The engine that `train` takes on an NVIDIA GPU. Raises ConfigError where `fused` is asked for and there is none."""
-    int8 = config.method == "qlora" and config.quantization.scheme == "int8"
-    halves = config.model.engine == "fused" and shape.model_type in HALF_FUSED
-    can = (shape.can_fuse or halves) and not int8
-    if config.model.engine == "fused" and not can:
-        what = "an 8-bit base" if int8 else f"{shape.model_type or 'this family'}, of which it knows no layer"
+    what = None
+    if config.method == "qlora" and config.quantization.scheme == "int8":
+        what = "an 8-bit base"
+    elif config.method != "full" and config.adapter.dora:
+        what = "DoRA"
+    elif not shape.can_fuse and not (config.model.engine == "fused" and shape.model_type in HALF_FUSED):
+        what = f"{shape.model_type or 'this family'}, of which it knows no layer"
+    if config.model.engine == "fused" and what:
         raise ConfigError(f"model.engine is fused, which does not run {what}; use auto")
-    return "fused" if can and config.model.engine != "reference" else "reference"
+    return "reference" if what or config.model.engine == "reference" else "fused"
 
 
 def setup_of(
@@ -56,6 +59,7 @@ def setup_of(
         optimizer=config.optimizer.name,
         scheme=config.quantization.scheme if config.method == "qlora" else None,
         double_quant=config.quantization.double_quant,
+        dora=config.method != "full" and adapter.dora,
         grouped=takes_grouped_keys(capability or (8, 0), dtype),
     )
 
