@@ -30,6 +30,17 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         found["optimizer.loraplus_lr_ratio"] = (
             "optimizer.loraplus_lr_ratio has no effect with method: full, which has no adapter; remove it, or set method: lora"
         )
+    if config.method == "qlora" and config.adapter.init_lora_weights != "default":
+        found["adapter.init_lora_weights"] = (
+            f"adapter.init_lora_weights {config.adapter.init_lora_weights} changes the frozen weights, which method: qlora holds "
+            "quantized; set method: lora, or remove it"
+        )
+    adapter = config.adapter
+    if adapter.init_lora_weights != "default" and adapter.rslora and (adapter.rank_pattern or adapter.alpha_pattern):
+        found["adapter.rslora"] = (
+            "adapter.rslora and patterns cannot be written as a plain adapter with init_lora_weights "
+            f"{adapter.init_lora_weights}; remove adapter.rank_pattern and adapter.alpha_pattern, or adapter.rslora"
+        )
     if config.adapter.init_from and config.method != "full":
         for name in _changed(config.adapter):
             if name == "init_from":

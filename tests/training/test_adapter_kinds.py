@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,16 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
     "one layer": ("adapter.layers_to_transform=[1]",),
     "one layer, fused": ("adapter.layers_to_transform=[1]", "model.engine=fused"),
+    "pissa": ("adapter.init_lora_weights=pissa",),
+    "pissa, fused": ("adapter.init_lora_weights=pissa", "model.engine=fused"),
+    "pissa, iterations": ("adapter.init_lora_weights=pissa_niter_4",),
+    "pissa, rslora": ("adapter.init_lora_weights=pissa", "adapter.rslora=true"),
+    "pissa, patterns": (
+        "adapter.init_lora_weights=pissa",
+        "adapter.rank_pattern={down_proj: 4}",
+        "adapter.alpha_pattern={v_proj: 8}",
+    ),
+    "olora": ("adapter.init_lora_weights=olora",),
     "lora+": ("optimizer.loraplus_lr_ratio=4",),
 }
 
@@ -82,12 +94,13 @@ def test_it_trains_and_resumes_and_reloads_and_merges(
     assert merge(run.path)["difference"] < 1e-4
 
 
-def reloaded(base: Path, adapter: Path) -> Any:
+def reloaded(base: Path, adapter: Path | None) -> Any:
     """Base and adapter in transformers and PEFT alone."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter).eval()
 
 
 def test_dora_trains_a_magnitude_for_each_output(configure: Configure, tmp_path: Path) -> None:
@@ -100,6 +113,41 @@ def test_dora_trains_a_magnitude_for_each_output(configure: Configure, tmp_path:
     assert (magnitude.requires_grad, magnitude.dtype) == (True, torch.float32)
     session.train()
     assert bool((magnitude != before).all())
+
+
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_what_begins_in_the_weights_is_written_as_a_plain_adapter(
+    configure: Configure, tmp_path: Path, tiny_model: Path, how: str
+) -> None:
+    """Twice the rank over the base as it was; a checkpoint's is still over the changed weights, which PEFT makes again."""
+    session = start(
+        configure(f"adapter.init_lora_weights={how}", "adapter.r=4", "training.max_steps=4"), tmp_path / "run"
+    )
+    ids = torch.arange(3, 60)[None]
+    base = reloaded(tiny_model, None)
+    layer, own = (each.model.layers[0].mlp.up_proj for each in (session.forward.base, base))
+    assert (layer.base_layer.weight - own.weight).norm() > 0.1 * own.weight.norm()
+    session.forward.model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            session.forward.model(input_ids=ids).logits, base(input_ids=ids).logits, rtol=1e-3, atol=1e-3
+        )
+    session.forward.model.train()
+    session.train()
+    session.forward.model.eval()
+    with torch.no_grad():
+        trained = session.forward.model(input_ids=ids).logits
+        _, checkpoint = session.run.checkpoints()[-1]
+        for adapter, r, init in ((session.run.adapter_path, 8, True), (checkpoint / "adapter", 4, how)):
+            written = json.loads((adapter / "adapter_config.json").read_text())
+            assert (written["r"], written["init_lora_weights"]) == (r, init)
+            torch.testing.assert_close(
+                reloaded(tiny_model, adapter)(input_ids=ids).logits, trained, rtol=1e-3, atol=1e-3
+            )
+    assert (trained - base(input_ids=ids).logits).norm() > 0.05 * trained.norm()
+    with pytest.raises(ModelError, match=rf"an adapter that {how} began, as a checkpoint has it"):
+        start(configure(f"adapter.init_from={checkpoint / 'adapter'}"), tmp_path / "further")
+    start(configure(f"adapter.init_from={session.run.adapter_path}"), tmp_path / "further")
 
 
 def test_patterns_are_the_ranks_and_scales_of_their_modules(configure: Configure, tmp_path: Path) -> None:
@@ -155,8 +203,30 @@ def test_what_matches_nothing_is_refused(configure: Configure, tmp_path: Path, s
         "adapter.layers_to_transform=[-1]",
         "adapter.rank_pattern={q_proj: 0}",
         "adapter.alpha_pattern={q_proj: -1}",
+        "adapter.init_lora_weights=pisa",
     ],
 )
 def test_what_cannot_be_is_refused(configure: Configure, setting: str) -> None:
     with pytest.raises(ConfigError, match=setting.partition("=")[0].replace(".", r"\.")):
         configure(setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (
+            ("method=qlora",),
+            "adapter.init_lora_weights pissa changes the frozen weights, which method: qlora holds quantized",
+        ),
+        (
+            ("adapter.rslora=true", "adapter.rank_pattern={q_proj: 2}"),
+            "adapter.rslora and patterns cannot be written as a plain",
+        ),
+        (("adapter.init_from=x",), "adapter.init_lora_weights has no effect with adapter.init_from"),
+    ],
+)
+def test_what_does_not_go_with_a_beginning_in_the_weights(
+    configure: Configure, settings: tuple[str, ...], problem: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        configure("adapter.init_lora_weights=pissa", *settings)

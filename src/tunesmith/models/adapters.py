@@ -6,8 +6,10 @@ keeps trainable weights in fp32 whatever the base is stored in, and refuses what
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,12 +80,18 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, base_name: str) -
 
     Only the adapter is trainable afterwards, in fp32. Raises ModelError.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if config.init_from:
         adapted = load_adapter(model, Path(config.init_from), trainable=True)
+        how = adapted.peft_config["default"].init_lora_weights
+        if isinstance(how, str) and how.startswith(("pissa", "olora")):
+            raise ModelError(
+                f"adapter.init_from {config.init_from}: an adapter that {how} began, as a checkpoint has it, counts over weights "
+                "that it changed; take the finished run's own adapter, which was converted"
+            )
     else:
         lora = LoraConfig(
             r=config.r,
@@ -91,6 +99,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, base_name: str) -
             lora_dropout=config.dropout,
             target_modules=target_modules(model, config.target_modules),
             use_rslora=config.rslora,
+            init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
             use_dora=config.dora,
             rank_pattern=dict(config.rank_pattern),
             alpha_pattern=dict(config.alpha_pattern),
@@ -99,9 +108,34 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, base_name: str) -
         )
         adapted = get_peft_model(model, lora)
         _refuse_unmatched(adapted, config)
+        if config.init_lora_weights != "default":
+            adapted.beginning = {
+                name: value.cpu().clone() for name, value in get_peft_model_state_dict(adapted).items()
+            }
         adapted.peft_config["default"].base_model_name_or_path = base_name
     keep_trainable_in_fp32(adapted)
     return adapted
+
+
+def save_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Write an adapter in PEFT's format, to be loaded on the base as it was.
+
+    One whose beginning was taken out of the base's weights (`adapter.init_lora_weights`) is written as its difference from that
+    beginning, B·A - B₀·A₀: a plain adapter of twice the rank.
+    """
+    # The embedding is never trained here; PEFT would look its size up on the hub to find that out.
+    beginning = getattr(adapted, "beginning", None)
+    if beginning is None:
+        adapted.save_pretrained(folder, save_embedding_layers=False)
+        return
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as place:
+        save_file(beginning, Path(place) / "adapter_model.safetensors")
+        plain = copy.deepcopy(adapted.peft_config["default"])
+        plain.init_lora_weights = True  # so that PEFT takes the values as they are
+        plain.save_pretrained(place)
+        adapted.save_pretrained(folder, save_embedding_layers=False, path_initial_model_for_weight_conversion=place)
 
 
 def _known_layers(model: PreTrainedModel, layers: list[int] | None) -> list[int] | None:

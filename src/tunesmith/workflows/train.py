@@ -37,12 +37,12 @@ from tunesmith.hardware import (
     torch_dtype,
 )
 from tunesmith.memory.estimate import STATE_BYTES
-from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32
+from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32, save_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
 from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder, default_run_path
-from tunesmith.training.checkpoint import TrainState, save_weights
+from tunesmith.training.checkpoint import TrainState
 from tunesmith.training.guards import stop_on_signal
 from tunesmith.training.loop import evaluate_loss, train_loop
 from tunesmith.training.objectives import OBJECTIVES, Objective
@@ -208,10 +208,7 @@ class TrainingSession:
         model = self.forward.model
         if self.config.method != "full":
             with atomic_folder(self.run.adapter_path) as folder:
-                save_weights(model, folder)
-                for file in (folder / "adapter").iterdir():
-                    file.rename(folder / file.name)
-                (folder / "adapter").rmdir()
+                save_adapter(model, folder)
                 write_atomic(folder / TEMPLATE_NAME, self.chat.template)
             return
         dtype = torch_dtype(self.forward.dtype)
