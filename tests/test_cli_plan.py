@@ -524,6 +524,8 @@ def test_ranks() -> None:
         rounded(one["tokens_per_second"]),
         "yes",
     ]
+    by_tokens = printed(*arguments, "--set", "training.micro_batch_tokens=4096")[0].strip()
+    assert by_tokens == "qwen2.5-7b, LoRA, on an H100 (79.2 GB), micro-batch 4,096 tokens"
     assert as_json(*T4, "--rank", "8", "--method", "qlora")["method"] == "qlora"
     assert table(printed(*T4, "--rank", "8"))[0][-1] == "no"
     tight = ("--model", QWEN, "--gpu", "RTX4090", "--rank", "8")

@@ -136,6 +136,18 @@ def test_what_cuda_graphs_hold_counts() -> None:
     assert by_list["Qwen/Qwen2.5-7B"]["graphs_gb"] == 0.0, "it computes for longer"
 
 
+def test_the_least_is_that_of_padded_and_packed_rows() -> None:
+    """Full fine-tuning adds no gradients up where a step is one micro-batch, which packed rows of many lengths make smaller."""
+    lengths = [64] * 15 + [1024]
+    config, shape = config_of(QWEN, "method=full", "data.max_seq_length=auto"), find_shape(QWEN)[1]
+    target, data = target_of("H100"), Data(lengths, lengths, True)
+    either, padded, packed = (
+        least_needed(with_settings(config, data__packing=packing), shape, target, data)
+        for packing in ("auto", False, True)
+    )
+    assert either == min(padded, packed) == packed < padded
+
+
 def test_dora_runs_in_the_reference_engine() -> None:
     """With a magnitude for each output, 28 layers of 2 · 3584 + 2 · 512 + 3584 + 2 · 18944 of them, and more to keep."""
     plain, dora = (

@@ -36,9 +36,10 @@ from tunesmith.models.load import find_model, load_model
 from tunesmith.types import GB, LayerPolicy, TokenizedExample
 from tunesmith.workflows import run_plan as module
 from tunesmith.workflows import train
+from tunesmith.workflows.bench import SHAPES
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.run_plan import RunPlan, budget_gb, plan_run, refuse_what_cannot_fit, shape_of
-from tunesmith.workflows.setups import candidates_of, set_micro_batch, uses_graphs
+from tunesmith.workflows.setups import candidates_of, packings, set_micro_batch, uses_graphs
 
 CPU = Hardware("cpu", "a CPU", 64.0, False)
 H100 = Hardware("cuda:0", "NVIDIA H100 80GB HBM3", 79.18, True, (9, 0))
@@ -422,6 +423,33 @@ def test_auto_pads_where_packing_gains_nothing(
     config, plan = planned(forward, *settings, hardware=hardware, examples=cut)
     assert config.data.packing is plan.choice.candidate.packed is False
     assert config.training.micro_batch_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "engine", "shape", "lengths", "device", "expected"),
+    [
+        ((), "fused", "qwen2.5-3b", [9, 5], "cuda", (False, True)),
+        ((), "reference", "qwen2.5-3b", [9, 5], "cuda", (False,)),  # its attention covers the whole packed row
+        ((), "fused", "mixtral", [9, 5], "cuda", (False,)),  # half of its layers are transformers' own
+        ((), "fused", "qwen2.5-3b", [9, 9], "cuda", (False,)),  # there is no padding to save
+        ((), "fused", "qwen2.5-3b", [9, 5], "cpu", (False,)),
+        (("training.micro_batch_tokens=4096",), "reference", "qwen2.5-3b", [9, 9], "cpu", (True,)),
+        (("data.packing=true",), "reference", "qwen2.5-3b", [9, 9], "cpu", (True,)),
+        (("data.packing=false",), "fused", "qwen2.5-3b", [9, 5], "cuda", (False,)),
+    ],
+)
+def test_what_auto_is_decided_between(
+    settings: tuple[str, ...], engine: Any, shape: str, lengths: list[int], device: str, expected: tuple[bool, ...]
+) -> None:
+    known = CATALOGUE["mistralai/Mixtral-8x7B-v0.1"] if shape == "mixtral" else SHAPES[shape]
+    assert packings(config_of("tiny", *settings), engine, ModelShape.of(known), lengths, device) == expected
+
+
+def test_a_step_has_as_many_packs_as_its_examples_make() -> None:
+    """Four of 60 tokens are 240, which would be three budgets of 100: but no two fit into one."""
+    packed = ("data.packing=true", "data.max_seq_length=64", "training.micro_batch_tokens=100", "training.batch_size=4")
+    ((size, _, count, _, _),) = loads([60] * 8, [30] * 8, *packed)
+    assert (size, count) == (100, 4)
 
 
 def test_a_token_budget_is_packed(gpu: Callable[..., None], forward: ModelForward) -> None:
