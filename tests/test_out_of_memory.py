@@ -113,8 +113,8 @@ def test_one_that_is_too_much_alone_is_done_again_if_others_give_way() -> None:
         return own(part)
 
     adding.add = add  # type: ignore[method-assign]
-    assert adding([[1, 2, 3], [4]]) == [([1, 2], 3), ([3], 3), ([4], 4)]
-    assert adding.sizes == [3, 2, 1, 1, 1]
+    assert adding([[1, 2, 3], [4, 5, 6]]) == [([1, 2], 3), ([3], 3), ([4, 5, 6], 15)]
+    assert adding.sizes == [3, 2, 1, 1, 3], "with more room there are no halves any more"
     with pytest.raises(MachineError, match=r"^91 is too much"):
         adding([[91]])
 

@@ -425,7 +425,10 @@ def _validate(raw: dict[str, Any], origin: Mapping[tuple[str, ...], str]) -> tup
                 path = ".".join(_prune(raw, loc))
                 if path not in wrong:  # a union reports each of its branches: one line is enough
                     problem, word = _describe(item, loc, origin), words.get(_known_path(loc))
-                    problems.append(problem + (f", or {word}" if word and item["type"] != "literal_error" else ""))
+                    if word and item["type"] != "literal_error":
+                        excuse = problem.rpartition(": ")[2].partition(", ")[2]
+                        problem = problem.removesuffix(excuse and f", {excuse}") + f" or {word}"
+                    problems.append(problem)
                 wrong.add(path)
             if json.dumps(raw, default=str) == before:
                 return None, problems

@@ -97,6 +97,7 @@ class Halving:
                 if not self.give_way():
                     raise MachineError(refusal(part[0], result.reason))
                 release_memory()
+                self.times = 0  # with that room larger parts may fit again
                 waiting.append((part, halved))
                 continue
             release_memory()

@@ -495,18 +495,14 @@ PACKED = ["data.packing=true"]
         (
             ["data.packing=maybe", "training.micro_batch_tokens=x", "training.batch_tokens=4096"],
             [
-                '--set data.packing=maybe: `data.packing` is "maybe": input should be a valid boolean, unable to interpret '
-                "input, or 'auto'",
+                "--set data.packing=maybe: `data.packing` is \"maybe\": input should be a valid boolean or 'auto'",
                 '--set training.micro_batch_tokens=x: `training.micro_batch_tokens` is "x": input should be a valid '
                 "integer, unable to parse string as an integer",
             ],
         ),
         (
             ["data.packing=maybe", "training.micro_batch_tokens=4096"],
-            [
-                '--set data.packing=maybe: `data.packing` is "maybe": input should be a valid boolean, unable to interpret '
-                "input, or 'auto'"
-            ],
+            ["--set data.packing=maybe: `data.packing` is \"maybe\": input should be a valid boolean or 'auto'"],
         ),
     ],
 )

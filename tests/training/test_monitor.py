@@ -495,16 +495,18 @@ def speeds(seconds: list[float], *overrides: str, predicted: float | None = 8000
 
 
 def test_a_run_that_is_slower_than_planned() -> None:
-    assert speeds([2.0] * 30, "training.micro_batch_size=4") == [
+    assert speeds([2.0] * 30, "training.micro_batch_size=4", "data.packing=false") == [
         (
             15,  # five steps that compile, and a window
             "slow",
             "training runs at 2,000 tokens/s (median of the last 10 logged steps), 25% of the 8,000 that were predicted; "
             "likely causes: another process on the GPU (look with nvidia-smi); a processor that is too slow or busy; "
-            "examples too short to fill the card (raise training.micro_batch_size, now 4, or set data.packing=true); "
+            "examples too short to fill the card (raise training.micro_batch_size, now 4, or set data.packing=auto); "
             "waiting for the card at every step (set training.log_every=10)",
         )
     ]
+    ((_, _, message),) = speeds([2.0] * 30, "training.micro_batch_size=4", "data.packing=true")
+    assert "now 4); waiting" in message
     budget = ("data.packing=true", "training.micro_batch_tokens=2048", "training.log_every=10")
     ((_, _, message),) = speeds([2.0] * 30, *budget)
     assert message.endswith("a processor that is too slow or busy")

@@ -238,17 +238,6 @@ def test_an_evaluation_that_runs_out_of_memory_has_the_same_loss(
     assert tried == ([size for call, size in enumerate(sizes, 1) if call not in calls] if place == "batch" else sizes)
 
 
-def test_an_evaluation_takes_examples_that_are_longer_than_trainings(session: Session) -> None:
-    """With `data.max_seq_length: auto` the budget is for the training rows; a longer one is a micro-batch of its own."""
-    run = session("data.eval_path=HELD")
-    longest = max(len(example) for example in run.data.eval)
-    config = load_config(
-        None, [f"training.micro_batch_tokens={longest - 1}", "data.max_seq_length=auto", "data.packing=true"]
-    )
-    found = loop.evaluate_loss(run.forward, run.objective, run.data.eval, config, 0)
-    assert found == pytest.approx(evaluation_loss(run, packing=True), rel=1e-6)
-
-
 @pytest.mark.parametrize("packing", [False, True])
 def test_evaluations_begin_with_what_fitted_before(
     session: Session, monkeypatch: pytest.MonkeyPatch, packing: bool

@@ -557,7 +557,7 @@ def test_qlora_is_recommended_where_lora_fits_but_computes_much_again() -> None:
 
 
 def option(method: Method, speed: float | None, fits: bool = True) -> Option:
-    return Option(method, None, "adamw", "auto", 1, "examples", 1, 512, "none", 0, 1.0, fits, speed, None, {})
+    return Option(method, None, "adamw", "auto", 1, "examples", False, 1, 512, "none", 0, 1.0, fits, speed, None, {})
 
 
 @pytest.mark.parametrize(

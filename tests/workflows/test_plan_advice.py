@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,18 @@ def test_a_packed_micro_batch_stays_one_of_tokens() -> None:
 def test_what_is_faster_where_everything_is_kept_already() -> None:
     kept = "everything is kept already; a faster card (A10G), or several"
     assert lines_of(planned())["faster"] == kept
-    assert lines_of(planned(QWEN, "T4", None, ("data.packing=false",)))["faster"] == f"{kept}, or data.packing: auto"
+    padded = config_of(QWEN, "data.packing=false", "method=qlora")
+    for lengths, times in (([300, 2000] * 40, True), ([300] * 80, False)):
+        data = Data(lengths, lengths, True)
+        found = lines_of(plan(padded, target_of("A100-80"), methods=("qlora",), data=data))["faster"]
+        assert found.startswith("everything is kept already; a faster card (RTX PRO 6000), or several")
+        more = re.search(r", or data\.packing: auto, (1\.\d\d) times as fast$", found)
+        assert (more is not None) == times, "rows of one length have no padding"
+        if more:
+            option = plan(config_of(QWEN, "method=qlora"), target_of("A100-80"), methods=("qlora",), data=data)
+            plain = plan(padded, target_of("A100-80"), methods=("qlora",), data=data)
+            ratio = option["recommended"]["tokens_per_second"] / plain["recommended"]["tokens_per_second"]
+            assert float(more[1]) == pytest.approx(ratio, abs=0.006)
     assert lines_of(planned("qwen3-0.6b", "H100", None, PACKED))["faster"] == (
         "everything is kept already; a faster card (B200), or several"
     )

@@ -19,12 +19,13 @@ from transformers import GPT2Config
 
 from measured import RUN
 from tiny import chat_rows, make_tiny_model, write_jsonl
+from tunesmith.cards import find_card
 from tunesmith.config import RunConfig, load_config
 from tunesmith.data.batches import StepOrder
 from tunesmith.errors import MachineError
 from tunesmith.hardware import Hardware, probe
 from tunesmith.measurements import record
-from tunesmith.memory.choose import WORTH, Candidate, step_seconds
+from tunesmith.memory.choose import WORTH, Candidate, best, step_seconds
 from tunesmith.memory.estimate import Estimate, Load, Setup
 from tunesmith.memory.policy import HEADROOM, plan_memory
 from tunesmith.memory.replays import CAPTURING, WARM_UPS
@@ -39,7 +40,7 @@ from tunesmith.workflows import train
 from tunesmith.workflows.bench import SHAPES
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.run_plan import RunPlan, budget_gb, plan_run, refuse_what_cannot_fit, shape_of
-from tunesmith.workflows.setups import candidates_of, packings, set_micro_batch, uses_graphs
+from tunesmith.workflows.setups import candidates_of, choices_of, packings, set_micro_batch, uses_graphs
 
 CPU = Hardware("cpu", "a CPU", 64.0, False)
 H100 = Hardware("cuda:0", "NVIDIA H100 80GB HBM3", 79.18, True, (9, 0))
@@ -187,7 +188,7 @@ def test_micro_batches_that_are_set_by_hand() -> None:
         (64, "tokens", 2, Load(64, 40, 60, True, 64), Load(60, 20, 42, True))
     ]
     assert loads(LENGTHS, SUPERVISED, *packed, "training.batch_tokens=256") == [
-        (64, "tokens", 4, Load(64, 40, 60, True, 64), Load(64, 21, 42, True))
+        (64, "tokens", 4, Load(64, 40, 60, True, 64), Load(60, 20, 42, True))
     ]
 
 
@@ -196,7 +197,7 @@ def test_what_graphs_would_replay_is_counted() -> None:
 
     def shares(*settings: str, lengths: Sequence[int] = (100, 200, 300) * 40, graphs: bool = True) -> list[float]:
         config = config_of("tiny", "training.batch_size=12", "training.micro_batch_size=1", *settings)
-        return [each.replayed for each in candidates_of(config, lengths, lengths, graphs, "cuda")]
+        return [each.replayed for each in candidates_of(config, lengths, lengths, graphs, "cuda", False)]
 
     def expected(steps: int) -> float:  # 12 micro-batches a step, of three shapes, each of which loses some
         return 1 - 3 * (WARM_UPS + CAPTURING) / (12 * steps)
@@ -307,7 +308,7 @@ def test_a_small_cap_on_the_cpu_is_kept_by_computing_again(forward: ModelForward
 
 
 def test_with_room_the_largest_micro_batch_is_the_fastest(gpu: Callable[..., None], forward: ModelForward) -> None:
-    config, plan = planned(forward, PADDED)
+    config, plan = planned(forward, PADDED, "training.epochs=100")
     assert plan.card is not None
     assert plan.card.name == "H100"
     assert (plan.memory.engine, plan.memory.recompute_layers, plan.choice.graphs) == ("fused", 0, True)
@@ -394,12 +395,17 @@ def test_a_packed_run_gets_a_token_budget(gpu: Callable[..., None], forward: Mod
     assert largest <= plan.choice.candidate.largest.tokens
 
 
-def test_auto_packs_where_that_is_faster(gpu: Callable[..., None], forward: ModelForward) -> None:
-    speeds = {}
+def test_auto_packs_where_that_is_faster() -> None:
+    lengths = [200 + 90 * number for number in range(20)]
+    shape, speeds = ModelShape.of(SHAPES["qwen2.5-3b"]), {}
     for setting in ("auto", "true", "false"):
-        config, plan = planned(forward, f"data.packing={setting}")
-        speeds[setting] = plan.choice.tokens_per_second or 0
-        assert config.data.packing is plan.choice.candidate.packed is (setting != "false")
+        config = config_of("tiny", "method=qlora", f"data.packing={setting}")
+        setup = Setup("qlora", "fused", scheme="nf4")
+        choice = best(choices_of(config, shape, setup, lengths, lengths, 24.0, find_card("H100")), "auto")
+        speeds[setting] = choice.tokens_per_second or 0
+        assert choice.candidate.packed is (setting != "false")
+        set_micro_batch(config, choice.candidate)
+        assert config.data.packing is choice.candidate.packed
     assert speeds["auto"] == speeds["true"] > 1.1 * speeds["false"], "padding is a tenth at least"
 
 
@@ -450,6 +456,53 @@ def test_a_step_has_as_many_packs_as_its_examples_make() -> None:
     packed = ("data.packing=true", "data.max_seq_length=64", "training.micro_batch_tokens=100", "training.batch_size=4")
     ((size, _, count, _, _),) = loads([60] * 8, [30] * 8, *packed)
     assert (size, count) == (100, 4)
+
+
+def test_a_step_in_tokens_has_as_many_packs_as_it_says() -> None:
+    """However full they are: of 600 tokens only one fits into 1,024, and a step of eight packs has 4,800 tokens."""
+    settings = (
+        "data.packing=true",
+        "data.max_seq_length=1024",
+        "training.micro_batch_tokens=1024",
+        "training.batch_tokens=8192",
+    )
+    (found,) = candidates_of(config_of("tiny", *settings), [600] * 500, [300] * 500, False, "cuda", True)
+    assert (found.count, found.tokens) == (8, 4800)
+    assert (found.typical.tokens, found.typical.supervised) == (600, 300)
+
+
+def test_a_shape_that_is_not_known_keeps_its_token_budget(
+    gpu: Callable[..., None], forward: ModelForward, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "shape_of", lambda config: None)
+    config, _ = planned(forward, "training.micro_batch_tokens=4096")
+    assert (config.data.packing, config.training.micro_batch_tokens) == (True, 4096)
+    assert RunConfig.model_validate(config.model_dump()).data.packing is True
+    config, _ = planned(forward)
+    assert config.data.packing is False
+
+
+def test_what_fits_packed_is_not_refused(gpu: Callable[..., None]) -> None:
+    """Sixteen rows as long as the longest do not fit; the longest and fifteen short ones do."""
+    lengths = [8192] + [200] * 99
+    llama = CATALOGUE["meta-llama/Llama-3.1-8B"]
+
+    def refused(packing: str) -> bool:
+        settings = (
+            "method=qlora",
+            "model.dtype=bf16",
+            "training.micro_batch_size=16",
+            f"data.packing={packing}",
+            "memory.limit_gb=14.9",
+        )
+        config = load_config(None, settings, {"model.name": "tiny"})
+        try:
+            refuse_what_cannot_fit(config, llama, H100, "bf16", examples_of(*lengths))
+        except MachineError:
+            return True
+        return False
+
+    assert [refused(packing) for packing in ("auto", "true", "false")] == [False, False, True]
 
 
 def test_a_token_budget_is_packed(gpu: Callable[..., None], forward: ModelForward) -> None:
@@ -723,7 +776,8 @@ def test_a_measured_peak_corrects_the_plan(gpu: Callable[..., None], forward: Mo
 
 
 def test_a_plan_again_takes_its_own_time(gpu: Callable[..., None], forward: ModelForward) -> None:
-    _, plan = planned(forward, "training.micro_batch_size=16")
+    _, plan = planned(forward, "training.micro_batch_size=16", "training.epochs=100")
+    assert plan.choice.graphs
     least = plan.least()
     assert least.choice.step_seconds is not None
     assert least.choice.step_seconds > (plan.choice.step_seconds or math.inf)

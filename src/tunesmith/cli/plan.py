@@ -99,8 +99,8 @@ def plan(
             console.result({"model": run.model.name, "gpu": target.name, "method": chosen.method, "ranks": ranks})
             return
         length = planner.longest_example(run, planner.find_shape(run.model.name)[1], sequence, None)
-        by_tokens = run.data.packed or run.training.micro_batch_tokens is not None
-        size, unit = ranks[0]["micro_batch_size"], "tokens" if by_tokens else f"x {length:,} tokens"
+        size, by_tokens = ranks[0]["micro_batch_size"], ranks[0]["micro_batch_unit"] == "tokens"
+        unit = "tokens" if by_tokens else f"x {length:,} tokens"
         title = (
             f"{run.model.name}, {planner.METHOD_NAMES[chosen.method]}, on {_place(target)}, micro-batch {size:,} {unit}"
         )

@@ -12,7 +12,7 @@ import math
 import random
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tunesmith.config import TrainingConfig
 from tunesmith.data.packing import best_fit
@@ -80,7 +80,19 @@ def num_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
     return min(total, training.max_steps or total)
 
 
-def split(lengths: Sequence[int], training: TrainingConfig, packing: bool) -> list[list[int]]:
+class MicroBatches(Protocol):
+    """What `split` looks at: `training`'s size of a micro-batch, in examples or in tokens."""
+
+    @property
+    def micro_batch(self) -> int:
+        """Examples."""
+
+    @property
+    def micro_batch_tokens(self) -> int | None:
+        """Tokens, which come before examples."""
+
+
+def split(lengths: Sequence[int], training: MicroBatches, packing: bool) -> list[list[int]]:
     """Split examples into micro-batches. Returns positions into `lengths`.
 
     With `training.micro_batch_tokens`: packed best-fit into micro-batches of at most that many tokens. Else at most
@@ -118,10 +130,10 @@ def largest_micro_batch(
     """Slots (tokens, with padding) of the largest micro-batch that training on `lengths` can give."""
     if training.micro_batch_tokens is not None:
         most = len(lengths) if training.batch_tokens is not None else training.batch_size
-        rows, width = 1, min(training.micro_batch_tokens, sum(sorted(lengths)[-most:]))
+        rows, width = 1, min(training.micro_batch_tokens, sum(heapq.nlargest(most, lengths)))
     else:
-        longest = sorted(lengths)[-training.micro_batch :]
-        rows, width = (1, sum(longest)) if packing else (len(longest), longest[-1])
+        longest = heapq.nlargest(training.micro_batch, lengths)
+        rows, width = (1, sum(longest)) if packing else (len(longest), longest[0])
     return rows * (widen(width) if widen else width)
 
 

@@ -140,12 +140,15 @@ def best(found: Sequence[Choice], mode: Mode) -> Choice:
 
 
 def _least(graphed: Sequence[Choice], plain: Sequence[Choice]) -> Choice:
-    """The choice that needs the least memory, the fastest of equals: with graphs, if there are any and they are not known to
+    """The choice that needs the least memory, the fastest of equals, or that with the fewest micro-batches: with graphs, if there are any and they are not known to
     cost time.
     """
 
     def least(choices: Sequence[Choice]) -> Choice:
-        return min(choices, key=lambda choice: (choice.plan.predicted_peak_gb or 0.0, choice.step_seconds or 0.0))
+        def rank(choice: Choice) -> tuple[float, float, int]:
+            return choice.plan.predicted_peak_gb or 0.0, choice.step_seconds or 0.0, choice.candidate.count
+
+        return min(choices, key=rank)
 
     if not graphed or not plain:
         return least(graphed or plain)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tunesmith.errors import ModelError
+from tunesmith.models.catalogue import NO_LIMIT
 
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"})
 """`model_type`s whose whole decoder layers the fused engine runs (models/families.py, by transformers' name)."""
@@ -197,6 +198,7 @@ class ModelShape:
         num_layers = reader.number("num_hidden_layers")
         window = _window(reader, kind)
         softcapped = config.get("attn_logit_softcapping") is not None
+        limit = reader.optional("max_position_embeddings")
         return cls(
             model_type=kind,
             hidden_size=hidden,
@@ -206,7 +208,7 @@ class ModelShape:
             num_kv_heads=heads if kind.startswith("deepseek") else reader.number("num_key_value_heads", heads),
             head_dim=head_dim,
             value_dim=value_dim,
-            context_length=reader.optional("max_position_embeddings"),
+            context_length=limit if limit and limit < NO_LIMIT else None,
             layers=tuple(_layers(reader, kind, hidden, heads, head_dim, num_layers)),
             window=window,
             windowed=_windowed(reader, kind, num_layers) if window else 0,

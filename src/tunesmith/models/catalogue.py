@@ -12,6 +12,9 @@ import re
 from functools import cache
 from typing import Any
 
+NO_LIMIT = 10**9
+"""Tokens from which on `max_position_embeddings` is no limit of a model: some are written with 10^12 or 10^30."""
+
 
 def _config(
     model_type: str,

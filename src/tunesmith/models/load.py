@@ -19,6 +19,7 @@ from tunesmith.errors import MachineError, ModelError, RunError
 from tunesmith.files import atomic_folder, cache_folder, sha256_file, sha256_text, write_json
 from tunesmith.hardware import ComputeDType, Hardware, torch_dtype
 from tunesmith.models import attention
+from tunesmith.models.catalogue import NO_LIMIT
 from tunesmith.models.hub import why_unreachable
 
 if TYPE_CHECKING:
@@ -29,9 +30,6 @@ SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 DUPLICATES = ["*/*.safetensors", "consolidated*.safetensors"]
 """Weights that transformers does not read: the maker's own format (original/, consolidated), or for other programs."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-NO_LIMIT = 10**9
-"""Tokens from which on `max_position_embeddings` is no limit of a model: some are written with 10^12 or 10^30."""
 
 CONVERSION = 2
 """Of GGUF files: part of the converted folder's name, so raise it when what is written changes."""

@@ -242,12 +242,7 @@ def evaluate_loss(
     """
     packing, limit = config.data.packed, config.data.max_seq_length
     counts = objective.counts(examples)
-    lengths, training = [len(example) for example in examples], config.training
-    if (
-        training.micro_batch_tokens is not None and lengths
-    ):  # a longer one than training has is a micro-batch of its own
-        training = training.model_copy(update={"micro_batch_tokens": max(training.micro_batch_tokens, *lengths)})
-    positions = split(lengths, training, packing)
+    positions = split([len(example) for example in examples], config.training, packing)
     parts = [[examples[position] for position in part] for part in positions]
     total = torch.zeros((), device=forward.device)
 

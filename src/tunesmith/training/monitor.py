@@ -347,9 +347,10 @@ class Monitor:
             return None
         causes = ["another process on the GPU (look with nvidia-smi)", "a processor that is too slow or busy"]
         if self.config.training.micro_batch_tokens is None:
+            packing = ", or set data.packing=auto" if self.config.data.packing is False else ""
             causes.append(
                 "examples too short to fill the card (raise training.micro_batch_size, now "
-                f"{self.config.training.micro_batch_size}, or set data.packing=true)"
+                f"{self.config.training.micro_batch_size}{packing})"
             )
         if self.config.training.log_every == 1:
             causes.append("waiting for the card at every step (set training.log_every=10)")

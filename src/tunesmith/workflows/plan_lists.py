@@ -57,6 +57,7 @@ def plan_ranks(config: RunConfig, target: Target, ranks: Sequence[int], sequence
                 "share": parameters / shape.num_parameters,
                 "adapter_gb": 4 * parameters / GB,
                 "micro_batch_size": option.micro_batch_size,
+                "micro_batch_unit": option.micro_batch_unit,
                 "recompute": option.recompute,
                 "peak_gb": option.peak_gb,
                 "graphs_gb": option.pool_gb,

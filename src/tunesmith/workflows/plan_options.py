@@ -71,6 +71,7 @@ class Option:
     memory_mode: Mode
     micro_batch_size: int
     micro_batch_unit: Literal["examples", "tokens"]
+    packing: bool
     gradient_accumulation_steps: int
     max_seq_length: int
     recompute: str
@@ -100,8 +101,10 @@ class Option:
 
     @property
     def micro_batches(self) -> str:
-        """Micro-batches of a step: `2 x 8`, or `4,096 tokens x 8`."""
-        size = f"{self.micro_batch_size:,} tokens" if self.micro_batch_unit == "tokens" else str(self.micro_batch_size)
+        """Micro-batches of a step: `2 x 8`, `2 packed x 8`, or `4,096 tokens x 8`, which are packed."""
+        size = f"{self.micro_batch_size} packed" if self.packing else str(self.micro_batch_size)
+        if self.micro_batch_unit == "tokens":
+            size = f"{self.micro_batch_size:,} tokens"
         return f"{size} x {self.gradient_accumulation_steps}"
 
 
@@ -220,6 +223,7 @@ def _option(
         memory_mode=plan.mode,
         micro_batch_size=candidate.size,
         micro_batch_unit=candidate.unit,
+        packing=candidate.packed,
         gradient_accumulation_steps=candidate.count,
         max_seq_length=sequence,
         recompute=words,
@@ -248,11 +252,10 @@ def with_settings(config: RunConfig, **changes: Any) -> RunConfig:
     return RunConfig.model_validate(values)
 
 
-def micro_batch_of(option: Option) -> dict[str, int]:
-    """The micro-batch of an option, as `with_settings` takes it."""
-    return {
-        f"training__micro_batch_{'tokens' if option.micro_batch_unit == 'tokens' else 'size'}": option.micro_batch_size
-    }
+def micro_batch_of(option: Option) -> dict[str, Any]:
+    """The micro-batch of an option, and whether it is packed, as `with_settings` takes them."""
+    unit = "tokens" if option.micro_batch_unit == "tokens" else "size"
+    return {f"training__micro_batch_{unit}": option.micro_batch_size, "data__packing": option.packing}
 
 
 def by_way(config: RunConfig, way: tuple[Method, str]) -> RunConfig:

@@ -24,7 +24,7 @@ from tunesmith.models.fuse import why_not_fused
 from tunesmith.types import GB, MemoryPlan, TokenizedExample
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.host import host_factor
-from tunesmith.workflows.setups import candidates_of, choices_of, engine_on_gpu, set_micro_batch, setup_of
+from tunesmith.workflows.setups import candidates_of, choices_of, engine_on_gpu, packings, set_micro_batch, setup_of
 
 SHAPE_KEYS = (
     "hidden_size",
@@ -129,13 +129,15 @@ def plan_run(
     card = card_of(hardware.name, hardware.memory_gb) if on_gpu else None
     host = host_factor(hardware.device) if on_gpu else 1.0
     if shape is None:
-        candidates = candidates_of(config, lengths, supervised, False, hardware.type, config.data.packed)
+        (packing,) = packings(config, engine, None, lengths, hardware.type)
+        candidates = candidates_of(config, lengths, supervised, False, hardware.type, packing)
         usual = [each for each in candidates if each.size <= config.training.micro_batch]
         plan = _without_prediction(config, engine, forward, budget)
         choice = Choice([candidates[0], *usual][-1], plan, None, graphs=config.training.cuda_graphs)
     else:
         if engine == "fused" and not shape.can_fuse and config.model.engine == "auto":
-            smallest = candidates_of(config, lengths, supervised, False, hardware.type, config.data.packed)[0]
+            (packing,) = packings(config, engine, shape, lengths, hardware.type)
+            smallest = candidates_of(config, lengths, supervised, False, hardware.type, packing)[0]
             setup = _engine_of_half_fused(shape, setup, smallest, config.memory.mode, budget, weights, trainable)
         found = choices_of(
             config, shape, setup, lengths, supervised, budget, card, hardware.type,
@@ -173,10 +175,15 @@ def refuse_what_cannot_fit(
     engine = "reference" if no_fused_engine(hardware) else engine_on_gpu(config, shape)
     setup = setup_of(config, engine, dtype, hardware.capability)
     budget = budget_gb(config, hardware, 0.0)
-    smallest = candidates_of(config, *_lengths(examples), False, hardware.type, config.data.packed)[0]
-    least = plan_memory(Estimate(shape, setup, smallest.largest), "min", budget)
+    lengths, supervised = _lengths(examples)
+    plans = [
+        plan_memory(Estimate(shape, setup, smallest.largest), "min", budget)
+        for packing in packings(config, engine, shape, lengths, hardware.type)
+        for smallest in candidates_of(config, lengths, supervised, False, hardware.type, packing)[:1]
+    ]
+    least = min(plans, key=lambda plan: plan.predicted_peak_gb or 0.0)
     if not _may_fit(least):
-        raise MachineError(diagnose(config, shape, least, budget, hardware.name, [len(e) for e in examples]))
+        raise MachineError(diagnose(config, shape, least, budget, hardware.name, lengths))
 
 
 def _lengths(examples: Sequence[TokenizedExample]) -> tuple[list[int], list[int]]:

@@ -98,7 +98,8 @@ def choices_of(
         gaining = [graphs_may_gain(choice, shape, setup, card, host) for choice in plain]
         if with_graphs and any(gaining):
             widened = candidates_of(config, lengths, supervised, True, device, packing)
-            found = [*planned(list(compress(widened, gaining)), True), *found]
+            coming_again = [candidate for candidate in compress(widened, gaining) if candidate.replayed]
+            found = [*planned(coming_again, True), *found]
     return sorted(found, key=lambda choice: choice.candidate.size)
 
 
@@ -112,7 +113,11 @@ def uses_graphs(config: RunConfig, engine: Literal["reference", "fused"], shape:
 
 
 def packings(
-    config: RunConfig, engine: Literal["reference", "fused"], shape: ModelShape, lengths: Sequence[int], device: str
+    config: RunConfig,
+    engine: Literal["reference", "fused"],
+    shape: ModelShape | None,
+    lengths: Sequence[int],
+    device: str,
 ) -> tuple[bool, ...]:
     """Whether rows are packed, or what `data.packing: auto` is decided between, padded first.
 
@@ -122,7 +127,7 @@ def packings(
         return (config.data.packing,)
     if config.training.micro_batch_tokens is not None:
         return (True,)
-    isolates = device == "cuda" and engine == "fused" and shape.can_fuse
+    isolates = device == "cuda" and engine == "fused" and shape is not None and shape.can_fuse
     return (False, True) if isolates and len(set(lengths)) > 1 else (False,)
 
 
@@ -132,7 +137,7 @@ def candidates_of(
     supervised: Sequence[int],
     graphs: bool,
     device: str,
-    packing: bool = False,
+    packing: bool,
 ) -> list[Candidate]:
     """The micro-batches there are to choose from, the smallest first; one, where the configuration says which.
 
@@ -140,14 +145,12 @@ def candidates_of(
     than the plain few.
     """
     training = config.training
-    mean = sum(lengths) / len(lengths)
-    batch = min(training.batch_size, len(lengths))
-    step = training.batch_tokens or batch * mean
+    batch, whole = min(training.batch_size, len(lengths)), sum(lengths)
     widen = few_lengths if graphs else None
-    steps = num_steps(training, math.ceil(sum(lengths) / step - 1e-9))
 
     def candidate(settings: TrainingConfig) -> Candidate:
         typical = typical_step(lengths, supervised, settings, packing, widen)
+        steps = num_steps(training, math.ceil(whole / typical.tokens - 1e-9))
         tokens = largest_micro_batch(lengths, settings, packing, widen)
         targets = largest_micro_batch(supervised, settings, packing=True)
         if widen:
@@ -177,7 +180,7 @@ def candidates_of(
                 max(1, round(typical.context)),
                 accumulates,
             ),
-            step,
+            typical.tokens,
             unit,  # type: ignore[arg-type]  # one of the two
             replayed(typical.shapes, steps * count) if graphs else 1.0,
             packing,
@@ -192,7 +195,8 @@ def candidates_of(
     if config.data.max_seq_length != "auto":
         longest = max(longest, config.data.max_seq_length)  # a budget below it would be refused
     budgets = [longest]
-    while budgets[-1] < step:  # longest times 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5 ...
+    most = min(batch * whole / len(lengths), max(64 * longest, 2**17))
+    while budgets[-1] < most:  # longest times 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5 ...
         octave, quarter = divmod(len(budgets), 4)
         budgets.append(longest * (4 + quarter) * 2**octave // 4)
     return [candidate(training.model_copy(update={"micro_batch_tokens": size})) for size in budgets]

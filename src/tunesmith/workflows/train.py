@@ -243,6 +243,7 @@ class TrainingSession:
             "memory": self.plan.memory.reason,
             "micro_batch_size": self.config.training.micro_batch_size,
             "micro_batch_tokens": self.config.training.micro_batch_tokens,
+            "packing": self.config.data.packed,
             "recompute_layers": self.plan.memory.recompute_layers,
             "predicted_peak_gb": self.plan.memory.predicted_peak_gb,
             "predicted_tokens_per_second": self.plan.tokens_per_second,
