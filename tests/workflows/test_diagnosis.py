@@ -221,9 +221,14 @@ def test_card_and_model_are_those_that_a_plan_names() -> None:
         )
 
 
-def test_a_limit_on_memory_is_no_limit_of_another_card() -> None:
-    """The budget holds `memory.limit_gb` already."""
-    assert lines_of("memory.limit_gb=4", budget=4.0)[5] == lines_of(budget=4.0)[5]
+def test_a_limit_on_memory_is_no_limit_of_the_card() -> None:
+    """The budget holds `memory.limit_gb` already. Where it is the limit, a card is no help, and may be smaller than this one."""
+    plain, limited = (lines_of(*settings, budget=4.0)[5] for settings in ((), ("memory.limit_gb=4",)))
+    before, _, rest = plain.partition("this card")
+    needs, _, smaller = rest.partition("; the smallest card with that is ")
+    smaller = smaller.partition("; ")[2]
+    assert limited == f"{before}memory.limit_gb 4{needs}; raise it if the card has more; {smaller}"
+    assert lines_of("memory.limit_gb=9", budget=4.0)[5] == plain, "less is free than that"
 
 
 @pytest.mark.parametrize(("dtype", "card"), [("fp16", "T4"), ("bf16", "RTX 5060 Ti 16GB")])

@@ -112,12 +112,16 @@ def _what_fits(config: RunConfig, shape: ModelShape | None, budget_gb: float) ->
     if trains(settings, shape, target, data):  # so the method is qlora: a leaner one was found above
         return f"small enough: method: qlora needs {least:.1f} GB at least, with one example of {SMALLEST} tokens"
     way: Way = ("qlora", config.quantization.scheme)
-    enough = smallest_card(settings, shape, target, data, [way])
+    limit = config.memory.limit_gb
+    capped = limit is not None and limit <= budget_gb
+    enough = None if capped else smallest_card(settings, shape, target, data, [way])
     smaller = largest_model(settings, target, data, [way], below=shape.num_parameters)
     hint = f"method: qlora needs {least:.1f} GB at least"
     hint += f"; the smallest card with that is {enough[0].name}" if enough else ""
+    hint += "; raise it if the card has more" if capped else ""
     hint += f"; here the largest known model that trains with qlora is {smaller[0]}" if smaller else ""
-    return f"{shape.num_parameters / 1e9:.1f}B parameters are too many for this card: {hint}"
+    what = f"memory.limit_gb {limit:g}" if capped else "this card"
+    return f"{shape.num_parameters / 1e9:.1f}B parameters are too many for {what}: {hint}"
 
 
 def _leaner(method: Method, than: Method) -> bool:
