@@ -4,8 +4,8 @@
     python benchmarks/caps.py --table OUT.json                       (anywhere: a table)
 
 The allocator is held to each cap (`memory.limit_gb`). Random weights of the real shapes; 96 examples of 180 to 2,048 tokens,
-16 a step, twenty steps unless said, every token supervised; rank 16 on all linear layers and 8-bit AdamW. Each run goes the way of `tunesmith
-train` behind loading: plan, prepare, dry step, training loop, and its own micro-batch. `used` is the peak of what PyTorch
+16 a step, twenty steps unless said, every token supervised; rank 16 on all linear layers and 8-bit AdamW. Each run goes the
+way of `tunesmith train` behind loading: plan, prepare, dry step, training loop, and its own micro-batch. `used` is the peak of what PyTorch
 allocated, with what CUDA graphs hold, as a share of the cap. Where it is under 85%, the last column says how fast the fastest
 plan that uses more is predicted to be: if it is slower, the rest of the cap would gain nothing.
 """

@@ -424,11 +424,7 @@ def _validate(raw: dict[str, Any], origin: Mapping[tuple[str, ...], str]) -> tup
                 loc = tuple(part for part in map(str, item["loc"]) if not part.startswith(("function", "constrained")))
                 path = ".".join(_prune(raw, loc))
                 if path not in wrong:  # a union reports each of its branches: one line is enough
-                    problem, word = _describe(item, loc, origin), words.get(_known_path(loc))
-                    if word and item["type"] != "literal_error":
-                        excuse = problem.rpartition(": ")[2].partition(", ")[2]
-                        problem = problem.removesuffix(excuse and f", {excuse}") + f" or {word}"
-                    problems.append(problem)
+                    problems.append(_describe(item, loc, origin, words.get(_known_path(loc))))
                 wrong.add(path)
             if json.dumps(raw, default=str) == before:
                 return None, problems
@@ -440,8 +436,8 @@ def _validate(raw: dict[str, Any], origin: Mapping[tuple[str, ...], str]) -> tup
     return (config if not problems else None), problems
 
 
-def _describe(item: Any, loc: tuple[str, ...], origin: Mapping[tuple[str, ...], str]) -> str:
-    """One line for one pydantic error: where, what was found, what is allowed."""
+def _describe(item: Any, loc: tuple[str, ...], origin: Mapping[tuple[str, ...], str], word: str | None = None) -> str:
+    """One line for one pydantic error: where, what was found, what is allowed (or `word`, the literal of its union)."""
     known = _known_path(loc)
     prefix = _place(loc, origin)
     if item["type"] == "extra_forbidden":
@@ -455,6 +451,8 @@ def _describe(item: Any, loc: tuple[str, ...], origin: Mapping[tuple[str, ...], 
     message = item["msg"][0].lower() + item["msg"][1:]
     if item["type"] == "model_type":
         message = "expected a section of `key: value` lines"
+    elif word and item["type"] != "literal_error":
+        message = f"{message.partition(', ')[0]} or {word}"
     return f"{prefix}`{dotted}` is {shown}: {message}"
 
 

@@ -123,9 +123,8 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
     One whose beginning was taken out of the base's weights (`adapter.init_lora_weights`) is written as its difference from that
     beginning, B·A - B₀·A₀: a plain adapter of twice the rank.
     """
-    # The embedding is never trained here; PEFT would look its size up on the hub to find that out.
     beginning = getattr(adapted, "beginning", None)
-    if beginning is None:
+    if beginning is None:  # the embedding is never trained here: PEFT would ask the hub for its size
         adapted.save_pretrained(folder, save_embedding_layers=False)
         return
     from safetensors.torch import save_file
@@ -140,12 +139,14 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
 
 def _known_layers(model: PreTrainedModel, layers: list[int] | None) -> list[int] | None:
     """`adapter.layers_to_transform`, once each. Raises ModelError for a layer that the model does not have."""
+    if layers is None:
+        return None
     count = model.config.get_text_config().num_hidden_layers
-    if layers is not None and max(layers) >= count:
+    if max(layers) >= count:
         raise ModelError(
             f"adapter.layers_to_transform: {max(layers)} is no layer of this model, which has 0 to {count - 1}"
         )
-    return None if layers is None else sorted(set(layers))
+    return sorted(set(layers))
 
 
 def _refuse_unmatched(adapted: PeftModel, config: AdapterConfig) -> None:

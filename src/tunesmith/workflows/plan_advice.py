@@ -216,7 +216,8 @@ def _faster(
     better = [card for card in CARDS if card.flops > target.card.flops and card.memory_gb >= target.memory_gb]
     if better:
         card = min(better, key=lambda card: card.flops)
-        yield f"faster: everything is kept already; a faster card ({card.name}), or several{_packed(settings, shape, target, data, speed)}"
+        packing = _packed(settings, shape, target, data, speed)
+        yield f"faster: everything is kept already; a faster card ({card.name}), or several{packing}"
 
 
 def _packed(settings: RunConfig, shape: ModelShape, target: Target, data: Data, speed: float) -> str:

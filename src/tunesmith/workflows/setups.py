@@ -144,6 +144,7 @@ def candidates_of(
     `lengths` and `supervised` are the examples' tokens and supervised tokens. A CPU gains nothing from more examples at once
     than the plain few.
     """
+    lengths, supervised = tuple(lengths), tuple(supervised)  # one object, which all that is remembered of it shares
     training = config.training
     batch, whole = min(training.batch_size, len(lengths)), sum(lengths)
     widen = few_lengths if graphs else None
