@@ -2,10 +2,10 @@
 
     python benchmarks/graphs.py OUT.json [SHAPE ...]    (on a GPU; qwen2.5-0.5b and qwen2.5-3b by default)
 
-LoRA of random weights, rank 16, everything kept. One example a micro-batch, of 32 lengths. Of each length four runs: launch by
-launch, twice more, and the capture with its first replay; then four replays. Times are seconds with a synchronization at both
-ends; `memory` is what the driver has given away beyond what PyTorch reserved, in GB, after each capture. memory/replays.py has
-the constants that these numbers are for: CAPTURING and MAX_GRAPHS.
+LoRA of random weights, rank 16, everything kept. One example a micro-batch, of 32 lengths. Of each length the capture with its
+first replay, four replays, and three runs launch by launch. Times are seconds with a synchronization at both ends; `memory` is
+what the driver has given away beyond what PyTorch reserved, in GB, after each capture. memory/replays.py has the constants that
+these numbers are for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,14 @@ def measure(shape: str, hardware: Any) -> dict[str, Any]:
     optimizer = make_optimizer(model, config.optimizer, config.lr)
     optimizer.connect(engine_of(model))
     scaler = torch.amp.GradScaler("cuda", enabled=False)
-    module.MAX_GRAPHS, module.PAYS_FROM = len(LENGTHS), 0.0  # type: ignore[attr-defined]
+    module.MAX_GRAPHS, module.PAYS_FROM, module.TOO_MANY = len(LENGTHS), 0.0, 1.0  # type: ignore[attr-defined]
     graphs = GraphedMicroBatches(forward, SupervisedFineTuning(), optimizer, scaler, lambda event: None)
     graphs.set_counts({"nll": 1000})
 
-    def timed(batch: Any) -> float:
+    def timed(run: Callable[[Any], Any], batch: Any) -> float:
         torch.cuda.synchronize()
         began = time.perf_counter()
-        graphs.run(batch)
+        run(batch)
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
@@ -70,30 +71,27 @@ def measure(shape: str, hardware: Any) -> dict[str, Any]:
         return length
 
     rows = []
-    for length in LENGTHS:
+    for length in LENGTHS[-1:] * module.WARM_UPS + LENGTHS:
         batch = make_batch([example(length)], False, 0, hardware.device, exactly)
-        launched = [timed(batch) for _ in range(3)]
-        captured = timed(batch)
-        # A shape without a graph: what the capture made the allocator give back is fetched again.
-        after = timed(make_batch([example(length + 1)], False, 0, hardware.device))
-        replayed = [timed(batch) for _ in range(4)]
+        captured = timed(graphs.run, batch)
+        if graphs.runs <= module.WARM_UPS:
+            continue
+        replays = [timed(graphs.run, batch) for _ in range(4)]
         assert graphs.known[shape_of(batch)].graph is not None
         free, total = torch.cuda.mem_get_info()
+        memory = (total - free - torch.cuda.memory_reserved()) / GB
+        launches = [timed(graphs._forward_backward, batch) for _ in range(3)]
         rows.append(
             {
                 "length": length,
-                "launched": statistics.median(launched),
                 "captured": captured,
-                "launched_after": after,
-                "replayed": statistics.median(replayed),
-                "memory": (total - free - torch.cuda.memory_reserved()) / GB,
+                "replayed": statistics.median(replays),
+                "launched": statistics.median(launches),
+                "memory": memory,
             }
         )
     graphs.give_up()
-    found = {
-        name: statistics.median(row[name] for row in rows)
-        for name in ("launched", "captured", "launched_after", "replayed")
-    }
+    found = {name: statistics.median(row[name] for row in rows) for name in ("captured", "replayed", "launched")}
     each = (rows[-1]["memory"] - rows[0]["memory"]) / (len(rows) - 1)
     return {"shape": shape, **found, "memory_each": each, "rows": rows}
 

@@ -231,6 +231,7 @@ def measure(case: Case, model: Any, hardware: Any) -> dict[str, Any]:
     from tunesmith.training.optimizers import make_optimizer
     from tunesmith.training.prepare import prepare
     from tunesmith.workflows.bench_step import configuration, documents
+    from tunesmith.workflows.host import host_factor
     from tunesmith.workflows.run_plan import plan_run
 
     renew(model, hardware)
@@ -239,6 +240,7 @@ def measure(case: Case, model: Any, hardware: Any) -> dict[str, Any]:
     config.optimizer.name, config.method, config.memory.limit_gb = case.optimizer, case.method, case.limit
     forward = ModelForward(model, hardware.device, "bf16")
     examples = documents(row, row.documents)
+    host_factor.cache_clear()  # a shared processor's speed changes within minutes
     run_plan = plan_run(config, forward, hardware, examples)
     plan = run_plan.memory
     forward.loss_rows = plan.loss_rows

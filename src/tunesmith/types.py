@@ -266,8 +266,7 @@ class MemoryPlan:
     checkpointing, those that `policies` say, one for each layer, in the fused engine. `reason` says why, for the log.
     `predicted_peak_gb` is arithmetic, not a measurement; None where nothing was predicted. `loss_rows` are the supervised
     rows whose logits exist at once (None: as many as are fast). `breakdown` is the predicted peak by kind, as
-    memory/estimate.py's Breakdown has it. `pool_gb` is what CUDA graphs hold beside the peak: their memory is their own, and
-    shapes that no graph knows yet need theirs.
+    memory/estimate.py's Breakdown has it. `pool_gb` is what CUDA graphs take of the driver's memory beside the peak.
     """
 
     mode: Literal["auto", "min", "fast"]

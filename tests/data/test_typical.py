@@ -10,7 +10,7 @@ import pytest
 
 from tunesmith.config import TrainingConfig
 from tunesmith.data.batches import StepOrder
-from tunesmith.data.typical import typical_step
+from tunesmith.data.typical import QUANTILES, typical_step
 from tunesmith.data.widening import MicroBatchShape, few_lengths
 
 RANDOM = random.Random(3)
@@ -73,6 +73,20 @@ def test_examples_of_one_length_are_one_shape() -> None:
     assert (found.micro_batches, found.slots, found.supervised, found.shapes) == (4, 16 * 104, 4 * 312, (4,))
     plain = typical_step([100] * 40, [60] * 40, training, False)
     assert (plain.slots, plain.supervised, plain.shapes) == (1600, 960, ())
+
+
+def test_how_micro_batches_differ_in_size() -> None:
+    """Of 100 and 300 tokens alternately, one a micro-batch: half are half the mean, half one and a half times."""
+    training = TrainingConfig(batch_size=4, micro_batch_size=1)
+    lengths = [100, 300] * 500
+    spread = typical_step(lengths, lengths, training, False).spread
+    assert len(spread) == QUANTILES
+    assert sum(spread) == pytest.approx(len(spread), rel=0.02)
+    assert spread[:3] == pytest.approx([0.5] * 3, rel=0.1)
+    assert spread[-3:] == pytest.approx([1.5] * 3, rel=0.1)
+    assert typical_step([100] * 50, [9] * 50, training, False).spread == (1.0,)
+    whole = TrainingConfig(batch_size=2, micro_batch_tokens=401)
+    assert min(typical_step(lengths, lengths, whole, True).spread) == pytest.approx(0.5, rel=0.1), "packed, 200 of 400"
 
 
 def test_fewer_examples_than_a_step_takes() -> None:

@@ -192,19 +192,50 @@ def test_each_option_is_planned_for_its_largest_and_timed_for_its_typical_micro_
     assert all(one.step_seconds is None for one in made("qwen2.5-3b", "fused", 12.0, card=None, graphs=graphs))
 
 
-def test_only_what_graphs_replay_is_as_fast_as_graphs() -> None:
-    """A quarter replayed, three quarters launched; without graphs the share does not matter."""
+def test_what_graphs_do_not_replay_is_launched_and_then_run() -> None:
+    """A quarter replayed, three quarters captured; without graphs the share does not matter."""
     shape, setup = ModelShape.of(SHAPES["smollm2-135m"]), Setup("lora", "fused")
     candidate = Candidate(1, 4, Load(64, 64, 64), Load(64, 64, 64), 256)
     (plan,) = (one.plan for one in options(shape, setup, [candidate], "auto", None, H100, graphs=True))
 
     def seconds(replayed: float, graphs: bool) -> float:
-        return step_seconds(shape, setup, replace(candidate, replayed=replayed), plan, H100, graphs)
+        return step_seconds(shape, setup, replace(candidate, replayed=replayed), plan, H100, graphs, host=2.0)
 
     launched, graphed = seconds(1.0, False), seconds(1.0, True)
     assert graphed < launched / 3
-    assert seconds(0.25, True) == pytest.approx(0.25 * graphed + 0.75 * launched)
-    assert seconds(0.0, True) == seconds(0.25, False) == launched
+    launching = launching_seconds(shape, setup, plan.policies, host=2.0)
+    assert launched == pytest.approx(4 * launching + optimizer_seconds(shape, setup, H100, 2.0)), "it takes longer"
+    assert seconds(0.25, True) == pytest.approx(graphed + 0.75 * 4 * launching)
+    assert seconds(0.0, True) == pytest.approx(graphed + 4 * launching)
+    assert seconds(0.25, False) == launched
+
+
+def test_small_micro_batches_wait_for_python_though_the_mean_does_not() -> None:
+    """Half of a step's four micro-batches are a tenth as long as the other half. Steps differ: 4.5 micro-batches are the mean."""
+    shape, setup = ModelShape.of(SHAPES["qwen2.5-3b"]), Setup("lora", "fused")
+    load = Load(8192, 8192, 1024)
+    spread = (0.2, 1.8)
+    even = Candidate(1, 4, load, load, 4 * 8192)
+    uneven = replace(even, runs=4.5, spread=spread)
+    (plan,) = (one.plan for one in options(shape, setup, [even], "fast", None, H100, graphs=False))
+    optimizer = optimizer_seconds(shape, setup, H100, 2.0)
+
+    def running(tokens: int) -> float:
+        supervised = tokens if tokens == 1 else 8192
+        return micro_batch_seconds(
+            shape, setup, replace(load, tokens=tokens, supervised=supervised), H100, plan.policies, graphs=True
+        )
+
+    few, mean = running(1), running(8192)
+    launching = launching_seconds(shape, setup, plan.policies, host=2.0)
+    assert few + 0.2 * (mean - few) < launching < mean
+    assert step_seconds(shape, setup, even, plan, H100, False, 2.0) == pytest.approx(4 * mean + optimizer)
+    once = (launching + few + 1.8 * (mean - few)) / 2
+    assert step_seconds(shape, setup, uneven, plan, H100, False, 2.0) == pytest.approx(4.5 * once + optimizer)
+    assert step_seconds(shape, setup, uneven, plan, H100, True, 2.0) == pytest.approx(4.5 * mean + optimizer)
+    (choice,) = options(shape, setup, [replace(uneven, tokens=4.5 * 8192)], "fast", None, H100, graphs=False)
+    share = launching_seconds(shape, setup, plan.policies) / mean
+    assert graphs_may_gain(choice, shape, setup, H100) == (share > PAYS_FROM)
 
 
 def test_graphs_are_looked_at_where_training_would_capture_them() -> None:

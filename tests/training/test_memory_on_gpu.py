@@ -135,6 +135,7 @@ def test_losses_under_a_cap_are_those_of_a_run_with_room(session: Session, model
 
 def test_nothing_left_ends_with_a_diagnosis(session: Session, model: Path) -> None:
     run = session(*SETTINGS, model=model)
+    run.optimizer.allocate()
     collect()
     cap(torch.cuda.memory_reserved() / GB)
     held = list(fill())
@@ -146,6 +147,15 @@ def test_nothing_left_ends_with_a_diagnosis(session: Session, model: Path) -> No
     assert caught.value.exit_code == 3
     del held
     assert [event["halvings"] for event in events(run, "out_of_memory")] == [1, 2, 3, 3]
+
+
+def test_no_room_for_the_optimizers_states_ends_with_a_diagnosis(session: Session, model: Path) -> None:
+    run = session(*SETTINGS, "method=full", "optimizer.name=adamw", model=model)
+    collect()
+    cap(torch.cuda.memory_reserved() / GB)
+    with pytest.raises(MachineError, match="the optimizer's states found no memory: CUDA out of memory") as caught:
+        run.train()
+    assert "\n2. optimizer: the states of adamw take" in str(caught.value)
 
 
 DRY = {
@@ -167,7 +177,9 @@ def test_a_dry_step_measures_what_training_takes(session: Session, model: Path, 
     run.train()
     peak = torch.cuda.max_memory_allocated() / GB
     assert event["measured_gb"] == pytest.approx(peak, rel=0.02)
-    assert event["predicted_gb"] == pytest.approx(peak, rel=0.05)
+    # The allocator leaves up to 1 MB of a block unused: nothing beside a real model's tensors, but 5% of these.
+    asked_for = torch.cuda.memory_stats()["requested_bytes.all.peak"] / GB
+    assert event["predicted_gb"] == pytest.approx(asked_for, rel=0.05)
     assert all(parameter.grad is None for parameter in run.forward.model.parameters())
 
 

@@ -122,6 +122,17 @@ def test_halved_again_and_then_everything_is_computed_again(session: Session, mo
     )
 
 
+def test_no_room_for_the_optimizers_states_ends_with_a_diagnosis(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = session(*SETTINGS)
+    fail_at(monkeypatch, Optimizer, "allocate", ALWAYS)
+    with pytest.raises(MachineError, match=f"^the optimizer's states found no memory: {REASON}") as caught:
+        run.train()
+    assert caught.value.exit_code == 3
+    assert "\n2. optimizer: the states of adamw take 0.0 GB; optimizer.name: paged_adamw_8bit" in str(caught.value)
+
+
 def test_when_nothing_is_left_the_run_ends_with_a_diagnosis(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     run = session(*SETTINGS, "training.save_every=1", "data.max_seq_length=256")
     fail_at(monkeypatch, run.forward, "hidden", ALWAYS[2:])
@@ -306,7 +317,7 @@ def test_other_errors_of_an_evaluation_are_not_caught(session: Session, monkeypa
 
 
 def test_graphs_give_way_to_an_evaluation(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An example that does not fit alone is evaluated once training has let go of its CUDA graphs."""
+    """An example that does not fit alone is evaluated once training has let go of its CUDA graphs, which come back after it."""
     options = [*SETTINGS, "data.eval_path=HELD", "training.eval_every=2"]
     plain, run = session(*options), session(*options)
     plain.train()
@@ -314,27 +325,35 @@ def test_graphs_give_way_to_an_evaluation(session: Session, monkeypatch: pytest.
     class Graphs:
         captured, pay, calls = True, False, 0
 
+        def drop(self) -> bool:
+            held, self.captured = self.captured, False
+            Graphs.calls += held
+            return held
+
         def give_up(self) -> None:
-            self.captured = False
-            Graphs.calls += 1
+            raise AssertionError("training goes on with graphs")
 
     graphs = Graphs()
     monkeypatch.setattr(loop, "micro_batch_graphs", lambda *_: graphs)
     hidden = run.forward.hidden
 
     def full(batch: Any) -> torch.Tensor:
-        if not run.forward.model.training and graphs.captured:
+        if run.forward.model.training:
+            graphs.captured = True
+        elif graphs.captured:
             raise torch.OutOfMemoryError(REASON)
         return hidden(batch)
 
     monkeypatch.setattr(run.forward, "hidden", full)
     run.train()
-    assert Graphs.calls == 1
     texts = [e["message"] for e in events(run, "warning") if "ran out of memory" in e["message"]]
-    assert texts[-1] == (
-        "evaluation ran out of memory; from now on training goes without CUDA graphs, which hold some of it"
-    )
-    assert len(texts) == 3, "first by halves, 4 and 2"
+    let_go = "evaluation ran out of memory; CUDA graphs held some of it, and will be captured again after it"
+    halves = "at once ran out of memory and is done again; from now on half as many"
+    assert len(texts) == 3 * Graphs.calls == 9, "three evaluations, each first by halves, of 4 and of 2"
+    for first in (0, 3, 6):
+        assert halves in texts[first]
+        assert halves in texts[first + 1]
+        assert texts[first + 2] == let_go
     found, expected = ([e["metrics"]["eval_loss"] for e in events(each, "eval")] for each in (run, plain))
     assert found == pytest.approx(expected, rel=1e-6)
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from tunesmith.config import TrainingConfig
@@ -28,6 +29,9 @@ SAMPLED_EXAMPLES = 2048
 FEWEST_STEPS = 4
 """Steps that it looks at in any case."""
 
+QUANTILES = 8
+"""Groups of micro-batches of about one size."""
+
 
 @dataclass(frozen=True, slots=True)
 class TypicalStep:
@@ -36,7 +40,8 @@ class TypicalStep:
 
     `context` is the mean over the tokens of how long their sequence is, which attention's time goes with. `shapes` says how
     often each shape of a widened micro-batch came in the steps that were looked at, the most frequent first (none without
-    widening).
+    widening). `spread` says how the micro-batches differ in size: the mean of each QUANTILES-th of them, the smallest first, as
+    a share of the mean of all.
     """
 
     micro_batches: float
@@ -45,6 +50,7 @@ class TypicalStep:
     supervised: float
     context: float
     shapes: tuple[int, ...] = ()
+    spread: tuple[float, ...] = (1.0,)
 
 
 def typical_step(
@@ -80,33 +86,43 @@ def _typical(
 ) -> TypicalStep:
     """`typical_step`, once for all methods and cards that are planned for the same data."""
     packing = training.packing
-    parts, slots, heads, tokens, pairs = 0, 0, 0, 0, 0
+    heads, tokens, pairs = 0, 0, 0
+    sizes: list[int] = []  # of the micro-batches, with padding
     shapes: Counter[MicroBatchShape] = Counter()
     steps = _sample(lengths, supervised, training)
     for part in (part for step in steps for part in step):
         rows = [lengths[index] for index in part]
         targets = sum(supervised[index] for index in part)
         tokens += sum(rows)
-        parts += 1
         if widen is None:
             sequences = rows if packing else [max(rows)] * len(rows)
         else:
             shape = MicroBatchShape.widened(rows, targets, packing, widen)
             shapes[shape] += 1
             sequences = documents_of(rows, shape.length)[0] if packing else [shape.length] * shape.rows
-        slots += sum(sequences)
+        sizes.append(sum(sequences))
         pairs += sum(length * length for length in sequences)
         heads += targets if widen is None else shape.supervised
     come_again = tuple(count for _, count in shapes.most_common())
+    parts, slots, spread = len(sizes), sum(sizes), _spread(sizes)
     if training.batch_tokens is not None:
         assert training.micro_batch_tokens is not None  # contradictions.py
         packs = training.batch_tokens // training.micro_batch_tokens
         each = packs / parts
-        return TypicalStep(packs, tokens * each, slots * each, heads * each, pairs / slots, come_again)
+        return TypicalStep(packs, tokens * each, slots * each, heads * each, pairs / slots, come_again, spread)
     mean = min(training.batch_size, len(lengths)) * sum(lengths) / len(lengths)
     scale = mean / tokens
     number = parts * scale if training.micro_batch_tokens is not None else parts / len(steps)
-    return TypicalStep(number, mean, slots * scale, heads * scale, pairs / slots, come_again)
+    return TypicalStep(number, mean, slots * scale, heads * scale, pairs / slots, come_again, spread)
+
+
+def _spread(sizes: Sequence[int]) -> tuple[float, ...]:
+    mean, groups = sum(sizes) / len(sizes), min(QUANTILES, len(sizes))
+    if min(sizes) == max(sizes):
+        return (1.0,)
+    bounds = [round(group * len(sizes) / groups) for group in range(groups + 1)]
+    ordered = sorted(sizes)
+    return tuple(sum(ordered[first:end]) / (end - first) / mean for first, end in pairwise(bounds))
 
 
 @lru_cache(maxsize=64)

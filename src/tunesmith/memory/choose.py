@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tunesmith.cards import Card
@@ -25,7 +25,8 @@ class Candidate:
 
     `largest` is the load that memory is planned for, `typical` the mean one, for time: both with the padding that is computed.
     `tokens` are those of a step without it. `replayed` is the share of a run's micro-batches that CUDA graphs replay, if there
-    are any (replays.py). `packed` says whether its examples lie end to end.
+    are any (replays.py). `packed` says whether its examples lie end to end. `runs` is the mean number of micro-batches, where
+    steps differ (None: `count`), and `spread` how these differ in size (typical.py).
     """
 
     size: int
@@ -36,6 +37,8 @@ class Candidate:
     unit: Literal["examples", "tokens"] = "examples"
     replayed: float = 1.0
     packed: bool = False
+    runs: float | None = None
+    spread: tuple[float, ...] = (1.0,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,22 +100,31 @@ def step_seconds(
 ) -> float:
     """Predicted seconds of an optimizer step."""
 
-    def seconds(graphed: bool) -> float:
-        load, layers = candidate.typical, plan.recompute_layers
-        return micro_batch_seconds(shape, setup, load, card, plan.policies, layers, graphed, host)
+    layers = plan.recompute_layers
 
-    share = candidate.replayed if graphs else 0.0
-    one = (share * seconds(True) if share else 0.0) + ((1 - share) * seconds(False) if share < 1 else 0.0)
-    return candidate.count * one + optimizer_seconds(shape, setup, card, host)
+    def running(load: Load) -> float:
+        return micro_batch_seconds(shape, setup, load, card, plan.policies, layers, True, host)
+
+    launching = launching_seconds(shape, setup, plan.policies, layers, host)
+    one = running(candidate.typical)
+    if graphs:
+        one += (1 - candidate.replayed) * launching  # captured: launched, and run after that
+    elif launching > min(candidate.spread) * one:
+        # The smaller ones wait for Python, though the mean may not. Their time grows with their tokens from that of few.
+        few = running(replace(candidate.typical, tokens=1, supervised=1))
+        times = [max(launching, few + share * (one - few)) for share in candidate.spread]
+        one = sum(times) / len(times)
+    return (candidate.runs or candidate.count) * one + optimizer_seconds(shape, setup, card, host)
 
 
 def graphs_may_gain(plain: Choice, shape: ModelShape, setup: Setup, card: Card | None, host: float = 1.0) -> bool:
-    """Whether replaying the micro-batches of a choice without CUDA graphs may be worth their memory: there is room at all, and
-    launching takes so long that training captures them. Graphs leave less to keep, so that they never compute less.
+    """Whether replaying the micro-batches of a choice without CUDA graphs may be worth it: there is room at all, and launching
+    takes so long that training captures them.
     """
     if not plain.fits or card is None or plain.step_seconds is None:
         return plain.fits
-    whole = (plain.step_seconds - optimizer_seconds(shape, setup, card, host)) / plain.candidate.count
+    runs = plain.candidate.runs or plain.candidate.count
+    whole = (plain.step_seconds - optimizer_seconds(shape, setup, card, host)) / runs
     launching = launching_seconds(shape, setup, plain.plan.policies, plain.plan.recompute_layers, host)
     return launching > PAYS_FROM * whole
 

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Literal
 
 from tunesmith.memory.estimate import Breakdown, Estimate
+from tunesmith.memory.replays import GRAPH_GB, MAX_GRAPHS
 from tunesmith.types import LAYER_TENSORS, LayerPolicy, LayerTensor, MemoryPlan
 
 Mode = Literal["auto", "min", "fast"]
@@ -42,8 +43,8 @@ def plan_memory(
     """The plan for a setup under a load: `auto` gives up the least whose predicted peak fits 90% of `budget_gb`.
 
     Without a budget, and in mode `fast`, everything is kept; in mode `min` everything is given up. `correction_gb` is added to
-    every prediction: what a measurement found above (or below) the arithmetic. With `graphs` CUDA graphs hold what a step
-    takes once more (the fused engine).
+    every prediction: what a measurement found above (or below) the arithmetic. With `graphs` CUDA graphs have
+    memory of the driver's beside it (the fused engine).
     """
     room = None if budget_gb is None else HEADROOM * budget_gb
     if estimate.setup.engine == "fused" and estimate.shape.can_fuse:
@@ -117,8 +118,7 @@ def _plan_fused(
     def loss_rows(given_up: int) -> int | None:
         return TIGHT_LOSS_ROWS if given_up >= tight else None
 
-    def pool(found: Breakdown) -> float:
-        return max(0.0, found.peak_gb + correction_gb - estimate.static.peak_gb) if graphs else 0.0
+    pool = GRAPH_GB * MAX_GRAPHS if graphs else 0.0
 
     @cache
     def parts(given_up: int) -> Breakdown:
@@ -126,7 +126,7 @@ def _plan_fused(
 
     def needed(given_up: int) -> float:
         found = parts(given_up)
-        return found.peak_gb + correction_gb + pool(found)
+        return found.peak_gb + correction_gb + pool
 
     given_up = last if mode == "min" else 0
     if mode == "auto" and room is not None:
@@ -139,7 +139,7 @@ def _plan_fused(
     if given_up > tight:
         what += f", the inputs of {given_up - tight} in host memory"
     plan = _plan(estimate, mode, budget_gb, correction_gb, found, what, counts["gate_up"], chosen, loss_rows(given_up))
-    return replace(plan, pool_gb=pool(found))
+    return replace(plan, pool_gb=pool)
 
 
 def _plan(

@@ -45,12 +45,13 @@ LAUNCH_MS = {
     ("reference", "lora"): (4.1, 7.8),
     ("reference", "qlora"): (5.95, 10.9),
     ("reference", "full"): (2.3, 4.4),
-    ("fused", "lora"): (2.9, 5.5),
-    ("fused", "qlora"): (2.9, 5.5),
+    ("fused", "lora"): (1.9, 2.7),
+    ("fused", "qlora"): (3.8, 4.9),
     ("fused", "full"): (2.6, 4.9),
 }
 """Milliseconds that Python takes to launch a layer's forward and backward, activations kept and computed again, on the
-H100's host. `host` below is how many times longer another one takes."""
+H100's host. `host` below is how many times longer another one takes. The fused engine's with adapters are of 440 tokens at
+Qwen2.5-3B on a host of 2 to 3.3, which was measured again before each (docs/LOG.md, 2026-11-26)."""
 
 FLEX_LAUNCH_MS = (5.7, 8.1)
 """The same for layers of the fused engine whose attention is FlexAttention (soft caps): it goes through autograd."""

@@ -2,10 +2,11 @@
 
 A small model or a short micro-batch keeps the GPU waiting for Python: thousands of launches of some microseconds each. A
 graph replays them without. It needs shapes that come again, so micro-batches are widened to a few of them
-(data/widening.py), as long as that pays for one of them. A shape is captured after it was seen WARM_UPS times, if Python was
-the slower one; until then, and for shapes that find no room, it runs launch by launch. Capturing takes as long as some
-micro-batches, so the graphs that are kept are those of the shapes that come most (memory/replays.py). Graphs write gradients
-to where the optimizer reads them, which therefore stay in place.
+(data/widening.py). The first micro-batches go launch by launch: kernels are compiled, libraries choose, and some are timed;
+where the GPU takes far longer than Python, the run goes on so. Then each shape is captured when it first comes, which takes
+as long as launching and running it, one after the other, and is replayed when it comes again. Nothing runs launch by launch
+beside the graphs, and they share one memory pool: a run with graphs needs no more memory than one without. Graphs write
+gradients to where the optimizer reads them, which therefore stay in place.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ import torch
 
 from tunesmith.config import RunConfig
 from tunesmith.data.widening import MicroBatchShape
-from tunesmith.memory.replays import MAX_GRAPHS, OUSTS, PAYS_FROM, WARM_UPS
+from tunesmith.memory.replays import LOOKED_AT, MAX_GRAPHS, OUSTS, PAYS_FROM, TOO_MANY, WARM_UPS
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
+from tunesmith.out_of_memory import is_out_of_memory
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.types import Batch, EventSink
 
-WORTH_WIDENING = 0.1
-"""Share of the micro-batches whose shapes must pay, or be not known yet: all are widened for them."""
+MAX_FAILURES = 2
+"""Captures of a shape that may fail. After the first it has run launch by launch, which may be what the capture lacked: memory on
+the host is not pinned, and some libraries are not loaded, while a graph is captured."""
 
 
 def micro_batch_graphs(
@@ -64,10 +67,10 @@ def shape_of(batch: Batch) -> MicroBatchShape:
 
 @dataclass(slots=True)
 class Known:
-    """A shape that was seen: how often, whether a graph pays (None: not known), and the graph with its inputs and its loss."""
+    """A shape that was seen: how often, how many captures of it failed, and the graph with its inputs and its loss."""
 
     seen: int = 0
-    pays: bool | None = None
+    failures: int = 0
     batch: Batch | None = None
     graph: Any = None
     loss: torch.Tensor | None = None
@@ -78,7 +81,7 @@ class Known:
 
 
 class GraphedMicroBatches:
-    """Runs micro-batches: launch by launch at first, as graphs where that pays."""
+    """Runs micro-batches: the first ones launch by launch, then as graphs if that pays."""
 
     def __init__(
         self,
@@ -88,32 +91,28 @@ class GraphedMicroBatches:
         scaler: torch.amp.GradScaler,
         log: EventSink,
     ):
-        self.runs = 0
+        self.runs = self.captures = 0
         self.forward, self.objective, self.optimizer, self.scaler = forward, objective, optimizer, scaler
         self.log = log
         self.known: dict[MicroBatchShape, Known] = {}
-        self.given_up = False
+        self.pay = True
+        self._launching = self._running = 0.0  # seconds of the micro-batches that were timed
         self._pool: Any = None
         self._stream = torch.cuda.Stream(forward.device)
         self._inverse: dict[str, torch.Tensor] = {}
 
-    @property
-    def pay(self) -> bool:
-        """Whether graphs may be worth widening all micro-batches."""
-        if self.given_up:
-            return False
-        return sum(known.seen for known in self.known.values() if known.pays is not False) >= WORTH_WIDENING * self.runs
-
-    @property
-    def captured(self) -> bool:
-        """Whether there are graphs, which hold memory."""
-        return any(known.graph is not None for known in self.known.values())
+    def drop(self) -> bool:
+        """Let go of the graphs and of their memory, until their shapes come again; whether there were any."""
+        graphed = [known for known in self.known.values() if known.graph is not None]
+        for known in graphed:
+            known.forget_graph()
+        self._pool = None
+        return bool(graphed)
 
     def give_up(self) -> None:
-        """Forget all graphs for good, with their memory: micro-batches go launch by launch."""
-        self.given_up = True
-        self.known.clear()
-        self._pool = None
+        """Forget all graphs for good: micro-batches go launch by launch, and need not be widened."""
+        self.drop()
+        self.pay = False
 
     def set_counts(self, counts: dict[str, int]) -> None:
         """The counts of the step that begins: what its terms are divided by."""
@@ -123,9 +122,11 @@ class GraphedMicroBatches:
             self._inverse[name].fill_(1 / count)
 
     def run(self, batch: Batch) -> torch.Tensor:
-        """Forward and backward of a widened batch; returns its part of the loss. Good until the next run."""
-        shape = shape_of(batch)
-        known = self.known.setdefault(shape, Known())
+        """Forward and backward of a widened batch; returns its part of the loss. Good until the next run.
+
+        Raises torch.OutOfMemoryError, also where a graph found no memory.
+        """
+        known = self.known.setdefault(shape_of(batch), Known())
         known.seen += 1
         self.runs += 1
         if known.graph is not None:
@@ -134,28 +135,37 @@ class GraphedMicroBatches:
             copy_batch(batch, known.batch)
             known.graph.replay()
             return known.loss
-        if known.pays is None:
-            known.pays = self._expected_to_pay(shape)
-        if known.pays is None and known.seen == WARM_UPS:
-            return self._timed(batch, known)
-        if known.pays and known.seen > WARM_UPS and self._make_room(known):
-            return self._capture(batch, known)
-        return self._forward_backward(batch)
+        if self.runs <= WARM_UPS:
+            return self._warm_up(batch)
+        if not self.pay or known.failures == MAX_FAILURES:
+            return self._forward_backward(batch)
+        return self._capture(batch, known)
 
-    def _expected_to_pay(self, shape: MicroBatchShape) -> bool | None:
-        """What other shapes say: launching takes the same for each, and the GPU longer for more tokens. None: unclear."""
-        slots = shape.rows * shape.length
-        sizes = [(other.rows * other.length, known.pays) for other, known in self.known.items()]
-        if any(pays and slots <= size for size, pays in sizes):
-            return True
-        return False if any(pays is False and slots >= size for size, pays in sizes) else None
+    def _warm_up(self, batch: Batch) -> torch.Tensor:
+        """Run it; all but the first say whether Python is slower than the GPU, which is waited for."""
+        torch.cuda.synchronize(self.forward.device)
+        began = time.perf_counter()
+        loss = self._forward_backward(batch)
+        launched = time.perf_counter() - began
+        torch.cuda.synchronize(self.forward.device)
+        if self.runs > 1:
+            self._launching += launched
+            self._running += time.perf_counter() - began
+        if self.runs == WARM_UPS and self._launching <= PAYS_FROM * self._running:
+            share = self._launching / self._running
+            self._decide(f"no CUDA graphs: launching takes {share:.0%} of a micro-batch's time, and need not be saved")
+            self.give_up()
+        return loss
 
-    def _make_room(self, newcomer: Known) -> bool:
-        """Whether there is room for one more graph: that of a shape that comes far less often gives way."""
-        graphed = [known for known in self.known.values() if known.graph is not None]
-        if len(graphed) < MAX_GRAPHS:
+    def _decide(self, message: str) -> None:
+        self.log({"event": "decision", "message": message})
+
+    def _has_room(self, newcomer: Known) -> bool:
+        """Whether a graph of this shape may stay: it takes the place of one whose shape comes far less often."""
+        others = [known for known in self.known.values() if known.graph is not None and known is not newcomer]
+        if len(others) < MAX_GRAPHS:
             return True
-        least = min(graphed, key=lambda known: known.seen)
+        least = min(others, key=lambda known: known.seen)
         if OUSTS * least.seen >= newcomer.seen:
             return False
         least.forget_graph()
@@ -169,17 +179,8 @@ class GraphedMicroBatches:
         self.optimizer.collect()
         return part.detach()
 
-    def _timed(self, batch: Batch, known: Known) -> torch.Tensor:
-        """Run it, and see whether Python was slower than the GPU. Waits for the GPU."""
-        torch.cuda.synchronize(self.forward.device)
-        began = time.perf_counter()
-        loss = self._forward_backward(batch)
-        launched = time.perf_counter() - began
-        torch.cuda.synchronize(self.forward.device)
-        known.pays = launched > PAYS_FROM * (time.perf_counter() - began)
-        return loss
-
     def _capture(self, batch: Batch, known: Known) -> torch.Tensor:
+        """Capture a graph, and replay it; it stays if there is room for it."""
         known.batch = copy_of(batch)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.forward.device)
@@ -190,19 +191,39 @@ class GraphedMicroBatches:
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 known.loss = self._forward_backward(known.batch)
-        except RuntimeError as error:  # out of memory, or an operation that cannot be captured: nothing has run yet
-            known.pays = False
-            known.forget_graph()
+        except RuntimeError as error:
             reason = str(error).partition("\n")[0]
-            self.log({"event": "warning", "message": f"no CUDA graph, micro-batches go launch by launch: {reason}"})
+            ran_out = _ran_out(error)
+        else:
+            reason, ran_out = "", False
+        if ran_out:
+            known.forget_graph()
+            raise torch.OutOfMemoryError(reason)
+        if reason:  # an operation that cannot be captured: nothing has run yet
+            known.forget_graph()
+            known.failures += 1
+            self.log({"event": "warning", "message": f"no CUDA graph, a micro-batch goes launch by launch: {reason}"})
             self.optimizer.forget()
             return self._forward_backward(batch)
         self._pool = self._pool or graph.pool()
-        known.graph = graph
-        rows, length = batch.input_ids.shape
-        self.log({"event": "decision", "message": f"CUDA graph for micro-batches of {rows} x {length} tokens"})
+        known.graph, loss = graph, known.loss
+        assert loss is not None
         graph.replay()
-        return known.loss
+        if self._has_room(known):
+            rows, length = batch.input_ids.shape
+            self._decide(f"CUDA graph for micro-batches of {rows} x {length} tokens")
+        else:
+            known.forget_graph()
+        self.captures += 1
+        if self.runs >= LOOKED_AT and self.captures > TOO_MANY * self.runs:
+            self._decide(f"no more CUDA graphs: of {self.runs} micro-batches {self.captures} had a new shape")
+            self.give_up()
+        return loss
+
+
+def _ran_out(error: BaseException | None) -> bool:
+    """Whether memory ran out while a graph was captured: the end of the capture then fails too, and is what is raised."""
+    return error is not None and (is_out_of_memory(error) or _ran_out(error.__context__))
 
 
 def copy_of(batch: Batch) -> Batch:

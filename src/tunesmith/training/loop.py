@@ -29,7 +29,7 @@ from tunesmith.training.guards import MovementCheck, StopRequest
 from tunesmith.training.monitor import Monitor, Signal
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer, learning_rate
-from tunesmith.training.recovery import MemoryRecovery, Parts, halve
+from tunesmith.training.recovery import MemoryRecovery, Parts, allocate_states, halve
 from tunesmith.training.skips import MAX_ROLLBACKS, ROLLBACK_FACTOR, Skips, StepJudge
 from tunesmith.training.window import Window
 from tunesmith.types import Evaluate, EventSink, TokenizedExample
@@ -71,7 +71,7 @@ def train_loop(
     scaler = torch.amp.GradScaler(forward.device.split(":")[0], enabled=forward.dtype == "fp16")
 
     state = TrainState()
-    optimizer.allocate()
+    allocate_states(optimizer, diagnose)
     if resume and (checkpoints := run.checkpoints()):
         state = load_checkpoint(checkpoints[-1][1], model, optimizer.inner, scaler)
         if state.best_value is not None:  # a kill may have come between the checkpoint and this mark

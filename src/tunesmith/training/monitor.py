@@ -68,6 +68,9 @@ DIVERGED_NOISE = 5.0
 DIVERGED_NATS = 0.1
 """...and in nats a token: a loss of 0.01 that becomes 0.05 met a hard example."""
 
+LOST = 2.0
+"""Loss over the run's first one, which is the base's own, and over one nat, from where on noise is no excuse: the divergence made it."""
+
 SLOW = 0.5
 """Measured over predicted tokens/s."""
 
@@ -224,7 +227,9 @@ class Monitor:
         low, level = losses[self._window // 4], median(losses)
         lowest = min(self._history.first[0], self._history.lowest(self._window))
         noise = MAD_OF_NORMAL * self._history.noise()
-        if low <= DIVERGED * lowest or low - lowest <= max(DIVERGED_NOISE * noise, DIVERGED_NATS):
+        if low <= DIVERGED * lowest or low - lowest <= DIVERGED_NATS:
+            return None
+        if low - lowest <= DIVERGED_NOISE * noise and low <= LOST * max(self._history.first[0], 1.0):
             return None
         return (
             f"the training loss rose from {_number(lowest)}, its lowest, to {_number(level)} (median of the last {self._window} "

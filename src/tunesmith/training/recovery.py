@@ -41,6 +41,13 @@ def halve(part: Sequence[TokenizedExample], packing: bool) -> Parts:
     return halves
 
 
+def allocate_states(optimizer: Optimizer, diagnose: Callable[[str, int], str]) -> None:
+    """Make the optimizer's states. Raises MachineError with `diagnose(what happened, 0)`: nothing can be given up for them."""
+    made = within_memory(lambda optimizer: optimizer.allocate(), optimizer)
+    if isinstance(made, OutOfMemory):
+        raise MachineError(diagnose(f"the optimizer's states found no memory: {made.reason}", 0))
+
+
 class MemoryRecovery:
     """Repeats steps that run out of memory. What it gave up is kept in `state`, so that a resumed run begins with it.
 
@@ -87,17 +94,15 @@ class MemoryRecovery:
             self._give_way(max(len(part) for part in divided), result.reason)
 
     def drop_graphs(self) -> bool:
-        """Let go of CUDA graphs for good, which hold memory of their own; whether there were any."""
-        if self.graphs is None:
-            return False
-        held = self.graphs.captured
-        self.graphs.give_up()
-        return held
+        """Let go of CUDA graphs, whose memory is their own, until they are captured again; whether there were any."""
+        return self.graphs is not None and self.graphs.drop()
 
     def _give_way(self, largest: int, reason: str) -> None:
         step = self.state.step + 1
         self.optimizer.abandon(self.scaler)
         graphs = self.drop_graphs()
+        if self.graphs is not None:
+            self.graphs.give_up()
         release_memory()
         if graphs:
             what = "without CUDA graphs"

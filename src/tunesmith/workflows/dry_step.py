@@ -56,7 +56,7 @@ class DryStep:
         try:
             self.optimizer.allocate()
             # Where steps have several micro-batches, gradients wait while the second one's activations are there.
-            for _ in range(min(2, plan.choice.candidate.count)):
+            for _ in range(2 if plan.choice.candidate.largest.accumulates else 1):
                 self._forward_backward(plan.choice.graphs)
             torch.cuda.synchronize(device)
             return (torch.cuda.max_memory_allocated(device) + self.optimizer.paged_bytes) / GB

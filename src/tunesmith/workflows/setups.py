@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from itertools import compress
@@ -19,6 +20,9 @@ from tunesmith.memory.estimate import Load, Setup
 from tunesmith.memory.replays import replayed
 from tunesmith.memory.shape import HALF_FUSED, ModelShape
 from tunesmith.models.attention import takes_grouped_keys
+
+MOST_OF_A_STEP = 1.5
+"""Tokens of the largest micro-batch that is looked at, beside a mean step's: nearly every step is one micro-batch then."""
 
 
 def engine_on_gpu(config: RunConfig, shape: ModelShape) -> Literal["reference", "fused"]:
@@ -80,7 +84,7 @@ def choices_of(
 ) -> list[Choice]:
     """Every micro-batch with its plan, the smallest first: padded and packed, with CUDA graphs and without, where they may be.
 
-    Graphs save launching, but hold their memory beside that of other shapes: a large micro-batch is better off without.
+    Graphs save launching, and cost it for each shape once: a large micro-batch, or a short run, is better off without.
     """
 
     def planned(candidates: Sequence[Candidate], graphs: bool) -> list[Choice]:
@@ -158,33 +162,35 @@ def candidates_of(
             targets = room_for(targets, tokens)
         if settings.micro_batch_tokens is not None:
             size, unit = settings.micro_batch_tokens, "tokens"
-            count = max(1, round(typical.micro_batches))
+            runs = typical.micro_batches
         else:
             size, unit = settings.micro_batch, "examples"
-            count = math.ceil(batch / size)
+            runs = math.ceil(batch / size)
         sequence = max(lengths)
-        accumulates = count > 1
+        accumulates = runs > 1
         masked = 0
         if packing:
             masked = tokens
         elif size > 1 and min(lengths) < sequence:
             masked = sequence
         # Of a micro-batch; not of `size`: sixteen examples are five micro-batches of three, and one.
-        slots = typical.slots / count
+        slots = typical.slots / runs
         return Candidate(
             size,
-            count,
+            max(1, round(runs)),
             Load(tokens, min(targets, tokens), sequence, accumulates, masked),
             Load(
                 max(1, round(slots)),
-                max(1, round(typical.supervised / count)),
+                max(1, round(typical.supervised / runs)),
                 max(1, round(typical.context)),
                 accumulates,
             ),
             typical.tokens,
             unit,  # type: ignore[arg-type]  # one of the two
-            replayed(typical.shapes, steps * count) if graphs else 1.0,
+            replayed(typical.shapes, steps * runs) if graphs else 1.0,
             packing,
+            runs,
+            typical.spread,
         )
 
     if training.micro_batch_tokens is not None or training.micro_batch_size != "auto":
@@ -196,7 +202,8 @@ def candidates_of(
     if config.data.max_seq_length != "auto":
         longest = max(longest, config.data.max_seq_length)  # a budget below it would be refused
     budgets = [longest]
-    most = min(batch * whole / len(lengths), max(64 * longest, 2**17))
+    largest_step = sum(heapq.nlargest(batch, lengths))
+    most = min(MOST_OF_A_STEP * batch * whole / len(lengths), largest_step, max(64 * longest, 2**17))
     while budgets[-1] < most:  # longest times 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5 ...
         octave, quarter = divmod(len(budgets), 4)
         budgets.append(longest * (4 + quarter) * 2**octave // 4)

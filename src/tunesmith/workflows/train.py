@@ -178,9 +178,7 @@ class TrainingSession:
             def give_way() -> bool:
                 if not drop_graphs():
                     return False
-                warn(
-                    "evaluation ran out of memory; from now on training goes without CUDA graphs, which hold some of it"
-                )
+                warn("evaluation ran out of memory; CUDA graphs held some of it, and will be captured again after it")
                 return True
 
             for_loss.give_way = for_answers.give_way = give_way
