@@ -185,8 +185,8 @@ def summary(result: dict[str, Any]) -> str:
     )
     return (
         f"{len(pairs)} settings on one {result['hardware']} ({versions}), `python benchmarks/planner.py OUT.json{cases}`: peaks are "
-        f"predicted within {min(peaks):+.1%} and {max(peaks):+.1%}, tokens/s within {min(speeds):+.0%} and {max(speeds):+.0%} "
-        f"({fitted}). {result.get('note', '')} Random weights and tokens, every token supervised, rank 16 on "
+        f"predicted within {min(peaks):+.1%} and {max(peaks):+.1%}, tokens/s within {min(speeds):+.0%} and {max(speeds):+.0%}, "
+        f"{sum(abs(speed) <= 0.15 for speed in speeds)} of them within 15% ({fitted}). {result.get('note', '')} Random weights and tokens, every token supervised, rank 16 on "
         "all linear layers and 8-bit AdamW unless said."
     )
 

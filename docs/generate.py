@@ -136,7 +136,7 @@ def planner_page() -> dict[Path, str]:
     before, begin, rest = page.partition("<!-- planner: made by `make docs` -->\n")
     _, end, after = rest.partition("<!-- end of planner -->")
     tables = ""
-    for name in ("planner_h100.json", "planner_second_h100.json"):
+    for name in ("planner_h100.json", "planner_second_h100.json", "planner_blind_h100.json"):
         result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         tables += f"{planner.summary(result)}\n\n{planner.table(result['rows'])}\n\n"
     return {path: f"{before}{begin}\n{tables}{end}{after}"}
