@@ -89,6 +89,27 @@ def test_a_rate_that_is_set_stays() -> None:
     assert config.lr == config.resolved().optimizer.lr == 1e-5
 
 
+def test_an_objectives_defaults_give_way_to_what_is_set(run_yaml: Any) -> None:
+    plain, cpt = load_config(), load_config(overrides=["objective.name=cpt"])
+    assert (cpt.lr, cpt.resolved().optimizer.lr, cpt.usual_lr) == (2e-5, 2e-5, 2e-5)
+    assert (cpt.training.epochs, cpt.optimizer.warmup_ratio, cpt.data.packing) == (1, 0.1, True)
+    assert (plain.training.epochs, plain.optimizer.warmup_ratio, plain.data.packing) == (3, 0.05, "auto")
+    assert cpt.training.batch_size == plain.training.batch_size
+    path = run_yaml("objective: {name: cpt}\ntraining: {epochs: 2}\ndata:\n")
+    chosen = load_config(path, ["optimizer.lr=1e-4", "data.packing=false"])
+    assert (chosen.training.epochs, chosen.lr, chosen.data.packing, chosen.optimizer.warmup_ratio) == (
+        2,
+        1e-4,
+        False,
+        0.1,
+    )
+    assert config_from_dict(yaml.safe_load(chosen.to_yaml())) == chosen
+    with pytest.raises(ConfigError, match=r"`objective.name` is \"ctp\": input should be 'sft' or 'cpt'"):
+        load_config(overrides=["objective.name=ctp"])
+    with pytest.raises(ConfigError, match=r"`training` is 3: expected a section"):
+        load_config(overrides=["objective.name=cpt", "training=3"])
+
+
 @pytest.mark.parametrize(
     ("metric", "mode"), [("eval_loss", "min"), ("perplexity", "min"), ("accuracy", "max"), ("lossless", "max")]
 )

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tunesmith.contradictions import CAUSES, contradictions
 from tunesmith.errors import ConfigError
 
 Method = Literal["lora", "qlora", "full"]
+ObjectiveName = Literal["sft", "cpt"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 
 FormatName = Literal[
@@ -43,7 +44,16 @@ FormatName = Literal[
 PLAIN_MICRO_BATCH = 4
 """Examples in a micro-batch where no card is known to choose for."""
 
-DEFAULT_LR: dict[Method, float] = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
+DEFAULT_LR: dict[ObjectiveName, dict[Method, float]] = {
+    "sft": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
+    "cpt": {"lora": 2e-5, "qlora": 2e-5, "full": 2e-5},
+}
+
+OBJECTIVE_DEFAULTS: dict[ObjectiveName, dict[str, dict[str, Any]]] = {
+    "sft": {},
+    "cpt": {"data": {"packing": True}, "optimizer": {"warmup_ratio": 0.1}, "training": {"epochs": 1}},
+}
+"""Defaults, by section and key, that an objective has for itself."""
 
 
 class Section(BaseModel):
@@ -110,6 +120,8 @@ class DataConfig(SourceConfig):
     """Held-out examples for evaluation during training, read as the training data is."""
     eval_split: str | None = None
     """Which split of `eval_path`, if that is a hub data set or a folder."""
+    general_path: str | None = None
+    """Other held-out text, or chats, of what the base model could do before: `general_loss` and `general_perplexity` at each evaluation say what is forgotten."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training rows to hold out when there is no `eval_path`."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
@@ -190,8 +202,8 @@ class QuantizationConfig(Section):
 class ObjectiveConfig(Section):
     """What is minimised."""
 
-    name: Literal["sft"] = "sft"
-    """`sft`: cross-entropy on the supervised tokens (of chats, or of plain text)."""
+    name: ObjectiveName = "sft"
+    """`sft`: cross-entropy on the supervised tokens (of chats, or of plain text). `cpt`: continued pre-training, cross-entropy on every token of plain text; where they are not set it takes one epoch, a rate of 2e-5, a warm-up of 0.1 and packed rows."""
 
 
 class OptimizerConfig(Section):
@@ -200,7 +212,7 @@ class OptimizerConfig(Section):
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
     """AdamW, in PyTorch or with bitsandbytes' 8-bit or paged states."""
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate. Default: 2e-4 for lora and qlora, 2e-5 for full."""
+    """Peak learning rate. Default: 2e-4 for lora and qlora, 2e-5 for full and for continued pre-training."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the rate of the adapter's B matrices as a multiple of `lr`, which stays A's. The paper's choice is 16, with `lr` lower than usual."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -256,7 +268,7 @@ class TrainingConfig(Section):
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between checkpoints. Default: once an epoch."""
     cuda_graphs: bool = True
-    """Replay a micro-batch as a CUDA graph where launching its kernels takes longer than running them (fused engine, GPU). Graphs hold their memory beside that of other shapes: where the plan finds no room for it, the run's config.yaml says false."""
+    """Replay a micro-batch as a CUDA graph where launching its kernels takes longer than running them (fused engine, GPU). A shape is captured when it first comes: where the plan finds that this saves no time, the run's config.yaml says false."""
     save_total_limit: Annotated[int, Field(ge=1)] | None = 2
     """How many checkpoints to keep (the best one is kept besides)."""
     early_stopping: EarlyStoppingConfig = Field(default_factory=EarlyStoppingConfig)
@@ -307,10 +319,30 @@ class RunConfig(Section):
     memory: MemoryConfig = Field(default_factory=MemoryConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _objectives_defaults(cls, raw: Any) -> Any:
+        """`raw` with what its objective has for defaults where nothing was set."""
+        objective = raw.get("objective") if isinstance(raw, Mapping) else None
+        name = objective.get("name") if isinstance(objective, Mapping) else None
+        if not isinstance(name, str) or name not in OBJECTIVE_DEFAULTS:
+            return raw
+        found = dict(raw)
+        for section, defaults in OBJECTIVE_DEFAULTS[name].items():
+            given = found.get(section)
+            if given is None or isinstance(given, Mapping):
+                found[section] = {**defaults, **(given or {})}
+        return found
+
+    @property
+    def usual_lr(self) -> float:
+        """The peak learning rate that the objective and the method have by default."""
+        return DEFAULT_LR[self.objective.name][self.method]
+
     @property
     def lr(self) -> float:
-        """The peak learning rate: the one set, or the method's default."""
-        return self.optimizer.lr if self.optimizer.lr is not None else DEFAULT_LR[self.method]
+        """The peak learning rate: the one set, or the default."""
+        return self.usual_lr if self.optimizer.lr is None else self.optimizer.lr
 
     def resolved(self) -> RunConfig:
         """A copy in which every default that depends on another setting is written out."""

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 CAUSES = {
     "data.eval_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
+    "data.general_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
     "data.packing": ("training.micro_batch_tokens",),
     "method": ("adapter.", "quantization.", "optimizer.loraplus_lr_ratio"),
     "training.batch_size": ("training.micro_batch_size",),
@@ -74,14 +75,14 @@ def contradictions(config: RunConfig) -> dict[str, str]:
     if config.data.eval_split and not config.data.eval_path:
         found["data.eval_split"] = "data.eval_split has no effect without data.eval_path; remove it, or set the path"
     has_eval = bool(config.data.eval_path or config.data.eval_fraction)
-    if not has_eval:
-        for key, is_set in {
-            "training.eval_every": config.training.eval_every is not None,
-            "training.early_stopping.metric": config.training.early_stopping.metric is not None,
-            "evaluation.generate": config.evaluation.generate,
-        }.items():
-            if is_set:
-                found[key] = f"{key} needs evaluation data; set data.eval_path or data.eval_fraction"
+    evaluates = has_eval or bool(config.data.general_path)
+    for key, is_set in {
+        "training.eval_every": config.training.eval_every is not None and not evaluates,
+        "training.early_stopping.metric": config.training.early_stopping.metric is not None and not evaluates,
+        "evaluation.generate": config.evaluation.generate and not has_eval,
+    }.items():
+        if is_set:
+            found[key] = f"{key} needs evaluation data; set data.eval_path or data.eval_fraction"
     return found
 
 
@@ -92,8 +93,8 @@ def _beside_mix(data: DataConfig) -> dict[str, str]:
         if name not in type(data.mix[0]).model_fields or name == "path":
             continue
         why = "beside data.mix"
-        if name in ("format", "columns", "roles", "sample_by"):  # these also say how `eval_path` is read
-            if data.eval_path:
+        if name in ("format", "columns", "roles", "sample_by"):  # these also say how held-out data is read
+            if data.eval_path or data.general_path:
                 continue
             why += " without data.eval_path"
         found[f"data.{name}"] = f"data.{name} has no effect {why}; set it in the sources instead"

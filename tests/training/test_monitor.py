@@ -509,7 +509,7 @@ def test_a_run_that_is_slower_than_planned() -> None:
             "slow",
             "training runs at 2,000 tokens/s (median of the last 10 logged steps), 25% of the 8,000 that were predicted; "
             "likely causes: another process on the GPU (look with nvidia-smi); a processor that is too slow or busy; "
-            "examples too short to fill the card (raise training.micro_batch_size, now 4, or set data.packing=auto); "
+            "examples too short to fill the card (raise training.micro_batch_size, now 4); "
             "waiting for the card at every step (set training.log_every=10)",
         )
     ]

@@ -263,3 +263,37 @@ def test_many_findings_are_one_line() -> None:
     assert summary([finding(line) for line in range(1, 14)]) == [
         "a.jsonl: 13 rows with duplicate row (lines 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, ...); line 1: row 1; fix it"
     ]
+
+
+# -- continued pre-training -------------------------------------------------------------------------------------------
+
+
+def test_continued_pre_training_takes_plain_text_only(tmp_path: Path) -> None:
+    chats, text = write_jsonl(tmp_path / "chats.jsonl", pairs(4)), tmp_path / "text.txt"
+    text.write_text("a first paragraph\n\nand a second one\n", encoding="utf-8")
+    refused = (
+        f"{chats}: the rows are of form prompt; objective cpt trains on plain text; set objective.name: sft, or pass a text "
+        "file, or name the column that holds text (data.format: text, data.columns: {text: NAME})"
+    )
+    for values in ({"data__path": str(chats)}, {"data__path": str(text), "data__eval_path": str(chats)}):
+        with pytest.raises(DataError) as caught:
+            read_rows(config(objective__name="cpt", **values))
+        assert str(caught.value) == refused
+    data = tokenized(config(objective__name="cpt", data__path=str(text), data__train_on="all"))
+    assert all(example.loss_mask.all() for example in data.train)
+    assert read_rows(config(data__path=str(text))).general == []
+
+
+def test_general_data_is_read_beside_the_run(tmp_path: Path) -> None:
+    """Its rows may be chats, where the run's are text; preferences are no data to measure a loss on."""
+    train, general = tmp_path / "train.txt", write_jsonl(tmp_path / "general.jsonl", pairs(3))
+    train.write_text("ab\n", encoding="utf-8")
+    values = {"objective__name": "cpt", "data__path": str(train), "data__general_path": str(general)}
+    data = tokenized(config(**values))
+    assert (len(data.general), len(data.eval)) == (3, 0)
+    assert data.facts["general_rows"] == 3
+    preferences = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    with pytest.raises(DataError, match=r"of form preference; data\.general_path needs answers"):
+        read_rows(config(**(values | {"data__general_path": str(preferences)})))
+    with pytest.raises(DataError, match="no general row is left; all are longer than 8 tokens"):
+        tokenized(config(**values, data__max_seq_length=8, data__overlong="drop"))

@@ -22,6 +22,14 @@ def test_the_defaults_on_ordinary_data_say_nothing(method: str, num_rows: int) -
     assert warn(num_rows, 100 * num_rows, 30 * num_rows, method=method) == []
 
 
+def test_the_defaults_of_continued_pre_training_say_nothing() -> None:
+    """Its rate is low on purpose; a lower one is not."""
+    assert warn(method="lora", objective__name="cpt") == []
+    (said,) = warn(method="lora", objective__name="cpt", optimizer__lr=1e-5)
+    assert said.startswith("optimizer.lr 1e-05 with method: lora is a rate for full fine-tuning")
+    assert len(warn(method="lora", optimizer__lr=2e-5)) == 1
+
+
 def test_a_high_rank_on_few_rows() -> None:
     assert warn(1000, 200_000, 80_000, adapter__r=64) == [
         "adapter.r 64 on 1,000 rows: far more than 80,000 supervised tokens can fill, and it overfits sooner; set "

@@ -29,7 +29,7 @@ from tunesmith.version import __version__
 REPORT_FILE = "report.html"
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
-OBJECTIVES = {"sft": "supervised fine-tuning"}
+OBJECTIVES = {"sft": "supervised fine-tuning", "cpt": "continued pre-training"}
 
 T = TypeVar("T")
 

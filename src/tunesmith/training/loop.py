@@ -353,6 +353,8 @@ def _tracked(config: RunConfig) -> tuple[str, str]:
 def _is_best(state: TrainState, values: Mapping[str, float], config: RunConfig) -> bool:
     """Whether this evaluation is the best so far; keeps the count of evaluations without improvement."""
     metric, mode = _tracked(config)
+    if metric not in values and config.training.early_stopping.metric is None:
+        return False  # general text alone is evaluated
     if metric not in values:
         raise ConfigError(f"training.early_stopping.metric is {metric!r}; this run evaluates {', '.join(values)}")
     value = values[metric]

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from tunesmith.config import DEFAULT_LR, RunConfig
+from tunesmith.config import RunConfig
 from tunesmith.types import StepMetrics
 
 SMALL_RATE = 1 / 10
@@ -116,7 +116,7 @@ class Monitor:
         self.total_steps = total_steps
         self.first_step = first_step
         self.predicted = predicted_tokens_per_second
-        self.usual_lr = DEFAULT_LR[config.method]
+        self.usual_lr = config.usual_lr
         self.small_rate = config.lr < SMALL_RATE * self.usual_lr
         self.warmup = math.ceil(config.optimizer.warmup_ratio * total_steps)
         share = JUDGE_AFTER[0 if self.small_rate else 1]
@@ -352,11 +352,8 @@ class Monitor:
             return None
         causes = ["another process on the GPU (look with nvidia-smi)", "a processor that is too slow or busy"]
         if self.config.training.micro_batch_tokens is None:
-            packing = ", or set data.packing=auto" if self.config.data.packing is False else ""
-            causes.append(
-                "examples too short to fill the card (raise training.micro_batch_size, now "
-                f"{self.config.training.micro_batch_size}{packing})"
-            )
+            size = self.config.training.micro_batch_size
+            causes.append(f"examples too short to fill the card (raise training.micro_batch_size, now {size})")
         if self.config.training.log_every == 1:
             causes.append("waiting for the card at every step (set training.log_every=10)")
         return (

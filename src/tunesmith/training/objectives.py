@@ -76,5 +76,5 @@ def cross_entropy_sum(forward: ModelForward, rows_ND: torch.Tensor, labels_N: to
     return torch.stack(sums).sum()
 
 
-OBJECTIVES: dict[str, type[SupervisedFineTuning]] = {"sft": SupervisedFineTuning}
-"""Objectives by `objective.name`."""
+OBJECTIVES: dict[str, type[SupervisedFineTuning]] = {"sft": SupervisedFineTuning, "cpt": SupervisedFineTuning}
+"""Objectives by `objective.name`. Of plain text every token is supervised: continued pre-training is the same loss."""

@@ -287,6 +287,7 @@ def _refuse_unused(
         reasons["max_rows"] = "on this command, which reads every row; remove it"
     if not config.model.name:
         reasons |= dict.fromkeys(tokenizing, "without a model; pass --model, or remove it")
+    reasons["general_path"] = "on this command; remove it, or pass the file by itself"
     reasons |= dict.fromkeys(unused, "on this command; remove it")
     unset = DataConfig()
     changed = [name for name in reasons if getattr(config.data, name) != getattr(unset, name)]

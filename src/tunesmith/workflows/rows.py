@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ LISTED_LINES = 10
 
 @dataclass(frozen=True, slots=True)
 class RunRows:
-    """The rows that a run trains and evaluates on, as read, with the facts about their files and what was noticed."""
+    """The rows that a run trains and evaluates on, as read, with the facts about their files and what was noticed.
+
+    `general` are those of `data.general_path`.
+    """
 
     train: list[Example]
     eval: list[Example]
     facts: dict[str, Any]
     notes: list[str]
+    general: list[Example] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class RunData:
 
     train: TokenStore
     eval: TokenStore
+    general: TokenStore
     eval_rows: list[Example]
     facts: dict[str, Any]
     notes: list[str]
@@ -53,6 +58,9 @@ def read_rows(config: RunConfig) -> RunRows:
     files, held = _read(sources, held_source, settings)
     for file in [*files, *held]:
         _refuse_wrong_kind(file, f"objective {config.objective.name}")
+        if config.objective.name == "cpt":
+            _refuse_chats(file)
+    general = read_questions(settings.general_path, settings, "data.general_path") if settings.general_path else []
     findings = [finding for file in [*files, *held] for finding in file.findings]
     for file in files:
         findings += check_rows(file, settings, held[0] if held else None, tokenized=True)
@@ -91,13 +99,13 @@ def read_rows(config: RunConfig) -> RunRows:
     }
     if settings.eval_path:
         facts |= {"eval_path": settings.eval_path, "eval_sha256": held[0].sha256}
-    return RunRows(rows, eval_rows, facts, notes)
+    return RunRows(rows, eval_rows, facts, notes, general)
 
 
-def read_questions(path: str | Path, settings: DataConfig | None = None) -> list[Example]:
+def read_questions(path: str | Path, settings: DataConfig | None = None, purpose: str = "evaluation") -> list[Example]:
     """The rows of a file to evaluate on, its columns mapped as in `settings`. Raises DataError with every problem."""
     file = read_examples((settings or DataConfig()).held_out(str(path)))
-    _refuse_wrong_kind(file, "evaluation")
+    _refuse_wrong_kind(file, purpose)
     return _examples(file)
 
 
@@ -119,11 +127,13 @@ def tokenize_rows(
     train = tokenize(chat, rows.train, settings, progress=progress, model_limit=min(limits, default=None))
     settings.max_seq_length = train.max_seq_length
     held = tokenize(chat, rows.eval, settings, progress=progress, stage="tokenizing the evaluation data")
-    found = [*train.findings, *held.findings]
+    general = tokenize(chat, rows.general, settings, progress=progress, stage="tokenizing the general data")
+    found = [*train.findings, *held.findings, *general.findings]
     problems = [str(finding) for finding in found if finding.severity == "error"]
     if problems and not settings.skip_bad_rows:
         raise DataError(problems)
-    for name, tokens, given in (("training", train, rows.train), ("evaluation", held, rows.eval)):
+    parts = (("training", train, rows.train), ("evaluation", held, rows.eval), ("general", general, rows.general))
+    for name, tokens, given in parts:
         if given and not len(tokens.examples):
             raise DataError(
                 problems or [f"no {name} row is left; all are longer than {settings.max_seq_length} tokens"]
@@ -137,13 +147,16 @@ def tokenize_rows(
         "supervised_tokens": supervised,
         "tokens_sha256": sha256_text([train.examples.digest(), held.examples.digest()]),
     }
+    if rows.general:
+        facts |= {"general_path": settings.general_path, "general_rows": len(general.examples)}
+        facts["general_tokens_sha256"] = general.examples.digest()
     kept = sorted({int(row) for row in held.examples.rows})
     eval_rows = [rows.eval[row] for row in kept]
     if config.evaluation.generate:
         from tunesmith.evaluation.answers import encode_questions
 
         encode_questions(chat, eval_rows)
-    return RunData(train.examples, held.examples, eval_rows, facts, notes, train.max_seq_length)
+    return RunData(train.examples, held.examples, general.examples, eval_rows, facts, notes, train.max_seq_length)
 
 
 def summary(findings: Sequence[Finding]) -> list[str]:
@@ -196,6 +209,15 @@ def _refuse_wrong_kind(file: DataFile, purpose: str) -> None:
     else:
         return
     raise DataError(f"{file.path}: the rows are of form {file.form}; {purpose} needs answers, not preferences; {fix}")
+
+
+def _refuse_chats(file: DataFile) -> None:
+    """Raise DataError for rows that continued pre-training would learn with their turns and control tokens."""
+    if file.form != "text":
+        raise DataError(
+            f"{file.path}: the rows are of form {file.form}; objective cpt trains on plain text; set objective.name: sft, or "
+            "pass a text file, or name the column that holds text (data.format: text, data.columns: {text: NAME})"
+        )
 
 
 def _examples(file: DataFile) -> list[Example]:

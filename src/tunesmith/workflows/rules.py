@@ -74,7 +74,7 @@ def _rate(config: RunConfig) -> str | None:
             f"optimizer.lr {lr:g} with method: {config.method} is more than twice the best rates that LoRA Without "
             "Regret found, and the loss may blow up; set optimizer.lr to 2e-4"
         )
-    if lr <= FULL_LR and _fresh_adapter(config):
+    if lr <= FULL_LR and lr < config.usual_lr and _fresh_adapter(config):
         return (
             f"optimizer.lr {lr:g} with method: {config.method} is a rate for full fine-tuning; an adapter wants about ten "
             "times that (LoRA Without Regret); set optimizer.lr to 2e-4"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import time
@@ -124,7 +125,7 @@ class TrainingSession:
                 pad_id=pad_token(self.tokenizer),
                 log=log,
                 stop=stop,
-                evaluate=self._evaluation(log, progress) if self.data.eval else None,
+                evaluate=self._evaluation(log, progress) if self.data.eval or self.data.general else None,
                 resume=self.resumed,
                 tokens_per_second=self.plan.tokens_per_second,
                 least_memory=self._least_memory,
@@ -161,7 +162,7 @@ class TrainingSession:
         )
 
     def _evaluation(self, log: EventSink, progress: Progress) -> Any:
-        """Evaluation during training: the loss, and scored answers if the config asks for them."""
+        """Evaluation during training: the losses, and scored answers if the config asks for them."""
         config = self.config
         questions = sample_rows(self.data.eval_rows, config.evaluation.max_rows)
         now = 0
@@ -170,6 +171,9 @@ class TrainingSession:
             log({"event": "warning", "step": now, "message": text})
 
         for_loss, for_answers = Halving(warn), Halving(warn)
+
+        def loss_on(examples: Sequence[TokenizedExample]) -> float:
+            return evaluate_loss(self.forward, self.objective, examples, config, pad_token(self.tokenizer), for_loss)
 
         def evaluate(step: int, drop_graphs: Callable[[], bool]) -> Mapping[str, float]:
             nonlocal now
@@ -182,9 +186,14 @@ class TrainingSession:
                 return True
 
             for_loss.give_way = for_answers.give_way = give_way
-            pad = pad_token(self.tokenizer)
-            loss = evaluate_loss(self.forward, self.objective, self.data.eval, config, pad, for_loss)
-            values = {"eval_loss": loss}
+            values: dict[str, float] = {}
+            if self.data.eval:
+                values["eval_loss"] = loss_on(self.data.eval)
+                if config.objective.name == "cpt":
+                    values["perplexity"] = perplexity(values["eval_loss"])
+            if self.data.general:
+                values["general_loss"] = loss_on(self.data.general)
+                values["general_perplexity"] = perplexity(values["general_loss"])
             if config.evaluation.generate:
                 rows = generate_answers(
                     self.forward,
@@ -363,6 +372,11 @@ def make_ready(
     return Ready(plan, objective, optimizer, notes, calibration)
 
 
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats a token; infinite past what a float holds."""
+    return math.inf if loss > 709 else math.exp(loss)
+
+
 def pad_token(tokenizer: Any) -> int:
     """The id that fills padding: the tokenizer's, else its end token (padding is masked, so either is exact)."""
     pad = tokenizer.pad_token_id
@@ -371,7 +385,10 @@ def pad_token(tokenizer: Any) -> int:
 
 def _with_absolute_paths(config: RunConfig) -> RunConfig:
     """A run must be usable from any folder: paths that exist are written out whole. Hub ids stay as they are."""
-    for section, key in (("model", "name"), ("data", "path"), ("data", "eval_path"), ("adapter", "init_from")):
+    paths = (
+        ("model", "name"), ("data", "path"), ("data", "eval_path"), ("data", "general_path"), ("adapter", "init_from"),
+    )  # fmt: skip
+    for section, key in paths:
         value = getattr(getattr(config, section), key)
         if value and Path(value).expanduser().exists():
             setattr(getattr(config, section), key, str(Path(value).expanduser().absolute()))
@@ -393,7 +410,10 @@ def _check_settings(config: RunConfig) -> None:
         problems.append("no training data: pass --data, or set data.path or data.mix")
     problems += [f"data.mix[{number}] has no path" for number, source in enumerate(config.data.mix) if not source.path]
     metric = config.training.early_stopping.metric
-    known = ["eval_loss", *(["accuracy", "exact_match"] if config.evaluation.generate else [])]
+    held_out = config.data.eval_path or config.data.eval_fraction
+    known = ["eval_loss", *(["perplexity"] if config.objective.name == "cpt" else [])] if held_out else []
+    known += ["general_loss", "general_perplexity"] if config.data.general_path else []
+    known += ["accuracy", "exact_match"] if config.evaluation.generate else []
     if metric is not None and metric not in known:
         hint = "; set evaluation.generate: true for accuracy" if metric in ("accuracy", "exact_match") else ""
         problems.append(f"training.early_stopping.metric is {metric!r}: this run evaluates {', '.join(known)}{hint}")
@@ -433,9 +453,9 @@ def _refuse_changed(run: RunFolder, base_hash: str, facts: dict[str, Any]) -> No
     metadata = run.metadata
     if metadata["model"]["weight_hash"] != base_hash:
         raise RunError(f"{run.path}: the base model's weights have changed since this run started; it cannot go on")
-    for key in ("sha256", "eval_sha256"):
+    for key, path in (("sha256", "path"), ("eval_sha256", "eval_path"), ("general_tokens_sha256", "general_path")):
         if metadata["data"].get(key) != facts.get(key):
-            name = facts["path"] if key == "sha256" else facts.get("eval_path")
+            name = facts.get(path)
             raise RunError(f"{run.path}: {name} has changed since this run started; start a new run")
     if metadata["data"].get("tokens_sha256") != facts["tokens_sha256"]:
         raise RunError(
