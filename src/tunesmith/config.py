@@ -25,6 +25,7 @@ from tunesmith.errors import ConfigError
 
 Method = Literal["lora", "qlora", "full"]
 ObjectiveName = Literal["sft", "cpt"]
+TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 
 FormatName = Literal[
@@ -263,6 +264,10 @@ class TrainingConfig(Section):
     """Seeds initialisation, data order and dropout."""
     log_every: Annotated[int, Field(ge=1)] = 1
     """Steps between lines in events.jsonl."""
+    trackers: list[TrackerName] | Literal["auto"] = "auto"
+    """Tools that are shown the run's numbers: `tensorboard` (in the run folder), `wandb`, `trackio`, `mlflow`. `auto`: TensorBoard, where it is installed; `[]`: none. events.jsonl has everything in any case."""
+    tracker_project: Annotated[str, Field(min_length=1)] = "tunesmith"
+    """The project (MLflow: experiment) that trackers file the run under, by the name of its folder."""
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations. Default: once an epoch, if there is evaluation data."""
     save_every: Annotated[int, Field(ge=1)] | None = None

@@ -74,6 +74,13 @@ def contradictions(config: RunConfig) -> dict[str, str]:
     found |= _beside_mix(config.data)
     if config.data.eval_split and not config.data.eval_path:
         found["data.eval_split"] = "data.eval_split has no effect without data.eval_path; remove it, or set the path"
+    if config.training.tracker_project != type(config.training)().tracker_project and config.training.trackers in (
+        "auto", [], ["tensorboard"],
+    ):  # fmt: skip
+        found["training.tracker_project"] = (
+            "training.tracker_project has no effect on TensorBoard, whose files lie in the run folder; remove it, or name another "
+            "tracker in training.trackers"
+        )
     has_eval = bool(config.data.eval_path or config.data.eval_fraction)
     evaluates = has_eval or bool(config.data.general_path)
     for key, is_set in {

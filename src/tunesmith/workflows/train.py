@@ -49,6 +49,7 @@ from tunesmith.training.loop import evaluate_loss, train_loop
 from tunesmith.training.objectives import OBJECTIVES, Objective
 from tunesmith.training.optimizers import Optimizer, make_optimizer
 from tunesmith.training.prepare import apply_plan, check_forward, check_fused, prepare
+from tunesmith.training.trackers import trackers_of, tracking
 from tunesmith.types import (
     GB,
     Event,
@@ -95,13 +96,19 @@ class TrainingSession:
 
     def train(self, sink: EventSink = no_event, progress: Progress = no_progress) -> TrainResult:
         """Train to the end, save the result, write metrics.json. Events go to events.jsonl and to `sink`."""
-        with _locked(self.run), self.run.event_log() as write, stop_on_signal() as stop:
+        with (
+            _locked(self.run),
+            self.run.event_log() as write,
+            tracking(self.config, self.run) as track,
+            stop_on_signal() as stop,
+        ):
             times = StepTimes()
 
             def log(event: Event) -> None:
                 write(event)
                 sink(event)
                 times.add(event)
+                track(event)
 
             checkpoints = self.run.checkpoints()
             if self.resumed:
@@ -296,6 +303,7 @@ def restart(path: Path, progress: Progress = no_progress) -> TrainingSession:
 
 def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: Progress) -> TrainingSession:
     _check_settings(config)
+    trackers_of(config)
     hardware = probe(config.model.device)
     dtype = compute_dtype(config.model.dtype, hardware)
     progress("reading the data", 0, 1)
