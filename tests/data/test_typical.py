@@ -85,6 +85,9 @@ def test_how_micro_batches_differ_in_size() -> None:
     assert spread[:3] == pytest.approx([0.5] * 3, rel=0.1)
     assert spread[-3:] == pytest.approx([1.5] * 3, rel=0.1)
     assert typical_step([100] * 50, [9] * 50, training, False).spread == (1.0,)
+    by_tokens = TrainingConfig(micro_batch_tokens=300, batch_tokens=600)
+    spread = typical_step([299, 299, 299, 60], [9] * 4, by_tokens, True).spread
+    assert spread == pytest.approx([60 / 239.25, *[299 / 239.25] * 3]), "of packs, too"
     whole = TrainingConfig(batch_size=2, micro_batch_tokens=401)
     assert min(typical_step(lengths, lengths, whole, True).spread) == pytest.approx(200 / 320, rel=0.05), (
         "200, 400, or twice 300"

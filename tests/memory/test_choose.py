@@ -233,9 +233,11 @@ def test_small_micro_batches_wait_for_python_though_the_mean_does_not() -> None:
     once = (launching + few + 1.8 * (mean - few)) / 2
     assert step_seconds(shape, setup, uneven, plan, H100, False, 2.0) == pytest.approx(4.5 * once + optimizer)
     assert step_seconds(shape, setup, uneven, plan, H100, True, 2.0) == pytest.approx(4.5 * mean + optimizer)
-    (choice,) = options(shape, setup, [replace(uneven, tokens=4.5 * 8192)], "fast", None, H100, graphs=False)
-    share = launching_seconds(shape, setup, plan.policies) / mean
-    assert graphs_may_gain(choice, shape, setup, H100) == (share > PAYS_FROM)
+    once = launching_seconds(shape, setup, plan.policies)
+    for runs, gains in ((1.0, False), (9.0, True)):  # the same time of a step, of so many micro-batches
+        seconds = 4 * once / PAYS_FROM + optimizer_seconds(shape, setup, H100)
+        choice = Choice(replace(uneven, runs=runs), plan, seconds)
+        assert graphs_may_gain(choice, shape, setup, H100) == gains
 
 
 def test_graphs_are_looked_at_where_training_would_capture_them() -> None:

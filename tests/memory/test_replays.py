@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import deque
 
 import pytest
 
@@ -11,7 +12,7 @@ from tunesmith.config import TrainingConfig
 from tunesmith.data.batches import StepOrder
 from tunesmith.data.typical import typical_step
 from tunesmith.data.widening import MicroBatchShape, few_lengths
-from tunesmith.memory.replays import MAX_GRAPHS, OUSTS, WARM_UPS, replayed
+from tunesmith.memory.replays import JUDGED_FROM, LOOKED_AT, MAX_GRAPHS, OUSTS, TOO_MANY, WARM_UPS, replayed
 
 
 def test_one_shape_is_always_replayed() -> None:
@@ -36,8 +37,16 @@ def test_what_comes_once_at_most_is_not_replayed() -> None:
 
 
 def test_only_so_many_graphs_are_kept() -> None:
-    shapes = [1] * (4 * MAX_GRAPHS)
-    assert replayed(shapes, 1e9) == pytest.approx(0.25)
+    assert replayed([3] * MAX_GRAPHS + [1] * MAX_GRAPHS, 1e9) == pytest.approx(0.75)
+
+
+def test_none_where_training_would_give_graphs_up() -> None:
+    """No more than TOO_MANY of the micro-batches may find no graph, from JUDGED_FROM on."""
+    kept = [1] * MAX_GRAPHS
+    enough, less = (kept + [1] * others for others in (round(MAX_GRAPHS / (1 - TOO_MANY)) - MAX_GRAPHS, 4 * MAX_GRAPHS))
+    assert replayed(enough, JUDGED_FROM) > 0
+    assert replayed(less, JUDGED_FROM) == 0.0
+    assert replayed(less, JUDGED_FROM - 1) > 0
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -55,18 +64,24 @@ def test_the_share_is_that_of_a_run(batch: int, size: int, packing: bool) -> Non
     parts = (part for step in range(10**9) for part in order.step(step))
     seen: dict[MicroBatchShape, int] = {}
     graphs: set[MicroBatchShape] = set()
-    replays = 0
+    replays, recent = 0, deque[bool](maxlen=LOOKED_AT)
     for number, part in zip(range(total), parts, strict=False):
         shape = MicroBatchShape.widened(
             [lengths[i] for i in part], sum(supervised[i] for i in part), packing, few_lengths
         )
         seen[shape] = seen.get(shape, 0) + 1
+        if number < WARM_UPS:
+            continue
+        recent.append(shape not in graphs)
         if shape in graphs:
             replays += 1
-        elif number >= WARM_UPS:
-            graphs.add(shape)
-            if len(graphs) > MAX_GRAPHS:
-                least = min(graphs - {shape}, key=lambda known: seen[known])
-                graphs.remove(least if OUSTS * seen[least] < seen[shape] else shape)
+            continue
+        graphs.add(shape)
+        if len(graphs) > MAX_GRAPHS:
+            least = min(graphs - {shape}, key=lambda known: seen[known])
+            graphs.remove(least if OUSTS * seen[least] < seen[shape] else shape)
+        if number + 1 >= JUDGED_FROM and sum(recent) > TOO_MANY * len(recent):
+            replays = 0  # given up
+            break
     predicted = replayed(typical_step(lengths, supervised, training, packing, few_lengths).shapes, total)
     assert -0.05 < predicted - replays / total < 0.15

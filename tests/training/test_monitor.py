@@ -435,6 +435,10 @@ def test_a_loss_that_jumps_about_above_where_it_began() -> None:
     jumping = [5.8, 5.8, *[12.0, 33.0, 17.0, 25.0] * 10]
     assert list(watch(monitor(), jumping)) == ["diverging"]
     assert watch(monitor(), [5.8, 5.8, *[7.0, 28.0, 8.0, 20.0] * 10]) == {}, "some are near where it began"
+    assert list(watch(monitor(), [5.0, 5.0, *[10.4, 33.0, 17.0, 25.0] * 10])) == ["diverging"]
+    assert watch(monitor(), [5.0, 5.0, *[9.6, 33.0, 9.7, 25.0] * 10]) == {}, "twice is the edge"
+    fell = [5.0, 1.0, 6.0, 2.0] * 5
+    assert watch(monitor(), [*fell, *[4.0, 33.0, 6.0, 25.0] * 10]) == {}, "against the first loss, not the lowest"
     assert watch(monitor(), [0.2, 0.2, *[0.4, 1.7, 0.7, 1.2] * 10]) == {}, "under two nats any row may cost that"
 
 

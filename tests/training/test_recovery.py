@@ -347,15 +347,36 @@ def test_graphs_give_way_to_an_evaluation(session: Session, monkeypatch: pytest.
     monkeypatch.setattr(run.forward, "hidden", full)
     run.train()
     texts = [e["message"] for e in events(run, "warning") if "ran out of memory" in e["message"]]
-    let_go = "evaluation ran out of memory; CUDA graphs held some of it, and will be captured again after it"
-    halves = "at once ran out of memory and is done again; from now on half as many"
-    assert len(texts) == 3 * Graphs.calls == 9, "three evaluations, each first by halves, of 4 and of 2"
-    for first in (0, 3, 6):
-        assert halves in texts[first]
-        assert halves in texts[first + 1]
-        assert texts[first + 2] == let_go
+    assert texts[-1] == "evaluation ran out of memory; CUDA graphs held some of it: they are dropped for it from now on"
+    assert len(texts) == 3, "first by halves, 4 and 2"
+    assert Graphs.calls == 3, "once in each evaluation"
     found, expected = ([e["metrics"]["eval_loss"] for e in events(each, "eval")] for each in (run, plain))
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_step_is_repeated_without_graphs_before_it_is_halved(
+    session: Session, monkeypatch: pytest.MonkeyPatch, running: bool
+) -> None:
+    """Also where the first capture ran out, so that there is no graph yet; not while none is captured."""
+    run = session(*SETTINGS)
+
+    class Graphs:
+        pay, given_up = False, 0
+
+        def give_up(self) -> None:
+            self.running = False
+            Graphs.given_up += 1
+
+    graphs = Graphs()
+    graphs.running = running  # type: ignore[attr-defined]
+    monkeypatch.setattr(loop, "micro_batch_graphs", lambda *_: graphs)
+    fail_at(monkeypatch, run.forward, "hidden", {5})
+    run.train()
+    (event,) = events(run, "out_of_memory")
+    what = "without CUDA graphs" if running else "micro-batches of half the size, 2 times as many as planned"
+    assert f"; from now on {what}; " in event["message"]
+    assert (event["halvings"], Graphs.given_up) == (0 if running else 1, 1)
 
 
 def test_answers_during_training_that_run_out_of_memory(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

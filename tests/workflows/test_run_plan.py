@@ -208,6 +208,43 @@ def test_what_graphs_would_replay_is_counted() -> None:
     assert shares(graphs=False) == shares("training.max_steps=1", lengths=[100] * 40) == [1.0]
 
 
+def test_a_token_budget_that_most_steps_fit_into() -> None:
+    """Two of 100 and 300 tokens a step, in 401: every fourth step (300 and 300) is two micro-batches."""
+    settings = ("data.packing=true", "data.max_seq_length=300")
+
+    def one(budget: int, step: str = "training.batch_size=2") -> Candidate:
+        config = config_of("tiny", *settings, f"training.micro_batch_tokens={budget}", step)
+        (found,) = candidates_of(config, [100, 300] * 500, [10, 30] * 500, False, "cuda", True)
+        return found
+
+    found = one(401)
+    assert found.runs == pytest.approx(1.25, rel=0.05)
+    assert (found.count, found.tokens) == (1, 400)
+    assert found.typical.tokens == pytest.approx(400 / 1.25, rel=0.05)
+    assert found.typical.supervised == pytest.approx(40 / 1.25, rel=0.05)
+    assert found.typical.accumulates
+    assert found.largest.accumulates, "gradients wait while the second one's activations are there"
+    assert min(found.spread) == pytest.approx(200 / 320, rel=0.05)
+    assert max(found.spread) == pytest.approx(400 / 320, rel=0.05)
+    for budget, accumulates in ((599, True), (600, False)):
+        assert one(budget).largest.accumulates == accumulates
+    assert one(600).runs == 1.0
+    by_tokens = one(401, "training.batch_tokens=1604")
+    assert (by_tokens.runs, by_tokens.count, by_tokens.largest.accumulates) == (4.0, 4, True)
+    assert not one(401, "training.batch_tokens=401").largest.accumulates
+
+
+def test_budgets_end_where_a_step_is_one_micro_batch() -> None:
+    """At one and a half mean steps, or the largest step there is: the sum of a batch of the longest, not of all."""
+
+    def budgets(lengths: list[int], batch: int) -> list[int]:
+        config = config_of("tiny", "data.packing=true", "data.max_seq_length=auto", f"training.batch_size={batch}")
+        return [each.size for each in candidates_of(config, lengths, lengths, False, "cuda", True)]
+
+    assert budgets([100] * 200, 4) == [100, 125, 150, 175, 200, 250, 300, 350, 400]
+    assert budgets([100, 10] * 200, 4)[-2:] == [300, 350], "330, one and a half times 220"
+
+
 def test_widened_micro_batches_have_room_for_more_labels() -> None:
     """Of 64 · 2 positions 30 have a label, which are 64 with room; the largest has 37 of 128."""
     found = loads([60] * 4, [1, 2, 30, 7], "training.micro_batch_size=2", graphs=True)

@@ -4,7 +4,7 @@ A micro-batch is matrix products (bound by arithmetic, or by reading weights onc
 over activations, weights made for their products (dequantized, cast), and a fixed time a layer for its many small kernels;
 where no CUDA graph replays them, launching them from Python is a lower bound. The shares of the data sheet that are reached
 (`RATES`) were fitted to 82 steps on two H100s (benchmarks/planner.py, docs/planner.md): on that card predictions are within
-15%. On another card they are arithmetic with these shares, and no better than its data sheet.
+15% where the GPU does not wait for Python; launching on a shared processor changes by a third within minutes. On another card they are arithmetic with these shares, and no better than its data sheet.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ LAUNCH_MS = {
     ("fused", "full"): (2.6, 4.9),
 }
 """Milliseconds that Python takes to launch a layer's forward and backward, activations kept and computed again, on the
-H100's host. `host` below is how many times longer another one takes. The fused engine's with adapters are of 440 tokens at
-Qwen2.5-3B on a host of 2 to 3.3, which was measured again before each (docs/LOG.md, 2026-11-26)."""
+H100's host. `host` below is how many times longer another one takes. The fused engine's with adapters were measured at Qwen2.5-3B
+and 440 tokens, on hosts of 2 to 3.3 (docs/LOG.md, 2026-11-26)."""
 
 FLEX_LAUNCH_MS = (5.7, 8.1)
 """The same for layers of the fused engine whose attention is FlexAttention (soft caps): it goes through autograd."""

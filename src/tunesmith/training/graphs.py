@@ -5,13 +5,15 @@ graph replays them without. It needs shapes that come again, so micro-batches ar
 (data/widening.py). The first micro-batches go launch by launch: kernels are compiled, libraries choose, and some are timed;
 where the GPU takes far longer than Python, the run goes on so. Then each shape is captured when it first comes, which takes
 as long as launching and running it, one after the other, and is replayed when it comes again. Nothing runs launch by launch
-beside the graphs, and they share one memory pool: a run with graphs needs no more memory than one without. Graphs write
+beside the graphs, but for a shape that cannot be captured, and they share one memory pool: a run with graphs needs no more
+memory than one without. Graphs write
 gradients to where the optimizer reads them, which therefore stay in place.
 """
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 
 from tunesmith.config import RunConfig
 from tunesmith.data.widening import MicroBatchShape
-from tunesmith.memory.replays import LOOKED_AT, MAX_GRAPHS, OUSTS, PAYS_FROM, TOO_MANY, WARM_UPS
+from tunesmith.memory.replays import JUDGED_FROM, LOOKED_AT, MAX_GRAPHS, OUSTS, PAYS_FROM, TOO_MANY, WARM_UPS
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
 from tunesmith.out_of_memory import is_out_of_memory
@@ -67,10 +69,14 @@ def shape_of(batch: Batch) -> MicroBatchShape:
 
 @dataclass(slots=True)
 class Known:
-    """A shape that was seen: how often, how many captures of it failed, and the graph with its inputs and its loss."""
+    """A shape that was seen: how often, how many captures of it failed, and the graph with its inputs and its loss.
+
+    `dropped` says that it had a graph until memory was needed: capturing it again says nothing of the data.
+    """
 
     seen: int = 0
     failures: int = 0
+    dropped: bool = False
     batch: Batch | None = None
     graph: Any = None
     loss: torch.Tensor | None = None
@@ -91,12 +97,13 @@ class GraphedMicroBatches:
         scaler: torch.amp.GradScaler,
         log: EventSink,
     ):
-        self.runs = self.captures = 0
+        self.runs = 0
+        self._captured: deque[bool] = deque(maxlen=LOOKED_AT)  # of the last micro-batches, whether they had to be
         self.forward, self.objective, self.optimizer, self.scaler = forward, objective, optimizer, scaler
         self.log = log
         self.known: dict[MicroBatchShape, Known] = {}
         self.pay = True
-        self._launching = self._running = 0.0  # seconds of the micro-batches that were timed
+        self._share = 1.0  # of a micro-batch's time that launching took, the least that was seen
         self._pool: Any = None
         self._stream = torch.cuda.Stream(forward.device)
         self._inverse: dict[str, torch.Tensor] = {}
@@ -104,10 +111,18 @@ class GraphedMicroBatches:
     def drop(self) -> bool:
         """Let go of the graphs and of their memory, until their shapes come again; whether there were any."""
         graphed = [known for known in self.known.values() if known.graph is not None]
+        if graphed:  # a replay may still read and write what is given back
+            torch.cuda.synchronize(self.forward.device)
         for known in graphed:
             known.forget_graph()
+            known.dropped = True
         self._pool = None
         return bool(graphed)
+
+    @property
+    def running(self) -> bool:
+        """Whether micro-batches go as graphs, or are captured, from the next one on."""
+        return self.pay and self.runs >= WARM_UPS
 
     def give_up(self) -> None:
         """Forget all graphs for good: micro-batches go launch by launch, and need not be widened."""
@@ -134,6 +149,7 @@ class GraphedMicroBatches:
             assert known.loss is not None
             copy_batch(batch, known.batch)
             known.graph.replay()
+            self._captured.append(False)
             return known.loss
         if self.runs <= WARM_UPS:
             return self._warm_up(batch)
@@ -148,12 +164,11 @@ class GraphedMicroBatches:
         loss = self._forward_backward(batch)
         launched = time.perf_counter() - began
         torch.cuda.synchronize(self.forward.device)
-        if self.runs > 1:
-            self._launching += launched
-            self._running += time.perf_counter() - began
-        if self.runs == WARM_UPS and self._launching <= PAYS_FROM * self._running:
-            share = self._launching / self._running
-            self._decide(f"no CUDA graphs: launching takes {share:.0%} of a micro-batch's time, and need not be saved")
+        if self.runs > 1:  # the least: a kernel that is compiled takes its time of the processor, too
+            self._share = min(self._share, launched / (time.perf_counter() - began))
+        if self.runs == WARM_UPS and self._share <= PAYS_FROM:
+            share = f"{self._share:.0%}"
+            self._decide(f"no CUDA graphs: launching takes {share} of a micro-batch's time, and need not be saved")
             self.give_up()
         return loss
 
@@ -188,21 +203,23 @@ class GraphedMicroBatches:
         # stream that they ran on (0.1 GB on an H100). Both come back when they are needed.
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
+        failure: str | None = None
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            # Around the graph's own: a capture whose end fails leaves its stream the current one.
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
+            ):
                 known.loss = self._forward_backward(known.batch)
         except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            ran_out = _ran_out(error)
-        else:
-            reason, ran_out = "", False
-        if ran_out:
+            failure, ran_out = str(error).partition("\n")[0] or type(error).__name__, _ran_out(error)
+        if failure is not None:
             known.forget_graph()
-            raise torch.OutOfMemoryError(reason)
-        if reason:  # an operation that cannot be captured: nothing has run yet
-            known.forget_graph()
+            if ran_out:
+                raise torch.OutOfMemoryError(failure)
+            # An operation that cannot be captured: nothing has run yet.
             known.failures += 1
-            self.log({"event": "warning", "message": f"no CUDA graph, a micro-batch goes launch by launch: {reason}"})
+            self.log({"event": "warning", "message": f"no CUDA graph, a micro-batch goes launch by launch: {failure}"})
             self.optimizer.forget()
             return self._forward_backward(batch)
         self._pool = self._pool or graph.pool()
@@ -214,9 +231,11 @@ class GraphedMicroBatches:
             self._decide(f"CUDA graph for micro-batches of {rows} x {length} tokens")
         else:
             known.forget_graph()
-        self.captures += 1
-        if self.runs >= LOOKED_AT and self.captures > TOO_MANY * self.runs:
-            self._decide(f"no more CUDA graphs: of {self.runs} micro-batches {self.captures} had a new shape")
+        self._captured.append(not known.dropped)
+        known.dropped = False
+        captures, looked_at = sum(self._captured), len(self._captured)
+        if self.runs >= JUDGED_FROM and captures > TOO_MANY * looked_at:
+            self._decide(f"no more CUDA graphs: of the last {looked_at} micro-batches {captures} had to be captured")
             self.give_up()
         return loss
 

@@ -69,7 +69,8 @@ DIVERGED_NATS = 0.1
 """...and in nats a token: a loss of 0.01 that becomes 0.05 met a hard example."""
 
 LOST = 2.0
-"""Loss over the run's first one, which is the base's own, and over one nat, from where on noise is no excuse: the divergence made it."""
+"""Loss over the first one that was logged, or over one nat if that was lower, from where on noise is no excuse: the divergence
+made it."""
 
 SLOW = 0.5
 """Measured over predicted tokens/s."""

@@ -49,7 +49,7 @@ def allocate_states(optimizer: Optimizer, diagnose: Callable[[str, int], str]) -
 
 
 class MemoryRecovery:
-    """Repeats steps that run out of memory. What it gave up is kept in `state`, so that a resumed run begins with it.
+    """Repeats steps that run out of memory. What it gave up but for CUDA graphs is kept in `state`: a resumed run begins with it.
 
     `least_memory` makes the model compute everything again that it can, and says whether that was new. `diagnose` is given
     what happened and the number of halvings, and explains it with the run's numbers.
@@ -100,7 +100,7 @@ class MemoryRecovery:
     def _give_way(self, largest: int, reason: str) -> None:
         step = self.state.step + 1
         self.optimizer.abandon(self.scaler)
-        graphs = self.drop_graphs()
+        graphs = self.graphs is not None and self.graphs.running
         if self.graphs is not None:
             self.graphs.give_up()
         release_memory()

@@ -98,7 +98,7 @@ def keep_measured(
 
 
 def _measured_peak(config: RunConfig, plan: MemoryPlan, calibration: Sequence[Event], peak_gb: float) -> float | None:
-    """The larger one of the dry step's peak and the run's; the dry step's, where CUDA graphs or answers took their own memory.
+    """The larger one of the dry step's peak and the run's; the dry step's, where answers took their own memory.
 
     Only a dry step is sure to have the micro-batch that was predicted for, the largest that the data can give. None unless
     the last one was of this plan.
@@ -106,5 +106,5 @@ def _measured_peak(config: RunConfig, plan: MemoryPlan, calibration: Sequence[Ev
     last = calibration[-1] if calibration else {"measured_gb": None}
     if last["measured_gb"] is None or last["predicted_gb"] != plan.predicted_peak_gb:
         return None
-    alone = not config.evaluation.generate and not plan.pool_gb
+    alone = not config.evaluation.generate
     return float(max(last["measured_gb"], peak_gb) if alone else last["measured_gb"])

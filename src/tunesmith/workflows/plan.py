@@ -335,7 +335,7 @@ def basis(target: Target, shape: ModelShape, options: Sequence[Option]) -> dict[
     if target.card is None:
         speed = "unknown: no card was named"
     elif target.card.name == RATED_CARD:
-        speed = "arithmetic with shares of the data sheet that were fitted on an H100, within 15% of what was measured there"
+        speed = "arithmetic with shares of the data sheet that were fitted on an H100, within 15% there where the GPU does not wait for Python"
     else:
         speed = "arithmetic with shares of the data sheet that were fitted on an H100"
     if known:

@@ -151,6 +151,7 @@ def candidates_of(
     lengths, supervised = tuple(lengths), tuple(supervised)  # one object, which all that is remembered of it shares
     training = config.training
     batch, whole = min(training.batch_size, len(lengths)), sum(lengths)
+    largest_step = sum(heapq.nlargest(batch, lengths))
     widen = few_lengths if graphs else None
 
     def candidate(settings: TrainingConfig) -> Candidate:
@@ -162,12 +163,13 @@ def candidates_of(
             targets = room_for(targets, tokens)
         if settings.micro_batch_tokens is not None:
             size, unit = settings.micro_batch_tokens, "tokens"
-            runs = typical.micro_batches
+            runs = max(1.0, typical.micro_batches)
+            accumulates = (training.batch_tokens is not None and runs > 1) or size < largest_step
         else:
             size, unit = settings.micro_batch, "examples"
             runs = math.ceil(batch / size)
+            accumulates = runs > 1
         sequence = max(lengths)
-        accumulates = runs > 1
         masked = 0
         if packing:
             masked = tokens
@@ -202,7 +204,6 @@ def candidates_of(
     if config.data.max_seq_length != "auto":
         longest = max(longest, config.data.max_seq_length)  # a budget below it would be refused
     budgets = [longest]
-    largest_step = sum(heapq.nlargest(batch, lengths))
     most = min(MOST_OF_A_STEP * batch * whole / len(lengths), largest_step, max(64 * longest, 2**17))
     while budgets[-1] < most:  # longest times 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5 ...
         octave, quarter = divmod(len(budgets), 4)

@@ -172,7 +172,7 @@ class TrainingSession:
         """Evaluation during training: the losses, and scored answers if the config asks for them."""
         config = self.config
         questions = sample_rows(self.data.eval_rows, config.evaluation.max_rows)
-        now = 0
+        now, crowded = 0, False
 
         def warn(text: str) -> None:
             log({"event": "warning", "step": now, "message": text})
@@ -185,11 +185,15 @@ class TrainingSession:
         def evaluate(step: int, drop_graphs: Callable[[], bool]) -> Mapping[str, float]:
             nonlocal now
             now = step
+            if crowded:
+                drop_graphs()
 
             def give_way() -> bool:
+                nonlocal crowded
                 if not drop_graphs():
                     return False
-                warn("evaluation ran out of memory; CUDA graphs held some of it, and will be captured again after it")
+                crowded = True
+                warn("evaluation ran out of memory; CUDA graphs held some of it: they are dropped for it from now on")
                 return True
 
             for_loss.give_way = for_answers.give_way = give_way
