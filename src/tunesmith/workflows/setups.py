@@ -164,7 +164,7 @@ def candidates_of(
         if settings.micro_batch_tokens is not None:
             size, unit = settings.micro_batch_tokens, "tokens"
             runs = max(1.0, typical.micro_batches)
-            accumulates = (training.batch_tokens is not None and runs > 1) or size < largest_step
+            accumulates = runs > 1 if training.batch_tokens is not None else size < largest_step
         else:
             size, unit = settings.micro_batch, "examples"
             runs = math.ceil(batch / size)
