@@ -5,9 +5,10 @@
 
 The allocator is held to each cap (`memory.limit_gb`). Random weights of the real shapes; 96 examples of 180 to 2,048 tokens,
 16 a step, twenty steps unless said, every token supervised; rank 16 on all linear layers and 8-bit AdamW. Each run goes the
-way of `tunesmith train` behind loading: plan, prepare, dry step, training loop, and its own micro-batch. `used` is the peak of what PyTorch
-allocated, with what CUDA graphs hold, as a share of the cap. Where it is under 85%, the last column says how fast the fastest
-plan that uses more is predicted to be: if it is slower, the rest of the cap would gain nothing.
+way of `tunesmith train` behind loading: plan, prepare, dry step, training loop, and its own micro-batch. `peak` is what PyTorch
+allocated in training, `used` that or the dry step's, which has the largest micro-batch that the data can give, as a share of
+the cap. Where it is under 85%, the last column says how fast the fastest plan that uses more is predicted to be: if it is slower, the
+rest of the cap would gain nothing.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def measure(run: Capped, model: Any, hardware: Any) -> dict[str, Any]:
         "calibration": [{key: event[key] for key in ("predicted_gb", "measured_gb")} for event in ready.calibration],
         "peak": peak,
         "reserved": reserved,
-        "used": (peak + plan.memory.pool_gb) / run.cap,
+        "used": max([peak, *(event["measured_gb"] or 0.0 for event in ready.calibration[-1:])]) / run.cap,
         "out_of_memory": sum(event["event"] == "out_of_memory" for event in events),
         "steps": state.step,
         "tok_s": statistics.median(event["tokens_per_second"] for event in steps[-max(5, run.steps // 2) :]),
@@ -160,7 +161,7 @@ def fullest(run: Capped, plan: Any, examples: list[TokenizedExample]) -> dict[st
         configuration(run), plan.shape, plan.setup, lengths, lengths, run.cap, plan.card, host=plan.host,
         weights_gb=plan.weights_gb, trainable=plan.trainable,
     )  # fmt: skip
-    full = [each for each in found if each.fits and each.plan.predicted_peak_gb + each.plan.pool_gb >= 0.85 * run.cap]
+    full = [each for each in found if each.fits and each.plan.predicted_peak_gb >= 0.85 * run.cap]
     if not full:
         return None
     chosen = min(full, key=lambda each: each.step_seconds)
