@@ -195,9 +195,9 @@ def print_plan(console: Any, result: Mapping[str, Any]) -> None:
         parts = {name.removesuffix("_gb"): gb for name, gb in result["breakdown"].items()}
         parts["CUDA graphs"] = chosen["graphs_gb"]
         parts = {name: gb for name, gb in parts.items() if gb >= 0.005}
-        print(
-            "\npeak: " + ", ".join(f"{name} {gb:.2f}" for name, gb in parts.items()) + " GB (context is the driver's)"
-        )
+        drivers = "context is" if "CUDA graphs" not in parts else "context and graphs are"
+        said = ", ".join(f"{name} {gb:.2f}" for name, gb in parts.items())
+        print(f"\npeak: {said} GB ({drivers} the driver's)")
     print(f"memory: {result['basis']['memory']}\nspeed: {result['basis']['speed']}")
     if "plot" in result:
         print(f"plot: {result['plot']}")
