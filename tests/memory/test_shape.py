@@ -149,23 +149,16 @@ REFUSED = [
 ]
 """Experts are no linear layers, and latent queries have no q_proj."""
 
-REDIRECTED = pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, ValueError),
-    reason="PEFT 0.21 takes DeepSeek's gate_proj, up_proj and down_proj for the routed experts' parameters: it adapts all "
-    "of those, and neither the shared experts nor a dense MLP",
-)
-
 
 @pytest.mark.parametrize(
     ("family", "setting"),
     [
-        pytest.param(
-            family, setting, marks=[REDIRECTED] if "deepseek" in family and setting in ("all-linear", "mlp") else []
-        )
+        (family, setting)
         for family in FAMILIES
         for setting in PRESETS
-        if (family, setting) not in REFUSED and not ("k_proj" in setting and family.startswith(("phi3", "deepseek")))
+        if (family, setting) not in REFUSED
+        and not ("k_proj" in setting and family.startswith(("phi3", "deepseek")))
+        and not ("deepseek" in family and setting in ("all-linear", "mlp"))
     ],
 )
 def test_adapters_are_as_large_as_pefts(family: str, setting: str | list[str]) -> None:
@@ -175,6 +168,22 @@ def test_adapters_are_as_large_as_pefts(family: str, setting: str | list[str]) -
     given = setting if isinstance(setting, str) else tuple(setting)
     assert shape_of(family).adapter_values(r, given) == theirs
     assert shape_of(family).adapter_values(4 * r, given) == 4 * theirs
+
+
+@pytest.mark.parametrize("setting", ["all-linear", "mlp", ["down_proj", "o_proj"]])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "deepseek" in family])
+def test_layers_whose_names_peft_takes_for_experts_are_refused(family: str, setting: str | list[str]) -> None:
+    """PEFT 0.21 adapts all of DeepSeek's routed experts for them, and neither the shared ones nor a dense MLP."""
+    with pytest.raises(ModelError) as caught:
+        add_adapter(model_of(family), AdapterConfig(r=3, target_modules=setting), "base")
+    text = str(caught.value)
+    if isinstance(setting, list):
+        assert "PEFT takes down_proj of this family for its experts' parameters" in text
+    else:
+        assert text.startswith(
+            f"adapter.target_modules {setting}: PEFT takes down_proj, gate_proj, up_proj of this family"
+        )
+        assert text.endswith("and all experts one; set adapter.target_modules: attention")
 
 
 @pytest.mark.parametrize(("family", "preset"), REFUSED)

@@ -21,7 +21,7 @@ from tunesmith.types import GB
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
 PRESETS = ("all-linear", "attention", "mlp", "qv")
@@ -106,7 +106,15 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, base_name: str) -
             layers_to_transform=_known_layers(model, config.layers_to_transform),
             task_type="CAUSAL_LM",
         )
-        adapted = get_peft_model(model, lora)
+        wanted = _wanted(model, lora)
+        try:
+            adapted = get_peft_model(model, lora)
+        except ValueError as error:
+            said = " ".join(str(error).split())
+            raise ModelError(
+                f"adapter.target_modules {config.target_modules}: PEFT cannot put this adapter on the model: {said}"
+            ) from error
+        _refuse_redirected(adapted, wanted, config)
         _refuse_unmatched(adapted, config)
         if config.init_lora_weights != "default":
             adapted.beginning = {
@@ -147,6 +155,31 @@ def _known_layers(model: PreTrainedModel, layers: list[int] | None) -> list[int]
             f"adapter.layers_to_transform: {max(layers)} is no layer of this model, which has 0 to {count - 1}"
         )
     return sorted(set(layers))
+
+
+def _wanted(model: PreTrainedModel, lora: LoraConfig) -> set[str]:
+    """The linear layers that a configuration means."""
+    names, layers = set(lora.target_modules or ()), lora.layers_to_transform
+    found = {path for path, _ in _linear_layers(model) if path in names or any(path.endswith(f".{n}") for n in names)}
+    if layers is None:
+        return found
+    numbers = {path: re.search(r"\.layers\.(\d+)\.", path) for path in found}
+    return {path for path, number in numbers.items() if number and int(number[1]) in layers}
+
+
+def _refuse_redirected(adapted: PeftModel, wanted: set[str], config: AdapterConfig) -> None:
+    """Raise ModelError where PEFT took names of linear layers for parameters of experts, and left those layers as they are."""
+    from peft.tuners.lora import LoraLayer
+
+    have = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    missing = sorted(wanted - have)
+    if missing:
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in missing}))
+        raise ModelError(
+            f"adapter.target_modules {config.target_modules}: PEFT takes {names} of this family for its experts' parameters, so "
+            f"that {len(missing)} linear layers would have no adapter ({missing[0]}), and all experts one; set "
+            "adapter.target_modules: attention"
+        )
 
 
 def _refuse_unmatched(adapted: PeftModel, config: AdapterConfig) -> None:
