@@ -74,12 +74,10 @@ def contradictions(config: RunConfig) -> dict[str, str]:
     found |= _beside_mix(config.data)
     if config.data.eval_split and not config.data.eval_path:
         found["data.eval_split"] = "data.eval_split has no effect without data.eval_path; remove it, or set the path"
-    if config.training.tracker_project != type(config.training)().tracker_project and config.training.trackers in (
-        "auto", [], ["tensorboard"],
-    ):  # fmt: skip
+    if "tracker_project" in _changed(training) and training.trackers in ("auto", [], ["tensorboard"]):
         found["training.tracker_project"] = (
-            "training.tracker_project has no effect on TensorBoard, whose files lie in the run folder; remove it, or name another "
-            "tracker in training.trackers"
+            "training.tracker_project has no effect without wandb, trackio or mlflow in training.trackers (TensorBoard's files lie in "
+            "the run folder); remove it, or name one"
         )
     has_eval = bool(config.data.eval_path or config.data.eval_fraction)
     evaluates = has_eval or bool(config.data.general_path)

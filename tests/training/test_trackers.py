@@ -142,6 +142,8 @@ def test_others_are_told_the_configuration_the_steps_and_the_end(
 
 def test_a_project_that_nobody_would_see() -> None:
     for trackers in ("auto", "[]", "[tensorboard]"):
-        with pytest.raises(ConfigError, match=r"training\.tracker_project has no effect on TensorBoard"):
+        with pytest.raises(
+            ConfigError, match=r"training\.tracker_project has no effect without wandb, trackio or mlflow"
+        ):
             load_config(None, [f"training.trackers={trackers}", "training.tracker_project=mine"])
     load_config(None, ["training.trackers=[tensorboard, wandb]", "training.tracker_project=mine"])

@@ -292,6 +292,17 @@ def test_general_data_is_read_beside_the_run(tmp_path: Path) -> None:
     data = tokenized(config(**values))
     assert (len(data.general), len(data.eval)) == (3, 0)
     assert data.facts["general_rows"] == 3
+    assert [file["path"] for file in data.facts["files"]] == [str(train), str(general)]
+    general.write_text(general.read_text(encoding="utf-8").replace("says", "said"), encoding="utf-8")
+    other = tokenized(config(**values)).facts
+    assert {key for key, value in other.items() if value != data.facts[key]} == {"general_sha256", "tokens_sha256"}
+    general.write_text("{}\n", encoding="utf-8")
+    train.write_text("", encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_rows(config(**values))
+    assert [problem.split(":")[0] for problem in caught.value.problems] == [str(train), str(general)], "both at once"
+    train.write_text("ab\n", encoding="utf-8")
+    write_jsonl(general, pairs(3))
     preferences = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
     with pytest.raises(DataError, match=r"of form preference; data\.general_path needs answers"):
         read_rows(config(**(values | {"data__general_path": str(preferences)})))

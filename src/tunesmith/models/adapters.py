@@ -39,7 +39,7 @@ def target_modules(model: PreTrainedModel, setting: str | list[str]) -> list[str
     linear = dict(_linear_layers(model))
     names = {path.rsplit(".", 1)[-1] for path in linear}
     if isinstance(setting, list):
-        unknown = [name for name in setting if not any(path == name or path.endswith(f".{name}") for path in linear)]
+        unknown = [name for name in setting if not any(_ends_in(path, name) for path in linear)]
         if unknown or not setting:
             raise ModelError(
                 f"adapter.target_modules: {', '.join(unknown) or 'the empty list'} matches no linear layer of this "
@@ -63,6 +63,11 @@ def target_modules(model: PreTrainedModel, setting: str | list[str]) -> list[str
             f"it has {', '.join(sorted(names)) or 'none (its layers are of another type)'}"
         )
     return sorted(chosen)
+
+
+def _ends_in(path: str, name: str) -> bool:
+    """Whether `adapter.target_modules` means the module at `path` by `name`."""
+    return path == name or path.endswith(f".{name}")
 
 
 def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:
@@ -160,7 +165,7 @@ def _known_layers(model: PreTrainedModel, layers: list[int] | None) -> list[int]
 def _wanted(model: PreTrainedModel, lora: LoraConfig) -> set[str]:
     """The linear layers that a configuration means."""
     names, layers = set(lora.target_modules or ()), lora.layers_to_transform
-    found = {path for path, _ in _linear_layers(model) if path in names or any(path.endswith(f".{n}") for n in names)}
+    found = {path for path, _ in _linear_layers(model) if any(_ends_in(path, name) for name in names)}
     if layers is None:
         return found
     numbers = {path: re.search(r"\.layers\.(\d+)\.", path) for path in found}

@@ -54,19 +54,21 @@ def read_rows(config: RunConfig) -> RunRows:
     """Read and check the training and evaluation data. Raises DataError with all problems of all files."""
     settings = config.data
     sources: list[SourceConfig] = [*settings.mix] or [settings]
-    held_source = settings.held_out(settings.eval_path) if settings.eval_path else None
-    files, held = _read(sources, held_source, settings)
+    held_out = [settings.held_out(path) for path in (settings.eval_path, settings.general_path) if path]
+    files, held = _read(sources, held_out, settings)
+    general = [held.pop()] if settings.general_path else []
     for file in [*files, *held]:
         _refuse_wrong_kind(file, f"objective {config.objective.name}")
         if config.objective.name == "cpt":
             _refuse_chats(file)
-    general = read_questions(settings.general_path, settings, "data.general_path") if settings.general_path else []
-    findings = [finding for file in [*files, *held] for finding in file.findings]
+    for file in general:
+        _refuse_wrong_kind(file, "data.general_path")
+    findings = [finding for file in [*files, *held, *general] for finding in file.findings]
     for file in files:
         findings += check_rows(file, settings, held[0] if held else None, tokenized=True)
     if len(files) > 1:
         findings += repeated_across(files, settings.train_on)
-    for file in held:
+    for file in [*held, *general]:
         findings += check_rows(file, settings, tokenized=True)
     for file in files:
         if settings.cache and Path(file.path).exists() and (changed := changed_since_kept(file.path, file.sha256)):
@@ -93,19 +95,21 @@ def read_rows(config: RunConfig) -> RunRows:
         "rows": sum(len(file.examples) for file in files),
         "files": [
             {"path": file.path, "container": file.container, "form": file.form, "rows": len(file.examples)}
-            for file in [*files, *held]
+            for file in [*files, *held, *general]
         ],
         "system": _shared_system(rows),
     }
     if settings.eval_path:
         facts |= {"eval_path": settings.eval_path, "eval_sha256": held[0].sha256}
-    return RunRows(rows, eval_rows, facts, notes, general)
+    for file in general:
+        facts |= {"general_path": settings.general_path, "general_sha256": file.sha256}
+    return RunRows(rows, eval_rows, facts, notes, [row for file in general for row in _examples(file)])
 
 
-def read_questions(path: str | Path, settings: DataConfig | None = None, purpose: str = "evaluation") -> list[Example]:
+def read_questions(path: str | Path, settings: DataConfig | None = None) -> list[Example]:
     """The rows of a file to evaluate on, its columns mapped as in `settings`. Raises DataError with every problem."""
     file = read_examples((settings or DataConfig()).held_out(str(path)))
-    _refuse_wrong_kind(file, purpose)
+    _refuse_wrong_kind(file, "evaluation")
     return _examples(file)
 
 
@@ -140,16 +144,16 @@ def tokenize_rows(
             )
     notes = [*rows.notes, *([settled] if settled else []), *summary(found), *_beyond(train, model_limit)]
     supervised = sum(example.supervised for example in train.examples)
+    digests = [tokens.examples.digest() for tokens in (train, held, *([general] if rows.general else []))]
     facts = rows.facts | {
         "train_rows": len(train.examples),
         "eval_rows": len(held.examples),
         "train_tokens": int(train.examples.lengths.sum()),
         "supervised_tokens": supervised,
-        "tokens_sha256": sha256_text([train.examples.digest(), held.examples.digest()]),
+        "tokens_sha256": sha256_text(digests),
     }
     if rows.general:
-        facts |= {"general_path": settings.general_path, "general_rows": len(general.examples)}
-        facts["general_tokens_sha256"] = general.examples.digest()
+        facts["general_rows"] = len(general.examples)
     kept = sorted({int(row) for row in held.examples.rows})
     eval_rows = [rows.eval[row] for row in kept]
     if config.evaluation.generate:
@@ -182,11 +186,11 @@ def summary(findings: Sequence[Finding]) -> list[str]:
 
 
 def _read(
-    sources: Sequence[SourceConfig], held: SourceConfig | None, settings: DataConfig
+    sources: Sequence[SourceConfig], held: Sequence[SourceConfig], settings: DataConfig
 ) -> tuple[list[DataFile], list[DataFile]]:
     files: list[DataFile] = []
     problems: list[str] = []
-    for source in [*sources, *([held] if held else [])]:
+    for source in [*sources, *held]:
         try:
             limit = settings.max_rows if source.streaming else None
             files.append(read_examples(source, skip_bad_rows=settings.skip_bad_rows, max_rows=limit))

@@ -465,7 +465,7 @@ def _refuse_changed(run: RunFolder, base_hash: str, facts: dict[str, Any]) -> No
     metadata = run.metadata
     if metadata["model"]["weight_hash"] != base_hash:
         raise RunError(f"{run.path}: the base model's weights have changed since this run started; it cannot go on")
-    for key, path in (("sha256", "path"), ("eval_sha256", "eval_path"), ("general_tokens_sha256", "general_path")):
+    for key, path in (("sha256", "path"), ("eval_sha256", "eval_path"), ("general_sha256", "general_path")):
         if metadata["data"].get(key) != facts.get(key):
             name = facts.get(path)
             raise RunError(f"{run.path}: {name} has changed since this run started; start a new run")
