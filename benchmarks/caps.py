@@ -168,12 +168,27 @@ def fullest(run: Capped, plan: Any, examples: list[TokenizedExample]) -> dict[st
     return {"size": chosen.candidate.size, "graphs": chosen.graphs, "tok_s": chosen.tokens_per_second}
 
 
+def summary(result: dict[str, Any]) -> str:
+    """What ran, on what, and how it went."""
+    rows = result["rows"]
+    retries = sum(row["out_of_memory"] for row in rows)
+    low = [row for row in rows if row["used"] < 0.85]
+    slower = sum(row["fullest"] is None or row["fullest"]["tok_s"] < row["predicted_tok_s"] for row in low)
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (
+        f"{len(rows)} runs of `memory: auto` on one {result['hardware']} ({versions}), the allocator held to the cap, `python "
+        f"benchmarks/caps.py OUT.json`: {retries or 'no'} step{'' if retries == 1 else 's'} out of memory. `used` is the larger "
+        "of the dry step's peak, which has the largest micro-batch that the data can give, and the run's. "
+        f"{len(rows) - len(low)} use at least 85% of the cap; of the other {len(low)} {slower} would be slower with more."
+    )
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: each run with its cap, plan, use and speed."""
     lines = [
-        "| model | method | engine | cap GB | micro-batch | plan | predicted GB | peak | reserved | used | retries | tokens/s "
+        "| model | method | engine | cap GB | steps | micro-batch | plan | predicted GB | peak | reserved | used | retries | tokens/s "
         "| predicted | fastest of at least 85% |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         size = row["micro_batch_tokens"] or row["micro_batch_size"]
@@ -181,7 +196,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         other = "" if row["used"] >= 0.85 else "none" if more is None else f"{more['tok_s']:,.0f}"
         lines.append(
             f"| {row['shape']} | {row['method']}{', padded' if row.get('padded') else ''} | {row['engine_used']} | {row['cap']:g} "
-            f"| {size}{' tokens' if row['micro_batch_tokens'] else ''} | {row['plan'].split(': ', 2)[2]}{', CUDA graphs' if row['graphs'] else ''} | {row['predicted']:.2f} "
+            f"| {row['steps']} | {size}{' tokens' if row['micro_batch_tokens'] else ''} | {row['plan'].split(': ', 2)[2]}{', CUDA graphs' if row['graphs'] else ''} | {row['predicted']:.2f} "
             f"| {row['peak']:.2f} | {row['reserved']:.2f} | {row['used']:.0%} | {row['out_of_memory']} "
             f"| {row['tok_s']:,.0f} | {row['predicted_tok_s']:,.0f} | {other} |"
         )

@@ -129,6 +129,7 @@ def speed_table() -> dict[Path, str]:
 def planner_page() -> dict[Path, str]:
     """docs/planner.md with its tables of predictions, from the committed measurements."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
+    import caps
     import planner
 
     path = DOCS / "planner.md"
@@ -139,6 +140,8 @@ def planner_page() -> dict[Path, str]:
     for name in ("planner_h100.json", "planner_second_h100.json", "planner_blind_h100.json"):
         result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
         tables += f"{planner.summary(result)}\n\n{planner.table(result['rows'])}\n\n"
+    result = json.loads((RESULTS / "caps_fourth_h100.json").read_text(encoding="utf-8"))
+    tables += f"## Under a cap\n\n{caps.summary(result)}\n\n{caps.table(result['rows'])}\n\n"
     return {path: f"{before}{begin}\n{tables}{end}{after}"}
 
 
