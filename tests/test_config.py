@@ -104,7 +104,9 @@ def test_an_objectives_defaults_give_way_to_what_is_set(run_yaml: Any) -> None:
         0.1,
     )
     assert config_from_dict(yaml.safe_load(chosen.to_yaml())) == chosen
-    with pytest.raises(ConfigError, match=r"`objective.name` is \"ctp\": input should be 'sft' or 'cpt'"):
+    with pytest.raises(
+        ConfigError, match=r"`objective.name` is \"ctp\": input should be 'sft', 'cpt', 'dpo', 'orpo', 'simpo' or 'kto'"
+    ):
         load_config(overrides=["objective.name=ctp"])
     with pytest.raises(ConfigError, match=r"`training` is 3: expected a section"):
         load_config(overrides=["objective.name=cpt", "training=3"])

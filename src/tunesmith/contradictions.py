@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from tunesmith.config import DataConfig, RunConfig, Section
 
 CAUSES = {
+    "objective.name": ("objective.",),
     "data.eval_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
     "data.general_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
     "data.packing": ("training.micro_batch_tokens",),
@@ -56,6 +57,7 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         found["quantization.double_quant"] = (
             "quantization.double_quant has no effect with quantization.scheme: int8; remove it, or set scheme: nf4 or fp4"
         )
+    found |= _preferences(config)
     training = config.training
     if training.micro_batch_size != "auto" and training.micro_batch_size > training.batch_size:
         found["training.micro_batch_size"] = (
@@ -88,6 +90,57 @@ def contradictions(config: RunConfig) -> dict[str, str]:
     }.items():
         if is_set:
             found[key] = f"{key} needs evaluation data; set data.eval_path or data.eval_fraction"
+    return found
+
+
+OBJECTIVES_OF = {
+    "beta": ("dpo", "orpo", "simpo", "kto"),
+    "loss": ("dpo",),
+    "label_smoothing": ("dpo", "simpo"),
+    "nll_weight": ("dpo",),
+    "gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Which objectives have a setting of the `objective` section."""
+
+
+def _preferences(config: RunConfig) -> dict[str, str]:
+    """Settings of the objective that another one has, and what preferences cannot do, by the key to change."""
+    found: dict[str, str] = {}
+    objective = config.objective
+    for name in _changed(objective):
+        names = OBJECTIVES_OF.get(name, (objective.name,))
+        if objective.name not in names:
+            key = f"objective.{name}"
+            found[key] = (
+                f"{key} has no effect with objective.name: {objective.name}; remove it, or set the name to {' or '.join(names)}"
+            )
+    if objective.label_smoothing and objective.name == "dpo" and objective.loss != "sigmoid":
+        found["objective.label_smoothing"] = (
+            f"objective.label_smoothing has no effect with objective.loss: {objective.loss}; remove it, or set loss: sigmoid"
+        )
+    if not config.pairs:
+        return found
+    if config.data.packing is False:
+        found["data.packing"] = (
+            f"data.packing: false cannot be with objective.name: {objective.name}: both sequences of a pair are packed, which "
+            "gives the same loss without padding; remove it"
+        )
+    if config.data.overlong == "split":
+        found["data.overlong"] = (
+            f"data.overlong: split cannot be with objective.name: {objective.name}: an answer's pieces cannot be compared; set "
+            "truncate or drop"
+        )
+    if config.training.batch_tokens is not None:
+        found["training.batch_tokens"] = (
+            f"training.batch_tokens cannot be with objective.name: {objective.name}, whose steps are counted in rows; set "
+            "training.batch_size"
+        )
+    if config.evaluation.generate:
+        found["evaluation.generate"] = (
+            f"evaluation.generate cannot be with objective.name: {objective.name}: preferences have no expected answer; remove it"
+        )
     return found
 
 

@@ -29,7 +29,14 @@ from tunesmith.version import __version__
 REPORT_FILE = "report.html"
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
-OBJECTIVES = {"sft": "supervised fine-tuning", "cpt": "continued pre-training"}
+OBJECTIVES = {
+    "sft": "supervised fine-tuning",
+    "cpt": "continued pre-training",
+    "dpo": "direct preference optimization (DPO)",
+    "orpo": "odds ratio preference optimization (ORPO)",
+    "simpo": "simple preference optimization (SimPO)",
+    "kto": "Kahneman-Tversky optimization (KTO)",
+}
 
 T = TypeVar("T")
 
@@ -110,7 +117,7 @@ def _model_name(config: RunConfig | None, metadata: dict[str, Any]) -> str:
 def _subtitle(config: RunConfig | None) -> str:
     if config is None:
         return ""
-    return f"{METHODS[config.method]} · {OBJECTIVES.get(config.objective.name, config.objective.name)}"
+    return f"{METHODS[config.method]} · {OBJECTIVES[config.objective.name]}"
 
 
 def _settings(run: RunFolder, config: RunConfig | None) -> list[facts.SettingLine]:

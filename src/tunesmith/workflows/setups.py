@@ -110,9 +110,10 @@ def choices_of(
 def uses_graphs(config: RunConfig, engine: Literal["reference", "fused"], shape: ModelShape) -> bool:
     """Whether CUDA graphs can replay micro-batches on a GPU, whose rows are widened for that (training/graphs.py).
 
-    They need gradients that stay in place, as an adapter's do, and layers that draw no random numbers.
+    They need gradients that stay in place, as an adapter's do, layers that draw no random numbers, and an objective that looks at
+    tokens: which sequence each is in changes with every batch.
     """
-    fixed = config.method != "full" and config.adapter.dropout == 0
+    fixed = config.method != "full" and config.adapter.dropout == 0 and not config.pairs
     return config.training.cuda_graphs and engine == "fused" and shape.can_fuse and shape.capturable and fixed
 
 

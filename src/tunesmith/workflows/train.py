@@ -25,6 +25,7 @@ import torch
 from tunesmith.config import RunConfig
 from tunesmith.data.batches import StepOrder, num_steps
 from tunesmith.data.chat import ChatFormat
+from tunesmith.data.pairs import PairStore
 from tunesmith.errors import ConfigError, MachineError, RunError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
 from tunesmith.evaluation.metrics import score
@@ -46,8 +47,9 @@ from tunesmith.runs import RunFolder, default_run_path
 from tunesmith.training.checkpoint import TrainState
 from tunesmith.training.guards import stop_on_signal
 from tunesmith.training.loop import evaluate_loss, train_loop
-from tunesmith.training.objectives import OBJECTIVES, Objective
+from tunesmith.training.objectives import Objective, SupervisedFineTuning
 from tunesmith.training.optimizers import Optimizer, make_optimizer
+from tunesmith.training.preferences import METRICS, objective_of, reference_log_probabilities
 from tunesmith.training.prepare import apply_plan, check_forward, check_fused, prepare
 from tunesmith.training.trackers import trackers_of, tracking
 from tunesmith.types import (
@@ -122,6 +124,8 @@ class TrainingSession:
                 log({"event": "decision", "message": note})
             for event in self.calibration:
                 log(event)
+            if self.objective.needs_reference:
+                self._refer(log, progress)
             state = train_loop(
                 config=self.config,
                 run=self.run,
@@ -153,6 +157,33 @@ class TrainingSession:
         supervised = sum(example.supervised for example in examples)
         return settings_warnings(self.config, len(examples), tokens, supervised)
 
+    def _refer(self, log: EventSink, progress: Progress) -> None:
+        """What the model says of every pair before training: from the run folder, or computed and kept there."""
+        stores = {
+            name: store
+            for name, store in (("train", self.data.train), ("eval", self.data.eval))
+            if isinstance(store, PairStore)
+        }
+        kept = self.run.read_reference() if self.resumed else None
+        if kept is None:
+            began = time.perf_counter()
+            kept = {
+                name: reference_log_probabilities(
+                    self.forward,
+                    store,
+                    self.config,
+                    pad_token(self.tokenizer),
+                    progress,
+                    f"reference of the {name} pairs",
+                )
+                for name, store in stores.items()
+            }
+            self.run.write_reference(kept)
+            pairs, seconds = sum(map(len, stores.values())), time.perf_counter() - began
+            log({"event": "decision", "message": f"reference: log-probabilities of {pairs:,} pairs, {seconds:.1f} s"})
+        for name, store in stores.items():
+            store.reference = kept[name]
+
     def _least_memory(self) -> bool:
         """Compute everything again that can be; whether that is less than before."""
         least = self.plan.least()
@@ -179,8 +210,11 @@ class TrainingSession:
 
         for_loss, for_answers = Halving(warn), Halving(warn)
 
-        def loss_on(examples: Sequence[TokenizedExample]) -> float:
-            return evaluate_loss(self.forward, self.objective, examples, config, pad_token(self.tokenizer), for_loss)
+        def loss_on(
+            examples: Sequence[TokenizedExample], objective: Objective, metrics: dict[str, float] | None = None
+        ) -> float:
+            pad_id = pad_token(self.tokenizer)
+            return evaluate_loss(self.forward, objective, examples, config, pad_id, for_loss, metrics)
 
         def evaluate(step: int, drop_graphs: Callable[[], bool]) -> Mapping[str, float]:
             nonlocal now
@@ -199,11 +233,13 @@ class TrainingSession:
             for_loss.give_way = for_answers.give_way = give_way
             values: dict[str, float] = {}
             if self.data.eval:
-                values["eval_loss"] = loss_on(self.data.eval)
+                measured: dict[str, float] = {}
+                values["eval_loss"] = loss_on(self.data.eval, self.objective, measured)
+                values |= {f"eval_{name}": value for name, value in measured.items()}
                 if config.objective.name == "cpt":
                     values["perplexity"] = perplexity(values["eval_loss"])
             if self.data.general:
-                values["general_loss"] = loss_on(self.data.general)
+                values["general_loss"] = loss_on(self.data.general, SupervisedFineTuning())
                 values["general_perplexity"] = perplexity(values["general_loss"])
             if config.evaluation.generate:
                 rows = generate_answers(
@@ -278,7 +314,7 @@ class TrainingSession:
             "supervised_tokens_per_second": state.supervised_tokens * rate,
             "examples_per_second": state.examples * rate,
             "peak_memory_gb": memory_in_use_gb(self.hardware.device),
-            "train_loss": state.loss_sum / state.supervised_tokens if state.supervised_tokens else None,
+            "train_loss": state.loss_sum / state.loss_units if state.loss_units else None,
             "eval_loss": state.eval_loss,
             "best_step": state.best_step or None,
             "supervised_tokens": state.supervised_tokens,
@@ -378,7 +414,7 @@ def make_ready(
     if plan.memory.engine == "fused":
         check_fused(forward)
     optimizer = make_optimizer(forward.model, config.optimizer, config.lr)
-    objective = OBJECTIVES[config.objective.name]()
+    objective = objective_of(config)
     dry = DryStep(config, forward, objective, optimizer, hardware, examples, pad_id)
     plan, calibration = calibrated(plan, dry)
     return Ready(plan, objective, optimizer, notes, calibration)
@@ -424,6 +460,7 @@ def _check_settings(config: RunConfig) -> None:
     metric = config.training.early_stopping.metric
     held_out = config.data.eval_path or config.data.eval_fraction
     known = ["eval_loss", *(["perplexity"] if config.objective.name == "cpt" else [])] if held_out else []
+    known += [f"eval_{name}" for name in METRICS[config.objective.name]] if held_out else []
     known += ["general_loss", "general_perplexity"] if config.data.general_path else []
     known += ["accuracy", "exact_match"] if config.evaluation.generate else []
     if metric is not None and metric not in known:
