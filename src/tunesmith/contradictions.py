@@ -170,10 +170,12 @@ def _token_budgets(config: RunConfig) -> dict[str, str]:
                 "training.micro_batch_tokens needs packing; set data.packing: true, or remove it and set "
                 "training.micro_batch_size"
             )
-        if length != "auto" and length > micro:
+        most, what = (micro // 2, "half of ") if config.pairs else (micro, "")
+        if length != "auto" and length > most:
             found["data.max_seq_length"] = (
-                f"data.max_seq_length {length} is more than training.micro_batch_tokens {micro}: the longest example would "
-                f"fit into no micro-batch; set data.max_seq_length to {micro} or less, or raise training.micro_batch_tokens"
+                f"data.max_seq_length {length} is more than {what}training.micro_batch_tokens {micro}: the longest "
+                f"{'pair' if config.pairs else 'example'} would fit into no micro-batch; set data.max_seq_length to {most} or "
+                "less, or raise training.micro_batch_tokens"
             )
         if "micro_batch_size" in _changed(training):
             found["training.micro_batch_size"] = (

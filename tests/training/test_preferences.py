@@ -20,7 +20,7 @@ from tunesmith.data.batches import make_batch
 from tunesmith.errors import ConfigError, DataError, RunError
 from tunesmith.runs import RunFolder
 from tunesmith.training.loop import accumulate_gradients, evaluate_loss
-from tunesmith.training.objectives import Objective
+from tunesmith.training.objectives import Objective, StepTools
 from tunesmith.training.preferences import (
     DirectPreference,
     KahnemanTversky,
@@ -560,3 +560,47 @@ def test_log_odds_of_certain_answers_are_finite() -> None:
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
     F.logsigmoid(value).sum().backward()
     assert torch.isfinite(mean.grad).all()  # type: ignore[arg-type]
+
+
+def test_ktos_estimate_is_of_all_ranks(run: TrainingSession) -> None:
+    """Two ranks of unequal shares: each knows the mean over all rows, not that of its own."""
+    objective = KahnemanTversky(0.2)
+    pairs = pairs_of(run, (True, False, True, True, False))
+    shares, sums = (pairs[:1], pairs[1:]), []
+
+    def tools(total: Callable[[torch.Tensor], torch.Tensor]) -> StepTools:
+        return StepTools(lambda part: make_batch(part, True, 0, "cpu"), total)
+
+    for share in shares:
+        objective.begin_step(run.forward, [share], tools(lambda values: (sums.append(values.clone()), values)[1]))
+    together = sums[0] + sums[1]
+    assert together[1] == 5
+    found = []
+    for share in shares:
+        objective.begin_step(run.forward, [share], tools(lambda values: together.clone()))
+        (kl,) = [
+            term
+            for term in objective.terms(run.forward, make_batch([share[0].sequence(0)], True, 0, "cpu"))
+            if term.name == "kl"
+        ]
+        found.append(float(kl.sum))
+    assert found[0] == found[1] == pytest.approx(max(0.0, float(together[0] / 5)))
+    assert sums[0][0] != pytest.approx(float(together[0] / 5), rel=1e-3)
+
+
+def test_the_log_has_means_over_pairs(configure: Configure, tmp_path: Path) -> None:
+    """A log line of several steps: each counts by its pairs, not by its tokens; so does train_loss."""
+    settings = ("objective.name=dpo", "training.batch_size=10", "training.epochs=1")
+    every = start(configure(*settings, "training.log_every=1"), tmp_path / "every")
+    every.train()
+    once = start(configure(*settings, "training.log_every=9"), tmp_path / "once")
+    once.train()
+    steps = [event for event in every.run.events() if event["event"] == "step"]
+    (line,) = [event for event in once.run.events() if event["event"] == "step"]
+    assert [step["examples"] for step in steps] == [10, 10, 4]
+    for name in ("loss", "rewards/margins", "logps/chosen"):
+        expected = sum(step[name] * step["examples"] for step in steps) / 24
+        assert line[name] == pytest.approx(expected, rel=1e-6)
+        by_tokens = sum(step[name] * step["supervised_tokens"] for step in steps) / line["supervised_tokens"]
+        assert line[name] != pytest.approx(by_tokens, rel=1e-6)
+    assert once.run.metrics["train_loss"] == pytest.approx(line["loss"], rel=1e-6)
