@@ -240,13 +240,14 @@ def _read(
 
 def _refuse_wrong_kind(file: DataFile, purpose: str) -> None:
     first = file.examples[0]
+    train = "set objective.name: {} to train on preferences, or " if purpose.startswith("objective") else ""
     if isinstance(first, PreferenceExample):
-        fix = (
+        fix = train.format("dpo") + (
             "pass a file of answers, or name the column that holds them (data.format: prompt, data.columns: {completion: "
             "chosen})"
         )
     elif first.desirable is not None:
-        fix = "pass a file of answers: only the rows whose label is true, without that label"
+        fix = train.format("kto") + "pass a file of answers: only the rows whose label is true, without that label"
     else:
         return
     raise DataError(f"{file.path}: the rows are of form {file.form}; {purpose} needs answers, not preferences; {fix}")
