@@ -604,3 +604,36 @@ def test_the_log_has_means_over_pairs(configure: Configure, tmp_path: Path) -> N
         by_tokens = sum(step[name] * step["supervised_tokens"] for step in steps) / line["supervised_tokens"]
         assert line[name] != pytest.approx(by_tokens, rel=1e-6)
     assert once.run.metrics["train_loss"] == pytest.approx(line["loss"], rel=1e-6)
+
+
+def kl_of(
+    session: TrainingSession, pairs: Sequence[TokenizedPair], total: Callable[[torch.Tensor], torch.Tensor]
+) -> float:
+    objective = KahnemanTversky(0.2)
+    objective.begin_step(session.forward, [pairs], StepTools(lambda part: make_batch(part, True, 0, "cpu"), total))
+    batch = make_batch([pairs[0].sequence(0)], True, 0, "cpu")
+    (kl,) = [float(term.sum) for term in objective.terms(session.forward, batch) if term.name == "kl"]
+    return kl
+
+
+def test_ktos_estimate_is_never_negative(run: TrainingSession) -> None:
+    assert kl_of(run, pairs_of(run), lambda values: torch.tensor([-3.0, 5.0])) == 0
+    assert kl_of(run, pairs_of(run), lambda values: torch.tensor([3.0, 5.0])) == pytest.approx(0.6)
+
+
+def test_ktos_estimate_draws_no_dropout(configure: Configure, tmp_path: Path) -> None:
+    session = start(configure("objective.name=kto", "adapter.dropout=0.5"), tmp_path / "run")
+    move(session)
+    pairs = pairs_of(session)
+    model = session.forward.model.train()
+    session.forward.dropout_seed = 7
+    found = kl_of(session, pairs, lambda values: values)
+    model.eval()
+    session.forward.dropout_seed = None
+    with torch.no_grad():
+        batch = make_batch([pair.sequence(1) for pair in pairs], True, 0, "cpu")
+        ratios = sequence_log_probabilities(session.forward, batch) - torch.tensor(
+            [pair.reference[1] for pair in pairs if pair.reference]
+        )
+    assert found == pytest.approx(max(0.0, float(ratios.mean())), rel=1e-5)
+    assert found > 0
