@@ -336,6 +336,8 @@ class EvaluationConfig(Section):
     """Prompts generated at once."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Generate answers to this many rows at most: a fixed sample, the same at every evaluation. `eval_loss` uses every row."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Log so many generated answers at each evaluation during training, always to the same held-out questions (of preferences: to prompts)."""
     generate: bool = False
     """Also generate and score answers at each evaluation during training (the loss is always computed)."""
 

@@ -87,6 +87,7 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         "training.eval_every": config.training.eval_every is not None and not evaluates,
         "training.early_stopping.metric": config.training.early_stopping.metric is not None and not evaluates,
         "evaluation.generate": config.evaluation.generate and not has_eval,
+        "evaluation.samples": config.evaluation.samples > 0 and not has_eval,
     }.items():
         if is_set:
             found[key] = f"{key} needs evaluation data; set data.eval_path or data.eval_fraction"

@@ -467,6 +467,23 @@ def test_the_reference_is_kept_and_read_again(configure: Configure, tmp_path: Pa
         session.run.read_reference()
 
 
+def test_a_resumed_run_reads_its_reference(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Computed again it could differ in the last digits, by another division into micro-batches."""
+    session = start(configure("objective.name=dpo", "training.save_every=1"), tmp_path / "run")
+
+    def crash(event: dict[str, Any]) -> None:
+        if event["event"] == "checkpoint":
+            raise Crash
+
+    with pytest.raises(Crash):
+        session.train(crash)
+    monkeypatch.setattr("tunesmith.workflows.train.reference_log_probabilities", lambda *_: pytest.fail("computed"))
+    restart(tmp_path / "run").train()
+    assert len(losses(session.run)) == 3
+
+
 def test_a_pissa_adapter_is_its_own_reference(configure: Configure, tmp_path: Path) -> None:
     """Switched off it leaves the base without its largest singular values; the reference is the model as it begins."""
     session = start(

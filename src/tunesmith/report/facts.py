@@ -178,6 +178,15 @@ def _metrics(event: Event) -> dict[str, Any]:
     return metrics if isinstance(metrics, dict) else {}
 
 
+def samples(events: Sequence[Event]) -> list[tuple[str, ...]]:
+    """(line, step, prompt, expected, answer) of the answers that were logged in training: each question's, step by step."""
+    found = events_of(events, "sample")[-MAX_EVALUATION_ROWS:]
+    order = sorted(found, key=lambda event: (as_number(event.get("line")) or 0, as_number(event.get("step")) or 0))
+    return [
+        tuple(as_text(event.get(key)) for key in ("line", "step", "prompt", "expected", "answer")) for event in order
+    ]
+
+
 def evaluation_table(events: Sequence[Event]) -> EvaluationTable | None:
     """The evaluations during training, the last ones if there are very many; None if there were none."""
     evaluations = [event for event in events_of(events, "eval") if _metrics(event)]

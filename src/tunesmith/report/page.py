@@ -77,6 +77,7 @@ def _collect(run: RunFolder) -> dict[str, Any]:
         "numbers": facts.key_numbers(events, metrics),
         "plots": training_plots(events, clip, limit_gb),
         "evaluated": facts.evaluation_table(events),
+        "samples": facts.samples(events),
         "notices": notices,
         "notices_left_out": notices_left_out,
         "settings": _settings(run, config),

@@ -42,7 +42,7 @@ class RunRows:
 class RunData:
     """A run's examples, tokenized, with the facts about them for metadata.json. `max_seq_length` is what `auto` came to.
 
-    `eval_rows` are the rows of `eval` that have an answer to be generated.
+    `eval_rows` are those of `eval`; of preferences the prompts, with the first turn that was chosen.
     """
 
     train: TokenStore | PairStore
@@ -91,10 +91,10 @@ def read_rows(config: RunConfig) -> RunRows:
             side = "evaluation" if parts["train"] else "training"
             raise ConfigError(f"data.eval_fraction {settings.eval_fraction} leaves no row of {len(rows)} for {side}")
         eval_rows, rows = [rows[place] for place in parts["eval"]], [rows[place] for place in parts["train"]]
-    if config.evaluation.generate:
+    if config.evaluation.generate or config.evaluation.samples:
         from tunesmith.evaluation.answers import check_questions  # not at the top: `plan --data` needs no PyTorch
 
-        check_questions(eval_rows)
+        check_questions([question_of(row) for row in eval_rows])
     if config.objective.name == "kto":
         _refuse_one_kind(rows)
     facts = {
@@ -120,6 +120,13 @@ def read_questions(path: str | Path, settings: DataConfig | None = None) -> list
     file = read_examples((settings or DataConfig()).held_out(str(path)))
     _refuse_wrong_kind(file, "evaluation")
     return _examples(file)
+
+
+def question_of(row: Row) -> Example:
+    """A row as a question with its answer: of a preference the first turn that was chosen."""
+    if isinstance(row, Example):
+        return row
+    return Example((*row.prompt, row.chosen[0]), None, row.file, row.line, row.tools)
 
 
 def sequences_of(config: RunConfig, rows: Sequence[Row]) -> list[Example]:
@@ -181,8 +188,10 @@ def tokenize_rows(
     if rows.general:
         facts["general_rows"] = len(general.examples)
     kept = sorted({int(row) for row in stores[1].rows})
-    eval_rows = [] if config.pairs else [row for index in kept if isinstance(row := rows.eval[index], Example)]
-    if config.evaluation.generate:
+    if config.objective.name == "kto" and not all(isinstance(row, Example) for row in rows.eval):
+        kept = [*range(len(rows.eval))]  # rows of pairs are two each there
+    eval_rows = [question_of(rows.eval[index]) for index in kept]
+    if config.evaluation.generate or config.evaluation.samples:
         from tunesmith.evaluation.answers import encode_questions
 
         encode_questions(chat, eval_rows)

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +202,8 @@ class TrainingSession:
     def _evaluation(self, log: EventSink, progress: Progress) -> Any:
         """Evaluation during training: the losses, and scored answers if the config asks for them."""
         config = self.config
-        questions = sample_rows(self.data.eval_rows, config.evaluation.max_rows)
+        asked = config.evaluation.max_rows if config.evaluation.generate else config.evaluation.samples
+        questions = sample_rows(self.data.eval_rows, asked)
         now, crowded = 0, False
 
         def warn(text: str) -> None:
@@ -241,7 +242,7 @@ class TrainingSession:
             if self.data.general:
                 values["general_loss"] = loss_on(self.data.general, SupervisedFineTuning())
                 values["general_perplexity"] = perplexity(values["general_loss"])
-            if config.evaluation.generate:
+            if questions and (config.evaluation.generate or config.evaluation.samples):
                 rows = generate_answers(
                     self.forward,
                     self.tokenizer,
@@ -252,7 +253,10 @@ class TrainingSession:
                     f"evaluating step {step}",
                     for_answers,
                 )
-                values |= {name: result.value for name, result in score("eval", rows).items()}
+                if config.evaluation.generate:
+                    values |= {name: result.value for name, result in score("eval", rows).items()}
+                for row in rows[: config.evaluation.samples]:
+                    log({"event": "sample", "step": step, **asdict(row)})
             return values
 
         return evaluate
