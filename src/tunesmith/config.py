@@ -351,6 +351,11 @@ class RunConfig(Section):
         """The peak learning rate: the one set, or the default."""
         return self.usual_lr if self.optimizer.lr is None else self.optimizer.lr
 
+    @property
+    def needs_bf16(self) -> bool:
+        """Whether only a device with bf16 will do."""
+        return self.model.dtype == "bf16" or self.optimizer.weights_dtype == "bf16"
+
     def resolved(self) -> RunConfig:
         """A copy in which every default that depends on another setting is written out."""
         copy = self.model_copy(deep=True)

@@ -331,16 +331,17 @@ def test_the_workspace_is_bounded_and_taken_before_anything_changes(monkeypatch:
     optimizer = bf16_optimizer(model)
     optimizer.allocate()
     taken: list[int] = []
+    fails_at = [0]
     empty = torch.empty
 
     def count(size: int, *args: Any, **options: Any) -> torch.Tensor:
         taken.append(size * options.get("dtype", torch.float32).itemsize)
-        if len(taken) == fail_at:
+        if len(taken) == fails_at[0]:
             raise torch.OutOfMemoryError("none left")
         return empty(size, *args, **options)
 
     monkeypatch.setattr(torch, "empty", count)
-    for fail_at in (1, 2, 3):
+    for fails_at[0] in (1, 2, 3):
         taken.clear()
         set_gradients(model, 0)
         before, moments = weights(model), states(optimizer)
@@ -348,7 +349,7 @@ def test_the_workspace_is_bounded_and_taken_before_anything_changes(monkeypatch:
             optimizer.step(OFF, 1.0, rounding_seed=0)
         assert equal(weights(model), before)
         assert equal(states(optimizer), moments)
-    fail_at = 0
+    fails_at[0] = 0
     taken.clear()
     optimizer.step(OFF, 1.0, rounding_seed=0)
     assert sum(taken) == 9 * 1024
@@ -394,7 +395,7 @@ def test_nearest_rounding_stalls_where_stochastic_rounding_learns(
                 rounding, "stochastic_round_", lambda values, noise, is_nan: values.copy_(values.bfloat16().float())
             )
         run = session(*settings, f"optimizer.weights_dtype={'fp32' if how == 'fp32' else 'bf16'}")
-        stuck = pytest.raises(VerificationError, match="5 of 21 trainable tensors have not moved at all .*layernorm")
+        stuck = pytest.raises(VerificationError, match=r"5 of 21 trainable tensors have not moved at all .*layernorm")
         with stuck if how == "nearest" else nullcontext():
             run.train()
         found = losses(run)
@@ -511,7 +512,7 @@ def test_other_compute_types_refuse_it(dtype: str) -> None:
 def test_a_device_without_bf16_refuses_it() -> None:
     config = load_config(None, ["method=full", "optimizer.weights_dtype=bf16"])
     t4 = Hardware("cuda:0", "Tesla T4", 15.0, False, (7, 5))
-    with pytest.raises(ConfigError, match="model.dtype is auto, which is fp16 on Tesla T4; set model.dtype: bf16 where"):
+    with pytest.raises(ConfigError, match=r"model\.dtype is auto, which is fp16 on Tesla T4; set model\.dtype: bf16"):
         training_dtype(config, t4)
     assert training_dtype(config, Hardware("cuda:0", "H100", 80.0, True, (9, 0))) == "bf16"
     assert training_dtype(load_config(None, ["method=full"]), t4) == "fp16"

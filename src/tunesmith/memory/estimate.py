@@ -255,7 +255,8 @@ class Estimate:
         if setup.method != "full":
             return max(self._with(at_head, logits), self._with(backward), key=lambda moment: moment.peak_gb)
         trained, embedding = setup.trained_bytes, shape.embedding_values
-        head_sum = 4.0 * embedding  # made in the forward, in fp32 whatever the weight is (kernels/linear_cross_entropy.py)
+        # Made in the forward, in fp32 whatever the weight is (kernels/linear_cross_entropy.py).
+        head_sum = 4.0 * embedding
         head_copy = embedding * setup.value_bytes if setup.casts else 0.0
         new = 0.0 if load.accumulates else float(trained * self.values)
         again = float(trained * embedding) if shape.tied or load.accumulates else 0.0  # before it is added

@@ -96,7 +96,7 @@ def train_loop(
         lr = state.lr_scale * learning_rate(config.optimizer, config.lr, state.step, total_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
-        seed = forward.dropout_seed = step_seed(training.seed, state.step)
+        forward.dropout_seed = step_seed(training.seed, state.step)
 
         def attempt(parts: Parts) -> tuple[torch.Tensor, ...]:
             loss = accumulate_gradients(
@@ -108,7 +108,9 @@ def train_loop(
                 bad.append(judge.bad(loss if world_size == 1 else grad_norm, grad_norm))
                 return bad[0]
 
-            grad_norm = optimizer.step(scaler, config.optimizer.max_grad_norm, verdict, rounding_seed=seed)
+            grad_norm = optimizer.step(
+                scaler, config.optimizer.max_grad_norm, verdict, rounding_seed=step_seed(training.seed, state.step)
+            )
             return loss, grad_norm, bad[0]
 
         loss, grad_norm, bad = memory.run(step, attempt)

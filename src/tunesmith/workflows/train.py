@@ -309,7 +309,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     _check_settings(config)
     trackers_of(config)
     hardware = probe(config.model.device)
-    dtype = training_dtype(config, hardware)
+    dtype = config.model.dtype = training_dtype(config, hardware)  # what `auto` means here
     progress("reading the data", 0, 1)
     rows = read_rows(config)
     source = find_model(config.model)
@@ -318,7 +318,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     data = tokenize_rows(config, chat, rows, progress, source.context_length)
     refuse_what_cannot_fit(config, source.config, hardware, dtype, data.train)
     source = fetch_weights(source, config.model)
-    config.model.dtype, config.model.revision = dtype, source.revision  # what `auto` and a branch meant when it began
+    config.model.revision = source.revision  # what a branch meant when it began
     base_hash = weight_hash(source)
     if existing:
         _refuse_changed(existing, base_hash, data.facts)
