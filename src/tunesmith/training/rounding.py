@@ -194,4 +194,3 @@ def _step_adamw(
         eps=group["eps"],
         maximize=False,
     )
-
