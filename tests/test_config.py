@@ -501,6 +501,11 @@ def test_a_long_value_is_shortened_in_the_message(run_yaml: Any) -> None:
                 "should be a valid string",
             ],
         ),
+        # The compute type is a typo: whether weights can be in bf16 is not known.
+        (
+            ["method=full", "model.dtype=fp8", "optimizer.weights_dtype=bf16"],
+            ["--set model.dtype=fp8: `model.dtype` is \"fp8\": input should be 'auto', 'bf16', 'fp16' or 'fp32'"],
+        ),
         # The method is a typo: whether quantization has an effect is not known.
         (
             ["method=qlroa", "quantization.scheme=fp4"],
@@ -517,6 +522,9 @@ def test_contradiction(overrides: list[str], expected: list[str]) -> None:
     [
         ["method=full", "adapter.r=16"],  # the default, written out, as in a resolved file
         ["method=qlora", "quantization.scheme=fp4"],
+        ["method=full", "optimizer.weights_dtype=bf16"],
+        ["method=full", "optimizer.weights_dtype=bf16", "model.dtype=bf16"],
+        ["model.dtype=fp16", "optimizer.weights_dtype=fp32"],  # the default, written out
         ["data.eval_fraction=0.1", "training.eval_every=5", "evaluation.generate=true"],
         ["adapter.init_from=a", "adapter.r=16"],
         ["method=qlora", "quantization.scheme=int8"],

@@ -12,7 +12,8 @@ CAUSES = {
     "data.eval_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
     "data.general_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
     "data.packing": ("training.micro_batch_tokens",),
-    "method": ("adapter.", "quantization.", "optimizer.loraplus_lr_ratio"),
+    "method": ("adapter.", "quantization.", "optimizer.loraplus_lr_ratio", "optimizer.weights_dtype"),
+    "model.dtype": ("optimizer.weights_dtype",),
     "training.batch_size": ("training.micro_batch_size",),
     "training.micro_batch_tokens": ("training.batch_tokens",),
     "training.early_stopping.metric": ("training.early_stopping.",),
@@ -32,6 +33,14 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         found["optimizer.loraplus_lr_ratio"] = (
             "optimizer.loraplus_lr_ratio has no effect with method: full, which has no adapter; remove it, or set method: lora"
         )
+    if config.optimizer.weights_dtype == "bf16":
+        if config.method != "full":
+            found["optimizer.weights_dtype"] = (
+                f"optimizer.weights_dtype bf16 has no effect with method: {config.method}, whose adapter trains in fp32; remove it, "
+                "or set method: full"
+            )
+        elif config.model.dtype in ("fp16", "fp32"):
+            found["optimizer.weights_dtype"] = bf16_weights_need_bf16(config.model.dtype)
     if config.method == "qlora" and config.adapter.init_lora_weights != "default":
         found["adapter.init_lora_weights"] = (
             f"adapter.init_lora_weights {config.adapter.init_lora_weights} changes the frozen weights, which method: qlora holds "
@@ -92,6 +101,14 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         if is_set:
             found[key] = f"{key} needs evaluation data; set data.eval_path or data.eval_fraction"
     return found
+
+
+def bf16_weights_need_bf16(dtype: str) -> str:
+    """The message for bf16 weights in a model that computes in another type, which `model.dtype: auto` may turn out to be."""
+    return (
+        f"optimizer.weights_dtype bf16 needs a model that computes in bf16, and model.dtype is {dtype}; set model.dtype: bf16 where "
+        "the device has it, or remove optimizer.weights_dtype"
+    )
 
 
 OBJECTIVES_OF = {

@@ -111,7 +111,9 @@ def train_loop(
                 bad.append(judge.bad(loss if world_size == 1 else grad_norm, grad_norm))
                 return bad[0]
 
-            grad_norm = optimizer.step(scaler, config.optimizer.max_grad_norm, verdict)
+            grad_norm = optimizer.step(
+                scaler, config.optimizer.max_grad_norm, verdict, rounding_seed=step_seed(training.seed, state.step)
+            )
             return loss, grad_norm, bad[0]
 
         loss, grad_norm, bad = memory.run(step, attempt)

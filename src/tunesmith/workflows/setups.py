@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from tunesmith.cards import Card
 from tunesmith.config import RunConfig, TrainingConfig
+from tunesmith.contradictions import bf16_weights_need_bf16
 from tunesmith.data.batches import largest_micro_batch, num_steps
 from tunesmith.data.typical import typical_step
 from tunesmith.data.widening import few_lengths, room_for
 from tunesmith.errors import ConfigError
-from tunesmith.hardware import ComputeDType
+from tunesmith.hardware import ComputeDType, Hardware, compute_dtype
 from tunesmith.memory.choose import Candidate, Choice, even_sizes, graphs_may_gain, options
 from tunesmith.memory.estimate import Load, Setup
 from tunesmith.memory.replays import replayed
@@ -39,6 +40,14 @@ def engine_on_gpu(config: RunConfig, shape: ModelShape) -> Literal["reference", 
     return "reference" if what or config.model.engine == "reference" else "fused"
 
 
+def training_dtype(config: RunConfig, hardware: Hardware) -> ComputeDType:
+    """The type that training computes in on this device. Raises ConfigError where the device or the weights' type cannot have it."""
+    dtype = compute_dtype(config.model.dtype, hardware)
+    if config.method == "full" and config.optimizer.weights_dtype == "bf16" and dtype != "bf16":
+        raise ConfigError(bf16_weights_need_bf16(f"{config.model.dtype}, which is {dtype} on {hardware.name}"))
+    return dtype
+
+
 def setup_of(
     config: RunConfig,
     engine: Literal["reference", "fused"],
@@ -61,6 +70,7 @@ def setup_of(
         r=0 if config.method == "full" else r,
         targets=targets if isinstance(targets, str) else tuple(targets),
         optimizer=config.optimizer.name,
+        weights_dtype=config.optimizer.weights_dtype,
         scheme=config.quantization.scheme if config.method == "qlora" else None,
         double_quant=config.quantization.double_quant,
         dora=config.method != "full" and adapter.dora,

@@ -33,7 +33,6 @@ from tunesmith.files import atomic_folder, disk_errors, sha256_file, sha256_text
 from tunesmith.hardware import (
     ComputeDType,
     Hardware,
-    compute_dtype,
     memory_in_use_gb,
     probe,
     torch_dtype,
@@ -69,6 +68,7 @@ from tunesmith.workflows.measure import StepTimes, keep_measured
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 from tunesmith.workflows.rules import settings_warnings
 from tunesmith.workflows.run_plan import RunPlan, limit_memory, plan_run, refuse_what_cannot_fit
+from tunesmith.workflows.setups import training_dtype
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "triton")
 
@@ -349,7 +349,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     _check_settings(config)
     trackers_of(config)
     hardware = probe(config.model.device)
-    dtype = compute_dtype(config.model.dtype, hardware)
+    dtype = config.model.dtype = training_dtype(config, hardware)  # what `auto` means here
     progress("reading the data", 0, 1)
     rows = read_rows(config)
     source = find_model(config.model)
@@ -358,7 +358,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     data = tokenize_rows(config, chat, rows, progress, source.context_length)
     refuse_what_cannot_fit(config, source.config, hardware, dtype, data.train)
     source = fetch_weights(source, config.model)
-    config.model.dtype, config.model.revision = dtype, source.revision  # what `auto` and a branch meant when it began
+    config.model.revision = source.revision  # what a branch meant when it began
     base_hash = weight_hash(source)
     if existing:
         _refuse_changed(existing, base_hash, data.facts)
@@ -475,7 +475,9 @@ def _check_settings(config: RunConfig) -> None:
 
 
 def _load_trainable(config: RunConfig, source: ModelSource, hardware: Hardware, dtype: ComputeDType) -> Any:
-    """The model with its trainable weights in fp32: an adapter over a frozen base, or the whole model."""
+    """The model with its trainable weights in fp32: an adapter over a frozen base, or the whole model, which may be in bf16."""
+    if config.method == "full" and config.optimizer.weights_dtype == "bf16":
+        return load_model(source, config.model, hardware, "bf16")
     if config.method == "full":
         model = load_model(source, config.model, hardware, "fp32")
         keep_trainable_in_fp32(model)
@@ -490,9 +492,10 @@ def _load_trainable(config: RunConfig, source: ModelSource, hardware: Hardware, 
 def _check_disk(path: Path, model: Any, config: RunConfig) -> None:
     """Raise MachineError unless the checkpoints that will stand side by side, and the result, have room."""
     trainable, _ = count_parameters(model)
-    checkpoint = trainable * (4 + STATE_BYTES[config.optimizer.name])
+    weight = 2 if config.optimizer.weights_dtype == "bf16" else 4
+    checkpoint = trainable * (weight + STATE_BYTES[config.optimizer.name])
     kept = (config.training.save_total_limit or 1) + 2  # the best one, and the one being written
-    needed = (kept * checkpoint + 4 * trainable) / GB
+    needed = (kept * checkpoint + weight * trainable) / GB
     free = shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free / GB
     if free < needed:
         raise MachineError(
