@@ -355,6 +355,21 @@ def test_the_workspace_is_bounded_and_taken_before_anything_changes(monkeypatch:
     assert sum(taken) == 9 * 1024
 
 
+@pytest.mark.parametrize(("count", "error"), [(2, 0.002), (16, 0.005), (64, 0.01), (256, 0.044)])
+def test_what_adding_gradients_up_in_bf16_costs(count: int, error: float) -> None:
+    """As the docstrings say: a share of the norm, of gradients that are alike (mean three times their spread)."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(50_000, dtype=torch.bfloat16))
+    exact = torch.zeros(50_000, dtype=torch.float64)
+    for _ in range(count):
+        gradient = (3 + torch.randn(50_000, generator=generator)).bfloat16()
+        (weight * gradient).sum().backward()
+        exact += gradient.double()
+    assert weight.grad is not None
+    found = float((weight.grad.double() - exact).norm() / exact.norm())
+    assert 0.75 * error < found < error
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
