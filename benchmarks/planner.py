@@ -230,7 +230,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _activations(row: dict[str, Any]) -> str:
-    return {"fast": "kept", "min": "given up"}.get(row["mode"], f"what fits {row.get('limit')} GB")
+    return {"fast": "kept", "min": "given up"}.get(
+        row["mode"], "what fits the card" if row.get("limit") is None else f"what fits {row['limit']:g} GB"
+    )
 
 
 # -- measurement ------------------------------------------------------------------------------------------------------

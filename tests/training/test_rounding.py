@@ -20,10 +20,12 @@ from tiny import make_tiny_model
 from tunesmith.config import OptimizerConfig, RunConfig, load_config
 from tunesmith.errors import ConfigError, VerificationError
 from tunesmith.hardware import Hardware
+from tunesmith.models.fuse import set_policies
 from tunesmith.models.row_dropout import step_seed
 from tunesmith.training import rounding
 from tunesmith.training.optimizers import Optimizer, make_optimizer
 from tunesmith.training.rounding import slice_seed, stochastic_round_
+from tunesmith.types import LayerPolicy
 from tunesmith.workflows.setups import training_dtype
 from tunesmith.workflows.train import TrainingSession, restart, start
 
@@ -32,18 +34,19 @@ Session = Callable[..., TrainingSession]
 
 OFF = torch.amp.GradScaler("cpu", enabled=False)
 NAMES = ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 FULL_BF16 = ("method=full", "model.dtype=bf16", "optimizer.weights_dtype=bf16")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*aged.*")
 
 
-def rounded(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """`values` (fp32) after stochastic rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.empty(values.shape, dtype=torch.int32).random_(0, 2**16, generator=generator)
-    found = values.clone()
-    stochastic_round_(found, noise, torch.empty(values.shape, dtype=torch.bool))
-    return found
+def rounded(values: torch.Tensor, seed: int = 0, device: str = "cpu") -> torch.Tensor:
+    """`values` (fp32) after stochastic rounding on a device."""
+    generator = torch.Generator(device).manual_seed(seed)
+    noise = torch.empty(values.shape, dtype=torch.int32, device=device).random_(0, 2**16, generator=generator)
+    found = values.to(device, copy=True)
+    stochastic_round_(found, noise, torch.empty(values.shape, dtype=torch.bool, device=device))
+    return found.cpu()
 
 
 def ulp(value: float) -> float:
@@ -54,12 +57,13 @@ def ulp(value: float) -> float:
 # -- rounding ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [1.0 + 1e-4, -1.0 - 1e-4, 0.02, -3.3e-5, 255.9, 1 / 3, 1e30, 1.999, 1.5e-39])
-def test_the_expectation_is_the_value(value: float) -> None:
+def test_the_expectation_is_the_value(value: float, device: str) -> None:
     """The mean of n draws is within five standard errors; each is one of the two neighbours."""
     n = 200_000
     x = torch.full((n,), value)
-    found = rounded(x).double()
+    found = rounded(x, device=device).double()
     exact = float(x[0].double())
     below, above = sorted(set(found.tolist()))
     step = 2.0**-133 if abs(value) < 2**-126 else ulp(value)
@@ -79,19 +83,20 @@ def test_the_probability_is_exact_for_every_distance() -> None:
         assert set(values.tolist()) <= {1.0, 1.0078125}
 
 
-def test_what_bf16_has_is_never_changed() -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_bf16_has_is_never_changed(device: str) -> None:
     """Every finite bf16 number, both zeros and infinities, bit for bit; NaN stays NaN whatever its bits."""
     bits = torch.arange(2**16, dtype=torch.int32)
     everything = (bits << 16).view(torch.float32)
     finite = ~everything.isnan()
     for seed in range(3):
-        found = rounded(everything, seed)
+        found = rounded(everything, seed, device)
         assert torch.equal(found[finite].view(torch.int32), everything[finite].view(torch.int32))
         assert bool(found[~finite].isnan().all())
     nans = torch.tensor([0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000], dtype=torch.int32).view(torch.float32)
     assert bool(nans.isnan().all())
     for seed in range(20):
-        assert bool(rounded(nans, seed).isnan().all())
+        assert bool(rounded(nans, seed, device).isnan().all())
 
 
 def test_the_result_is_a_bf16_number() -> None:
@@ -117,10 +122,10 @@ def test_noise_is_a_function_of_seed_tensor_and_slice() -> None:
 # -- the optimizer ----------------------------------------------------------------------------------------------------
 
 
-def network(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
+def network(dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> nn.Module:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(96, 100), nn.LayerNorm(100), nn.Linear(100, 48, bias=False)).to(dtype)
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(96, 100), nn.LayerNorm(100), nn.Linear(100, 48, bias=False)).to(device, dtype)
 
 
 def optimizer_of(model: nn.Module, name: str = "adamw", lr: float = 1e-3, **options: Any) -> Optimizer:
@@ -135,7 +140,7 @@ def set_gradients(model: nn.Module, step: int, scale: float = 1e-3) -> None:
     generator = torch.Generator().manual_seed(step)
     for parameter in model.parameters():
         gradient = scale * torch.randn(parameter.shape, generator=generator)
-        parameter.grad = gradient.bfloat16().to(parameter.dtype)
+        parameter.grad = gradient.bfloat16().to(parameter)
 
 
 def weights(model: nn.Module) -> list[torch.Tensor]:
@@ -152,10 +157,11 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stepped", [2**24, 4864, 256])
 def test_a_step_is_that_of_fp32_weights_rounded_to_a_neighbour(
-    name: str, stepped: int, monkeypatch: pytest.MonkeyPatch
+    name: str, stepped: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the same weights and states the update is the usual one's; the weight that results is next to it.
 
@@ -164,7 +170,7 @@ def test_a_step_is_that_of_fp32_weights_rounded_to_a_neighbour(
     if stepped == 256 and "8bit" in name:
         pytest.skip("states in fp32 instead of 8 bits")
     monkeypatch.setattr(rounding, "STEPPED_VALUES", stepped)
-    ours, theirs = network(), network(torch.float32)
+    ours, theirs = network(device=device), network(torch.float32, device)
     with torch.no_grad():
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             other.copy_(mine)
@@ -228,17 +234,19 @@ def test_small_updates_arrive_on_average(name: str) -> None:
     assert float(nearest.double().mean()) == 1.0
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
-def test_steps_repeat_by_seed_and_draw_from_no_other_generator(name: str) -> None:
+def test_steps_repeat_by_seed_and_draw_from_no_other_generator(name: str, device: str) -> None:
     def run(seed: int, noise: int, first_name: str = "0") -> list[torch.Tensor]:
         torch.manual_seed(noise)
-        before = torch.get_rng_state()
-        model = nn.ModuleDict({first_name: network()})
+        before = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device == "cuda" else [])
+        model = nn.ModuleDict({first_name: network(device=device)})
         optimizer = bf16_optimizer(model, name)
         for step in range(3):
             set_gradients(model, step)
             optimizer.step(OFF, 1.0, rounding_seed=step_seed(seed, step))
-        assert torch.equal(torch.get_rng_state(), before)
+        after = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device == "cuda" else [])
+        assert equal([*after], [*before])
         return weights(model)
 
     first = run(1, 10)
@@ -266,10 +274,11 @@ def test_the_noise_of_steps_and_tensors_differs() -> None:
         assert not any(torch.equal(one, other) for other in seen[:index])
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_step_changes_nothing(name: str, value: float) -> None:
-    model = network()
+def test_a_bad_step_changes_nothing(name: str, value: float, device: str) -> None:
+    model = network(device=device)
     optimizer = bf16_optimizer(model, name)
     set_gradients(model, 0)
     optimizer.step(OFF, 1.0, rounding_seed=0)
@@ -325,6 +334,27 @@ def test_a_step_needs_a_seed() -> None:
         bf16_optimizer(model).step(OFF, 1.0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_a_step_does_not_wait_for_the_gpu(name: str) -> None:
+    """Nor for 8-bit states, once somebody has said that the step may be taken."""
+
+    def judge(norm: torch.Tensor) -> torch.Tensor:
+        return (~norm.isfinite()).float()
+
+    model = network(device="cuda")
+    optimizer = bf16_optimizer(model, name)
+    optimizer.allocate()
+    for step in range(2):
+        set_gradients(model, step)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step(OFF, 1.0, judge if name == "adamw" else None, rounding_seed=step)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_the_workspace_is_bounded_and_taken_before_anything_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounding, "STEPPED_VALUES", 1024)
     model = network()
@@ -346,13 +376,28 @@ def test_the_workspace_is_bounded_and_taken_before_anything_changes(monkeypatch:
         set_gradients(model, 0)
         before, moments = weights(model), states(optimizer)
         with pytest.raises(torch.OutOfMemoryError):
-            optimizer.step(OFF, 1.0, rounding_seed=0)
+            optimizer.step(OFF, 1.0, lambda norm: pytest.fail("the norm was remembered"), rounding_seed=0)
         assert equal(weights(model), before)
         assert equal(states(optimizer), moments)
     fails_at[0] = 0
     taken.clear()
     optimizer.step(OFF, 1.0, rounding_seed=0)
     assert sum(taken) == 9 * 1024
+
+
+@pytest.mark.parametrize(("count", "error"), [(2, 0.002), (16, 0.005), (64, 0.01), (256, 0.044)])
+def test_what_adding_gradients_up_in_bf16_costs(count: int, error: float) -> None:
+    """As the docstrings say: a share of the norm, of gradients that are alike (mean three times their spread)."""
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.zeros(50_000, dtype=torch.bfloat16))
+    exact = torch.zeros(50_000, dtype=torch.float64)
+    for _ in range(count):
+        gradient = (3 + torch.randn(50_000, generator=generator)).bfloat16()
+        (weight * gradient).sum().backward()
+        exact += gradient.double()
+    assert weight.grad is not None
+    found = float((weight.grad.double() - exact).norm() / exact.norm())
+    assert 0.75 * error < found < error
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------
@@ -484,6 +529,24 @@ def test_gradients_of_both_engines_agree_with_fp32(session: Session) -> None:
     errors = {way: float((gradients[way] - exact).norm() / exact.norm()) for way in ("reference", "fused")}
     assert errors["reference"] < 0.03
     assert errors["fused"] < 1.2 * errors["reference"]
+
+
+def test_an_mlp_in_pieces_sums_its_gradients_in_fp32(session: Session) -> None:
+    """Of one token each. Added up in bf16 they would be off by 2%; in fp32 they are rounded once, as those of the whole are."""
+    from tunesmith.data.batches import make_batch
+
+    run = session(*FULL_BF16, "model.engine=fused")
+    batch = make_batch(run.data.train[:4], False, 0, "cpu")
+    found = []
+    for rows in (None, 1):
+        set_policies(run.forward.model, [LayerPolicy(keep=frozenset(), mlp_rows=rows)] * 2)
+        run.optimizer.reset()
+        with run.forward.autocast():
+            run.objective.terms(run.forward, batch)[0].sum.backward()
+        matrices = [p for name, p in run.forward.model.named_parameters() if ".mlp." in name]
+        assert len(matrices) == 6
+        found.append(torch.cat([p.grad.double().flatten() for p in matrices if p.grad is not None]))
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 0.002
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

@@ -150,6 +150,17 @@ def test_no_card_holds_it(tmp_path: Path) -> None:
         ),
         (
             "llama-3.1-8b",
+            "L4",
+            ("memory.mode=fast", "training.micro_batch_size=8"),
+            ("full",),
+            32768,
+            [
+                "method: LoRA trains here with --method lora --set memory.mode=auto --set training.micro_batch_size=auto "
+                "--set optimizer.name=adamw_8bit"
+            ],
+        ),
+        (
+            "llama-3.1-8b",
             "H100",
             ("model.dtype=fp16", "optimizer.name=adamw_8bit"),
             ("full",),

@@ -193,6 +193,9 @@ def accumulate_gradients(
     `zero_grad` it can be called again with smaller parts. With `forward.dropout_seed` dropout is the same then, too;
     without, it draws from the random generator. `graphs` replays the micro-batches whose shape it knows, as long as that
     pays. The step's metrics, terms of weight 0, are added to `metrics`.
+    Gradients are added up in the type of their weights. In bf16 each addition rounds the sum, by up to 2^-8 of it: alike
+    gradients of 2, 16, 64, 256 micro-batches come out with an error of 0.2%, 0.5%, 1%, 4% of their norm
+    (tests/training/test_rounding.py); sums in fp32 would take 4 bytes a parameter, as much as weights and gradients.
     """
     counts = global_counts(objective.counts(example for part in parts for example in part))
     parts = objective.begin_step(forward, parts, step_tools(forward, packing, pad_id))

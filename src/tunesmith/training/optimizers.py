@@ -130,11 +130,12 @@ class Optimizer:
     ) -> torch.Tensor:
         """`step` for bf16 weights, whose gradients need no scaler: the gradients are clipped in fp32, on their way to the optimizer."""
         self.allocate()
+        work = rounded.workspace()
         grad_norm = rounded.gradient_norm()
         bad = None if judge is None else judge(grad_norm)
         scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
         if bad is None or isinstance(self.inner, torch.optim.AdamW) or not bad.item():
-            rounded.step(self.inner, seed, scale, bad)
+            rounded.step(self.inner, work, seed, scale, bad)
         self.zero_grad()
         return grad_norm
 

@@ -66,6 +66,16 @@ Placed = tuple[int, Slice, slice]
 """A slice, its number in its group, and its place in the workspace."""
 
 
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """What a step needs: the slices that are stepped together, by group, and room for as many of their values."""
+
+    buckets: Sequence[tuple[int, Sequence[Placed]]]
+    values: torch.Tensor
+    gradients: torch.Tensor
+    is_nan: torch.Tensor
+
+
 class RoundedWeights:
     """The weights that an optimizer steps by way of stand-ins, in the groups it has.
 
@@ -90,23 +100,33 @@ class RoundedWeights:
             return torch.zeros((), device=self.weights[0].device)
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
 
+    def workspace(self) -> Workspace:
+        """The memory of a step, all of it: one that finds none has changed nothing, and can be taken again."""
+        buckets = [(number, bucket) for number, group in enumerate(self.groups) for bucket in _buckets(group)]
+        size, device = max((bucket[-1][2].stop for _, bucket in buckets), default=0), self.weights[0].device
+        return Workspace(
+            buckets,
+            torch.empty(size, device=device),
+            torch.empty(size, device=device),
+            torch.empty(size, dtype=torch.bool, device=device),
+        )
+
     @torch.no_grad()
     def step(
-        self, inner: torch.optim.Optimizer, seed: int, scale: torch.Tensor, bad: torch.Tensor | None = None
+        self,
+        inner: torch.optim.Optimizer,
+        work: Workspace,
+        seed: int,
+        scale: torch.Tensor,
+        bad: torch.Tensor | None = None,
     ) -> None:
         """One step of `inner`, whose states exist, over the gradients times `scale` (a scalar on the device).
 
         `seed` is the step's: with the tensor's name it makes the noise, and no other generator is drawn from. With PyTorch's AdamW
-        nothing changes where `bad` is 1. Waits for the device only where states are paged. All memory is taken before anything
-        changes, so that a step that finds none can be taken again.
+        nothing changes where `bad` is 1. Waits for the device only where states are paged.
         """
-        buckets = [(number, bucket) for number, group in enumerate(self.groups) for bucket in _buckets(group)]
-        if not buckets:
-            return
-        device, size = self.weights[0].device, max(bucket[-1][2].stop for _, bucket in buckets)
-        values, gradients = torch.empty(size, device=device), torch.empty(size, device=device)
-        is_nan = torch.empty(size, dtype=torch.bool, device=device)
-        for group, bucket in buckets:
+        values, gradients, is_nan = work.values, work.gradients, work.is_nan
+        for group, bucket in work.buckets:
             used = bucket[-1][2].stop
             for _, part, place in bucket:
                 assert part.weight.grad is not None
@@ -124,8 +144,8 @@ class RoundedWeights:
                     noise[place].random_(0, 2**16, generator=self._generator)
                     stochastic_round_(values[place], noise[place], is_nan[place])
                 part.weight.view(-1)[part.start : part.stop].copy_(values[place])
-        if getattr(inner, "is_paged", False) and device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # bitsandbytes: the host may read paged states after a step
+        if getattr(inner, "is_paged", False) and values.is_cuda:
+            torch.cuda.current_stream(values.device).synchronize()  # the host may read paged states after a step
 
     def _slices(self, name: str, weight: torch.nn.Parameter) -> Iterator[Slice]:
         for start in range(0, weight.numel(), STEPPED_VALUES):
