@@ -29,7 +29,7 @@ from tunesmith.training.preferences import (
     reference_log_probabilities,
     sequence_log_probabilities,
 )
-from tunesmith.types import TokenizedPair
+from tunesmith.types import Term, TokenizedPair
 from tunesmith.workflows.merge import merge
 from tunesmith.workflows.train import TrainingSession, restart, start
 
@@ -654,3 +654,30 @@ def test_ktos_estimate_draws_no_dropout(configure: Configure, tmp_path: Path) ->
         )
     assert found == pytest.approx(max(0.0, float(ratios.mean())), rel=1e-5)
     assert found > 0
+
+
+def test_a_step_that_is_done_again_measures_once(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory runs out in the second micro-batch: what the first one added to the metrics is forgotten."""
+    settings = ("objective.name=dpo", "training.micro_batch_size=4", "training.batch_size=24", "training.epochs=2")
+    found = []
+    for failures in ([], [torch.OutOfMemoryError("CUDA out of memory")]):
+        session = start(configure(*settings), tmp_path / f"run-{len(found)}")
+        terms, seen = session.objective.terms, list[int]()
+
+        def failing(
+            forward: Any, batch: Any, terms: Any = terms, seen: Any = seen, failures: Any = failures
+        ) -> list[Term]:
+            seen.append(batch.num_examples)
+            if len(seen) == 2 and failures:
+                raise failures.pop()
+            return terms(forward, batch)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(session.objective, "terms", failing)
+        session.train()
+        found.append([event for event in session.run.events() if event["event"] == "step"])
+        assert [event["event"] for event in session.run.events()].count("out_of_memory") == len(found) - 1
+    for clean, repeated in zip(*found, strict=True):
+        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+            assert repeated[name] == pytest.approx(clean[name], rel=1e-4, abs=1e-6)
