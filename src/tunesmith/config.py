@@ -187,6 +187,10 @@ class AdapterConfig(Section):
     """Values of `alpha` of some modules, written as in `rank_pattern`."""
     layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Decoder layers, from 0, that get an adapter. Default: all."""
+    modules_to_save: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Modules that train in full beside the adapter and are saved with it, by a name's ending, e.g. `[lm_head, embed_tokens]`: in fp32, at the same rate, with weight decay where they are matrices. Where the model ties its head to its embeddings, naming one trains both, tied as they are."""
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Tokens to add to the vocabulary, e.g. `["<|tool|>"]`. Their rows of the embeddings and of the head begin as the mean of all others and train; other rows stay frozen. The tokenizer is saved with the adapter."""
     init_from: str | None = None
     """Continue training this adapter (a PEFT folder or a run) instead of a fresh one. Its own rank and targets apply."""
 

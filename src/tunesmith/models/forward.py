@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from tunesmith.types import Batch
 
 
+PEFT_WRAPPERS = ("ModulesToSaveWrapper", "TrainableTokensWrapper")
+"""What PEFT puts around a module that trains in full, or some of whose rows do; its `weight` is the one in use."""
+
+
 class ModelForward:
     """Runs a causal language model (transformers, with or without PEFT) in two halves: hidden states, then logits.
 
@@ -78,6 +82,23 @@ class ModelForward:
         if source is None or self.dropout_seed is None or batch.dropout_rows is None:
             return nullcontext()
         return source.during(Draw(batch.dropout_rows, self.dropout_seed))
+
+    def head_matrix(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight (V, D) and bias (V) of a head that is a plain matrix; None for one that must be called.
+
+        A head that trains in full beside an adapter, or some of whose rows do, is one in PEFT's wrapper: what the wrapper's
+        forward multiplies by is taken, with its graph.
+        """
+        import torch
+
+        head: Any = self.head
+        kind = type(head).__name__
+        inner = head.original_module if kind in PEFT_WRAPPERS else head
+        if type(inner) is not torch.nn.Linear:  # subclasses do something else in their forward
+            return None
+        if kind == "TrainableTokensWrapper":
+            return None if inner.bias is not None else (head.weight, None)
+        return head.weight, head.bias
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits in fp32, (..., vocabulary), of hidden states (..., hidden)."""

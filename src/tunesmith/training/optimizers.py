@@ -135,8 +135,13 @@ class Optimizer:
                 tensor.grad = None
 
     def zero_grad(self) -> None:
-        """Forget the gradients. Where a graph writes to them they stay in place, as zeros."""
-        self.inner.zero_grad(set_to_none=not self.keeps_gradients)
+        """Forget the gradients. Where fused layers or a graph write to them they stay in place, as zeros."""
+        kept = {id(flat.value) for flat in self.flats} if self.keeps_gradients else set()
+        for parameter in self.parameters:
+            if id(parameter) in kept and parameter.grad is not None:
+                parameter.grad.zero_()
+            else:
+                parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's."""
@@ -150,13 +155,17 @@ class Optimizer:
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -> Optimizer:
     """AdamW over the trainable parameters: no weight decay on norms and biases (anything with fewer than two axes).
 
-    A group's rate is `lr` times its `lr_ratio`, which is LoRA+'s for B matrices. The tensors of an adapter become views of one
-    parameter for each group. Raises MachineError when bitsandbytes is needed and missing.
+    A group's rate is `lr` times its `lr_ratio`, which is LoRA+'s for B matrices. The tensors of an adapter become views of
+    one parameter for each group; modules that train in full beside them stay as they are, which saves a copy of their
+    gradients. Raises MachineError when bitsandbytes is needed and missing.
     """
     alike: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    whole: set[int] = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             alike.setdefault(_settings_of(name, parameter, config), []).append(parameter)
+            if ".modules_to_save." in name:
+                whole.add(id(parameter))
     groups: list[dict[str, Any]] = [
         {"params": parameters, "weight_decay": weight_decay, "lr_ratio": lr_ratio, "lr": lr * lr_ratio}
         for (weight_decay, lr_ratio), parameters in sorted(alike.items(), key=lambda item: (-item[0][0], item[0][1]))
@@ -164,9 +173,10 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -
     flats = []
     if hasattr(model, "peft_config"):
         for group in groups:
-            if flat := flatten(group["params"]):
+            small = [parameter for parameter in group["params"] if id(parameter) not in whole]
+            if flat := flatten(small):
                 flats.append(flat)
-                group["params"] = [flat.value]
+                group["params"] = [flat.value, *(other for other in group["params"] if id(other) in whole)]
     options: dict[str, Any] = {"lr": lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name == "adamw":
         return Optimizer(torch.optim.AdamW(groups, fused=True, **options), flats)
