@@ -214,6 +214,30 @@ def test_a_tied_head_stays_tied_and_is_counted_once(
     assert config["ensure_weight_tying"] is True
 
 
+@pytest.mark.parametrize("kind", ["both", "tied", "tokens", "tokens without room, tied"])
+def test_the_loss_multiplies_by_the_head_in_use(
+    ready: Callable[..., tuple[RunConfig, Path]], tmp_path: Path, kind: str
+) -> None:
+    """Ours, without all logits at once (kernels/linear_cross_entropy.py); with the adapter off, the base's."""
+    session = start(ready(kind)[0], tmp_path / "run")
+    head = session.forward.head
+    with torch.no_grad():
+        for parameter in session.forward.model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1.0)
+    x = torch.eye(32)
+    for kind_of in ("on", "off"):
+        if kind_of == "off":
+            session.forward.model.base_model.disable_adapter_layers()
+        matrix = session.forward.head_matrix()
+        assert matrix is not None
+        assert matrix[1] is None
+        assert torch.equal(matrix[0].T, head(x))
+    own = load_file(tmp_path / "base" / "model.safetensors")
+    name = "lm_head.weight" if "lm_head.weight" in own else "model.embed_tokens.weight"
+    assert torch.equal(matrix[0][:VOCABULARY], own[name][:VOCABULARY])
+
+
 def test_names_mean_whole_endings(ready: Callable[..., tuple[RunConfig, Path]], tmp_path: Path) -> None:
     """To PEFT `norm` is every name that ends in it."""
     config, _ = ready("both", "adapter.modules_to_save=[norm]")

@@ -43,6 +43,7 @@ class Setup:
     `value_bytes` is the compute type's size. `r` is 0 without an adapter, `targets` is `adapter.target_modules`. `scheme` is
     the quantization of the base (None: none). `grouped` says whether the card's attention takes keys that several queries
     share (models/attention.py); where not, the reference engine repeats them. `dora` is the reference engine's alone.
+    `modules_to_save` train in full beside an adapter, and so many rows of `new_tokens`.
     """
 
     method: Literal["lora", "qlora", "full"] = "lora"
@@ -55,11 +56,16 @@ class Setup:
     double_quant: bool = True
     grouped: bool = True
     dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    new_tokens: int = 0
 
-    @property
-    def hidden_bytes(self) -> int:
-        """Bytes of a value of the hidden states: an fp32 embedding (full fine-tuning) keeps them in fp32."""
-        return 4 if self.method == "full" else self.value_bytes
+    def hidden_bytes(self, shape: ModelShape) -> int:
+        """Bytes of a value of the hidden states: an fp32 embedding, as one that trains is, keeps them in fp32."""
+        return 4 if self.method == "full" or shape.saved(self.modules_to_save).embeddings else self.value_bytes
+
+    def trains_head(self, shape: ModelShape) -> bool:
+        """Whether the loss makes a gradient of the head: of all of it, or of a copy with the rows of new tokens."""
+        return self.method == "full" or self.new_tokens > 0 or shape.saved(self.modules_to_save).head
 
     @property
     def slot(self) -> int:
@@ -121,14 +127,19 @@ def weight_bytes(shape: ModelShape, setup: Setup) -> float:
 
 
 def trainable_values(shape: ModelShape, setup: Setup) -> int:
-    """Trainable parameters: the adapter's, or all."""
-    return shape.num_parameters if setup.method == "full" else shape.adapter_values(setup.r, setup.targets, setup.dora)
+    """Trainable parameters: the adapter's with what trains beside it, or all."""
+    if setup.method == "full":
+        return shape.num_parameters
+    saved = shape.saved(setup.modules_to_save)
+    ends = (not saved.embeddings) + (not saved.head and not shape.tied)
+    rows = setup.new_tokens * shape.hidden_size * ends
+    return shape.adapter_values(setup.r, setup.targets, setup.dora) + saved.values + rows
 
 
 def fused_tensors(shape: ModelShape, layer: Layer, setup: Setup) -> dict[str, int]:
     """Bytes a token of what a fused layer can keep, of its input (`hidden`) and of what it always keeps (`slots`), by name."""
     b, slot = setup.value_bytes, setup.slot if setup.method != "full" else 0
-    hidden = shape.hidden_size * setup.hidden_bytes
+    hidden = shape.hidden_size * setup.hidden_bytes(shape)
     found = {
         "hidden": hidden,
         "slots": b * 2 * slot,
@@ -200,13 +211,16 @@ class Estimate:
         self.layers = [layer for count, layer in shape.layers for _ in range(count)]
         self.sizes = {id(layer): fused_tensors(shape, layer, setup) for _, layer in shape.layers}
         values = trainable_values(shape, setup) if trainable is None else trainable
+        self.whole = values if setup.method == "full" else shape.saved(setup.modules_to_save).values
+        lora = values - self.whole
         adapter = 0.0 if setup.method == "full" else 4.0 * values
         if setup.method != "full" and setup.engine == "fused":  # once more in the operands, as wide as their slots
-            adapter += setup.value_bytes * values * setup.slot / setup.r
-        waiting = values if setup.method != "full" or load.accumulates else 0
+            adapter += setup.value_bytes * lora * setup.slot / setup.r
+        waiting = lora
         if setup.method != "full" and setup.engine == "reference":
-            adapter += setup.value_bytes % 4 * values  # autocast's copies, as long as the forward or its graph lives
+            adapter += setup.value_bytes % 4 * lora  # autocast's copies, as long as the forward or its graph lives
             waiting *= 2 if load.accumulates else 1  # each tensor's gradient, and the flat one that the optimizer reads
+        waiting += self.whole if load.accumulates else 0
         self.static = Breakdown(
             weights_gb=weight_bytes(shape, setup) / GB if weights_gb is None else weights_gb,
             adapter_gb=adapter / GB,
@@ -228,21 +242,28 @@ class Estimate:
     def _moments(self, stored: float, backward: float, loss_rows: int | None) -> Breakdown:
         """The largest of: the head, a layer's backward (bytes of activations then), and the end of the backward."""
         shape, setup, load = self.shape, self.setup, self.load
-        wide = shape.hidden_size * setup.hidden_bytes
+        wide = shape.hidden_size * setup.hidden_bytes(shape)
         rows = chunk_rows(load.supervised, shape.vocab_size, setup.value_bytes) if loss_rows is None else loss_rows
         logits = min(rows, load.supervised) * padded(shape.vocab_size) * setup.value_bytes
         ends = 2 * load.tokens * wide  # the last layer's output, and that normed
         head_gradient = head_copy = 0.0
-        if setup.method == "full":
+        if setup.trains_head(shape):
             head_gradient = 4.0 * shape.embedding_values  # made in the forward (kernels/linear_cross_entropy.py)
             head_copy = shape.embedding_values * (setup.value_bytes % 4)
+        if setup.new_tokens:  # PEFT copies the head to put the rows of new tokens in
+            head_copy = shape.embedding_values * setup.value_bytes
         moments = [
             self._with(stored + ends + 2 * load.supervised * wide, logits + head_copy, head_gradient),
             self._with(backward, gradients=head_gradient),
         ]
-        if setup.method == "full":
-            new = 0.0 if load.accumulates else 4.0 * self.values
-            again = 4.0 * shape.embedding_values if shape.tied or load.accumulates else 0.0  # before it is added
+        saved = shape.saved(setup.modules_to_save)
+        if self.whole or setup.new_tokens:
+            new = 0.0 if load.accumulates else 4.0 * self.whole
+            again = 0.0
+            if (setup.method == "full" or saved.embeddings) and (shape.tied or load.accumulates):
+                again = 4.0 * shape.embedding_values  # before it is added
+            elif setup.new_tokens and not saved.embeddings:
+                again = float(setup.value_bytes * shape.embedding_values)  # of the copy, of which rows are taken
             moments.append(self._with(2.0 * load.tokens * wide, gradients=new + again))
         return max(moments, key=lambda moment: moment.peak_gb)
 
@@ -251,7 +272,7 @@ class Estimate:
     def reference(self, recompute_layers: int = 0) -> Breakdown:
         """The peak with the model's own modules; the first `recompute_layers` layers run under checkpointing."""
         shape, setup, load = self.shape, self.setup, self.load
-        wide = shape.hidden_size * setup.hidden_bytes
+        wide = shape.hidden_size * setup.hidden_bytes(shape)
         copies = 0.0
         if setup.method == "full" and setup.value_bytes < 4:  # autocast's copies of the weights that layers read
             copies = float(setup.value_bytes * (shape.num_parameters - shape.embedding_values))

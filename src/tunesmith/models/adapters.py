@@ -177,9 +177,7 @@ def _new_token_rows(model: PreTrainedModel, ids: Sequence[int], saved: Sequence[
             "adapter.new_tokens: this model's head has a bias, which PEFT leaves out where some rows train; name the head and the "
             "embeddings in adapter.modules_to_save to train them in full"
         )
-    if tied:  # PEFT ties the head's rows to these by itself
-        found = {path: rows for path, rows in found.items() if model.get_submodule(path) is embeddings}
-    return found or None
+    return found or None  # where the two are one matrix, PEFT trains one set of rows for both
 
 
 def add_adapter(
