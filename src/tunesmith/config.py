@@ -265,7 +265,9 @@ class TrainingConfig(Section):
     batch_tokens: Annotated[int, Field(ge=8)] | None = None
     """Effective batch in tokens instead of examples: each step takes batch_tokens / micro_batch_tokens micro-batches, packed over the whole epoch, so that hardly a slot is empty. Replaces `batch_size`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
-    """Seeds initialisation, data order and dropout."""
+    """Seeds initialisation, data order, dropout and noise."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """NEFTune (Jain et al. 2023, arXiv:2310.05914): uniform noise on the input embeddings in training, in [-1, 1] · alpha / √(tokens of the example · hidden size). The paper takes 5 to 15; 0: none. Micro-batches are then no CUDA graphs."""
     log_every: Annotated[int, Field(ge=1)] = 1
     """Steps between lines in events.jsonl."""
     trackers: list[TrackerName] | Literal["auto"] = "auto"

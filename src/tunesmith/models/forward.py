@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.hardware import ComputeDType, torch_dtype
 from tunesmith.models.fuse import engine_of
+from tunesmith.models.neftune import add_noise
 from tunesmith.models.row_dropout import Draw, mask_source
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class ModelForward:
 
     `dtype` is the compute type: forwards run under autocast unless it is fp32. Whoever trains sets `dropout_seed` in every
     optimizer step (`row_dropout.step_seed`): then dropout is a function of it and of the tokens, if the batches have
-    `dropout_rows`. Without (None) dropout draws from torch's generator.
+    `dropout_rows`. Without (None) dropout draws from torch's generator. `neftune_alpha` is the noise on the embeddings in training,
+    of batches with `dropout_rows` alone (models/neftune.py).
     """
 
     def __init__(self, model: Any, device: str, dtype: ComputeDType):
@@ -47,6 +49,7 @@ class ModelForward:
         self.loss_rows: int | None = None  # supervised rows whose logits exist at once; None: as fits speed
         self.scale: float = (1.0 if multiplier is None else multiplier) / (1.0 if divisor is None else divisor)
         self.dropout_seed: int | None = None
+        self.neftune_alpha = 0.0
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision context of every forward, in training, evaluation and generation alike."""
@@ -58,8 +61,9 @@ class ModelForward:
 
     @property
     def wants_dropout_rows(self) -> bool:
-        """Whether batches need `dropout_rows`: there is a seed, and a model with dropout that draws by rows."""
-        return self.dropout_seed is not None and mask_source(self.decoder) is not None
+        """Whether batches need `dropout_rows`: there is a seed, and a model with dropout that draws by rows, or noise."""
+        draws = mask_source(self.decoder) is not None or self.neftune_alpha > 0
+        return self.dropout_seed is not None and draws
 
     def hidden(self, batch: Batch) -> torch.Tensor:
         """Hidden states after the final norm, (B, T, hidden). Documents of a packed batch do not see each other."""
@@ -68,13 +72,21 @@ class ModelForward:
         # A packed row has no mask and no cache: that is when transformers isolates documents by their positions.
         with self._drawing(batch):
             output = self.decoder(
-                input_ids=batch.input_ids,
+                **self._inputs(batch),
                 attention_mask=batch.attention_mask,
                 position_ids=batch.position_ids,
                 use_cache=False,
             )
         hidden: torch.Tensor = output.last_hidden_state
         return hidden
+
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The token ids, or in training with noise their embeddings and it."""
+        rows, lengths, seed = batch.dropout_rows, batch.document_lengths, self.dropout_seed
+        if not self.neftune_alpha or not self.model.training or rows is None or lengths is None or seed is None:
+            return {"input_ids": batch.input_ids}
+        embeddings = self.base.get_input_embeddings()(batch.input_ids)
+        return {"inputs_embeds": add_noise(embeddings, self.neftune_alpha, lengths, seed, rows)}
 
     def _drawing(self, batch: Batch) -> AbstractContextManager[None]:
         """The context in which dropout knows the rows of `batch`."""

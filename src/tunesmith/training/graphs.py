@@ -43,11 +43,13 @@ def micro_batch_graphs(
     scaler: torch.amp.GradScaler,
     log: EventSink,
 ) -> GraphedMicroBatches | None:
-    """Graphs for this run; None where they cannot be: they need a GPU, fused layers that draw no random numbers, rotations
+    """Graphs for this run; None where they cannot be: they need a GPU, fused layers and embeddings that draw no random numbers, rotations
     that do not depend on the longest position (transformers looks at it on the CPU), and an optimizer whose gradients stay
     in place (`Optimizer.connect`), which those of modules beside LoRA's do not.
     """
     engine = engine_of(forward.model)
+    if forward.neftune_alpha:  # the seed is an argument of its kernel, which a graph would repeat
+        return None
     if trains_beside_lora(forward.model):  # gradients of whole modules come and go; PEFT copies token ids to the device
         return None
     capturable = engine is not None and engine.capturable and bool(engine.sinks) and not _rotates_by_length(forward)

@@ -123,6 +123,7 @@ def uses_graphs(config: RunConfig, engine: Literal["reference", "fused"], shape:
     """
     adapter = config.adapter
     fixed = config.method != "full" and adapter.dropout == 0 and not adapter.modules_to_save and not adapter.new_tokens
+    fixed = fixed and not config.training.neftune_alpha
     return config.training.cuda_graphs and engine == "fused" and shape.can_fuse and shape.capturable and fixed
 
 

@@ -386,6 +386,7 @@ def make_ready(
 
     Writes the micro-batch and packing into `config` where they were `auto`. Raises MachineError for what cannot fit.
     """
+    forward.neftune_alpha = config.training.neftune_alpha
     plan = plan_run(config, forward, hardware, examples)
     check_forward(forward, config.data.packed)
     forward.loss_rows = plan.memory.loss_rows
