@@ -305,6 +305,31 @@ def test_a_folder_that_another_process_made_meanwhile_is_replaced(
     assert tree(tmp_path) == {"run/": "", "run/ours": "ours"}
 
 
+def test_a_folder_that_others_may_read_is_kept(tmp_path: Path) -> None:
+    """Made by another process meanwhile: the very same folder stays, at every moment, and ours is gone."""
+    theirs = tmp_path / "model"
+    with atomic_folder(theirs, keep=True) as folder:
+        (folder / "a").write_text("ours")
+        theirs.mkdir()
+        (theirs / "a").write_text("theirs")
+        inode = theirs.stat().st_ino
+    assert tree(tmp_path) == {"model/": "", "model/a": "theirs"}
+    assert theirs.stat().st_ino == inode
+    with atomic_folder(tmp_path / "new", keep=True) as folder:
+        (folder / "b").write_text("1")
+    assert tree(tmp_path / "new") == {"b": "1"}
+
+
+def test_a_kept_place_that_is_a_file_is_the_users_error(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("a file")
+    with (
+        pytest.raises(RunError, match="model: cannot be written"),
+        atomic_folder(tmp_path / "model", keep=True) as folder,
+    ):
+        (folder / "a").write_text("ours")
+    assert tree(tmp_path) == {"model": "a file"}
+
+
 def test_a_temporary_folder_in_use_is_no_leftover(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "run") as first:
         (first / "a").write_text("1")

@@ -204,6 +204,10 @@ class AdapterConfig(Section):
     """Values of `alpha` of some modules, written as in `rank_pattern`."""
     layers_to_transform: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """Decoder layers, from 0, that get an adapter. Default: all."""
+    modules_to_save: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Modules that train in full beside the adapter and are saved with it, by a name's ending, e.g. `[lm_head, embed_tokens]`: in fp32, at the same rate, with weight decay where they are matrices. Where the model ties its head to its embeddings, naming one trains both, tied as they are."""
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list)
+    """Tokens to add to the vocabulary, e.g. `["<|tool|>"]`. Their rows of the embeddings and of the head begin as the mean of all others and train; other rows stay frozen. The tokenizer is saved with the adapter."""
     init_from: str | None = None
     """Continue training this adapter (a PEFT folder or a run) instead of a fresh one. Its own rank and targets apply."""
 
@@ -294,7 +298,9 @@ class TrainingConfig(Section):
     batch_tokens: Annotated[int, Field(ge=8)] | None = None
     """Effective batch in tokens instead of examples: each step takes batch_tokens / micro_batch_tokens micro-batches, packed over the whole epoch, so that hardly a slot is empty. Replaces `batch_size`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 3407
-    """Seeds initialisation, data order and dropout."""
+    """Seeds initialisation, data order, dropout and noise."""
+    neftune_alpha: Annotated[float, Field(ge=0)] = 0.0
+    """NEFTune (Jain et al. 2023, arXiv:2310.05914): uniform noise on the input embeddings in training, in [-1, 1] · alpha / √(tokens of the example · hidden size). The paper takes 5 to 15; 0: none. Micro-batches are then no CUDA graphs."""
     log_every: Annotated[int, Field(ge=1)] = 1
     """Steps between lines in events.jsonl."""
     trackers: list[TrackerName] | Literal["auto"] = "auto"

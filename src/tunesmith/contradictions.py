@@ -52,6 +52,12 @@ def contradictions(config: RunConfig) -> dict[str, str]:
             "adapter.rslora and patterns cannot be written as a plain adapter with init_lora_weights "
             f"{adapter.init_lora_weights}; remove adapter.rank_pattern and adapter.alpha_pattern, or adapter.rslora"
         )
+    for name in ("modules_to_save", "new_tokens"):
+        if adapter.init_lora_weights != "default" and getattr(adapter, name):
+            found[f"adapter.{name}"] = (
+                f"adapter.{name} cannot be written as a plain adapter with init_lora_weights {adapter.init_lora_weights}; remove one "
+                "of the two"
+            )
     if config.adapter.init_from and config.method != "full":
         for name in _changed(config.adapter):
             if name == "init_from":

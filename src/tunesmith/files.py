@@ -98,11 +98,12 @@ def finite(value: Any) -> Any:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, keep: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends without an error, and is removed otherwise.
 
-    An existing `path` is replaced, also one that another process made meanwhile. Files are flushed to disk before the
-    rename. Raises RunError where `path` cannot be written, MachineError when the disk is full.
+    An existing `path` is replaced, also one that another process made meanwhile; with `keep` it stays as it is, because
+    others may read it, and what was written is removed. Files are flushed to disk before the rename. Raises RunError where
+    `path` cannot be written, MachineError when the disk is full.
     """
     if os.path.ismount(path):  # Path.is_mount fails when another process removes the folder between its two looks
         raise RunError(f"{path}: a mount point cannot be replaced; choose a folder in it, e.g. {path / 'new'}")
@@ -115,7 +116,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 if file.is_file():
                     _fsync(file)
             _fsync(temporary)
-            _rename_over(temporary, path)
+            if keep:
+                _rename_or_keep(temporary, path)
+            else:
+                _rename_over(temporary, path)
             _fsync(path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -135,6 +139,16 @@ def _rename_over(temporary: Path, path: Path) -> None:
                 continue  # another process put its own there since
             raise
         return
+
+
+def _rename_or_keep(temporary: Path, path: Path) -> None:
+    """Rename into an empty place: the system itself refuses one that holds a folder with files."""
+    try:
+        temporary.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_folder(path: Path) -> None:

@@ -217,6 +217,9 @@ class Batch:
     layout: SequenceLayout  # how the tokens are divided into sequences, for kernels that look at no mask
     rows: tuple[str, ...] = ()  # `file:line` of the examples, in order
     dropout_rows: torch.Tensor | None = None  # (B * T,) int64, each slot's row in dropout masks; None: nothing asked
+    document_lengths: torch.Tensor | None = (
+        None  # (B * T,) int64, tokens of each slot's document, 0 for padding; as those
+    )
     compared: BatchSequences | None = None  # for objectives that look at whole sequences
 
 

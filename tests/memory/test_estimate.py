@@ -355,6 +355,40 @@ def test_gradients_that_wait_between_micro_batches(setup: Setup, accumulates: bo
     assert found.gradients_gb == waiting / GB
 
 
+BOTH = ("lm_head", "embed_tokens")
+
+
+@pytest.mark.parametrize(
+    ("engine", "accumulates", "lora", "whole"),
+    [("fused", False, 1, 0), ("fused", True, 1, 1), ("reference", False, 1, 0), ("reference", True, 2, 1)],
+)
+def test_modules_beside_an_adapter_are_there_in_fp32_and_their_gradients_come_late(
+    engine: Any, accumulates: bool, lora: int, whole: int
+) -> None:
+    """Weights, moments and, where they wait, gradients of each value; LoRA's alone are there again as operands or casts."""
+    setup = Setup("lora", engine, modules_to_save=BOTH)
+    found = Estimate(SHAPE, setup, replace(FEW, accumulates=accumulates)).static
+    beside = 2 * EMBEDDING
+    assert trainable_values(SHAPE, setup) == ADAPTER + beside
+    assert found.weights_gb == 2 * SHAPE.num_parameters / GB, "the frozen ones stay"
+    assert found.adapter_gb == pytest.approx((4 * beside + 6 * ADAPTER) / GB)
+    assert found.optimizer_gb == 8 * (ADAPTER + beside) / GB
+    assert found.gradients_gb == (4 * lora * ADAPTER + 4 * whole * beside) / GB
+
+
+@pytest.mark.parametrize(
+    ("shape", "setup", "rows"),
+    [
+        (SHAPE, Setup(new_tokens=3), 2 * 3 * 1024),
+        (TIED, Setup(new_tokens=3), 3 * 1024),
+        (SHAPE, Setup(new_tokens=3, modules_to_save=("lm_head",)), 3 * 1024 + EMBEDDING),
+        (TIED, Setup(new_tokens=3, modules_to_save=("lm_head",)), EMBEDDING),
+    ],
+)
+def test_rows_of_new_tokens_train_where_nothing_else_does(shape: ModelShape, setup: Setup, rows: int) -> None:
+    assert trainable_values(shape, setup) == ADAPTER + rows
+
+
 def test_a_loaded_models_own_numbers_count() -> None:
     found = Estimate(SHAPE, Setup("lora", "fused"), FEW, weights_gb=7.5, trainable=1_000_000).static
     assert values_of(found) == near(
@@ -535,6 +569,34 @@ def test_an_8b_model_trains_in_80_gb() -> None:
     assert 45.1 < estimate.fused(nothing_kept, None).peak_gb < 65 < 80 - module.CONTEXT_GB
     in_fp32 = Estimate(LLAMA_8B, replace(setup, weights_dtype="fp32"), load)
     assert in_fp32.fused(nothing_kept, None).peak_gb > 80
+
+
+@pytest.mark.parametrize("saved", [BOTH, ("lm_head",), ("embed_tokens",)])
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_head_beside_an_adapter_has_its_gradient_with_the_logits(saved: tuple[str, ...], accumulates: bool) -> None:
+    """As in full fine-tuning; embeddings that train keep hidden states in fp32."""
+    setup = Setup("lora", "fused", modules_to_save=saved)
+    found = Estimate(SHAPE, setup, Load(64, 64, 64, accumulates))._moments(1e12, 0.0, None)
+    head, wide = "lm_head" in saved, 4 if "embed_tokens" in saved else 2
+    assert found.logits_gb == pytest.approx((64 * 32768 * 2 + 2 * EMBEDDING * head) / GB)
+    waiting = 4 * ADAPTER + 4 * EMBEDDING * len(saved) * accumulates
+    assert found.gradients_gb == pytest.approx((waiting + 4 * EMBEDDING * head) / GB)
+    assert found.activations_gb == pytest.approx((1e12 + 4 * 64 * 1024 * wide) / GB)
+
+
+@pytest.mark.parametrize(("accumulates", "gradients"), [(False, 2), (True, 3)])
+def test_embeddings_beside_an_adapter_end_the_backward(accumulates: bool, gradients: int) -> None:
+    """Each gradient once, and with accumulation the embeddings' new one before it is added."""
+    setup = Setup("lora", "fused", modules_to_save=BOTH)
+    estimate = Estimate(SHAPE, setup, Load(1, 1, 1, accumulates))
+    found = estimate._moments(0.0, 0.0, 1)
+    assert found.gradients_gb == pytest.approx((4 * ADAPTER + 4 * gradients * EMBEDDING) / GB)
+
+
+def test_new_tokens_copy_the_head_with_their_rows() -> None:
+    found = Estimate(SHAPE, Setup("lora", "fused", new_tokens=2), Load(64, 64, 64, False))._moments(0.0, 0.0, None)
+    assert found.logits_gb == pytest.approx((64 * 32768 * 2 + 2 * EMBEDDING) / GB)
+    assert found.gradients_gb == pytest.approx((4 * (ADAPTER + 4 * 1024) + 4 * EMBEDDING) / GB)
 
 
 def test_adapters_have_no_such_end() -> None:

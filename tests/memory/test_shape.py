@@ -460,3 +460,32 @@ def test_gemma2_caps_its_scores_as_transformers_has_it() -> None:
     assert (shape_of("gemma2").softcapped, shape_of("gemma2").capturable) == (True, False)
     for family in ("llama", "phi3", "gemma3_text"):
         assert (shape_of(family).softcapped, shape_of(family).capturable) == (False, True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "names",
+    [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "norm"], ["input_layernorm", "self_attn.o_proj"]],
+)
+def test_modules_beside_an_adapter_are_as_large_as_pefts(family: str, names: list[str]) -> None:
+    targets = {"phi3": ["qkv_proj"], "deepseek_v2": ["kv_b_proj"]}.get(family.replace(",", "").split()[0], ["k_proj"])
+    config = AdapterConfig(r=3, target_modules=targets, modules_to_save=names)
+    model = model_of(family)
+    adapted = add_adapter(model, config, "base")
+    shape, theirs = shape_of(family), adapted.peft_config["default"].modules_to_save
+    trained = sum(p.numel() for n, p in adapted.named_parameters() if p.requires_grad and ".modules_to_save." in n)
+    assert shape.saved(names).values == shape.saved(theirs).values == trained
+    assert (shape.saved(names).embeddings, shape.saved(names).head) == (
+        adapted.get_base_model().get_input_embeddings().weight.requires_grad,
+        adapted.get_base_model().get_output_embeddings().weight.requires_grad,
+    )
+
+
+def test_a_module_that_is_not_there_is_refused() -> None:
+    shape = shape_of("llama")
+    assert shape.saved(["layers.1.mlp.down_proj"]).layers == 1
+    assert shape.saved(["down_proj"]).layers == shape.num_layers
+    with pytest.raises(
+        ModelError, match=r"adapter\.modules_to_save: head matches no module of this model .*; it has down_proj, "
+    ):
+        shape.saved(["head"])

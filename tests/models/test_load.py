@@ -614,6 +614,64 @@ def test_a_gguf_file_is_converted_once_by_its_content(
     assert find_model(ModelConfig(name=str(copy))).path != first.path
 
 
+def test_a_conversion_that_another_process_finished_first_is_kept(
+    gguf_and_original: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our look for the folder and our own, another one converts the file and begins to read: it goes on reading."""
+    from transformers import PreTrainedTokenizerBase
+
+    file, _ = gguf_and_original
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    write, seen = PreTrainedTokenizerBase.save_pretrained, []
+
+    def overtaken(tokenizer: Any, folder: Path, **options: Any) -> Any:
+        monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", write)
+        theirs = find_model(ModelConfig(name=str(file))).path
+        seen.append((theirs, theirs.stat().st_ino))
+        return write(tokenizer, folder, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", overtaken)
+    ours = find_model(ModelConfig(name=str(file))).path
+    assert seen == [(ours, ours.stat().st_ino)]
+    assert [path.name for path in ours.parent.iterdir()] == [ours.name], "nothing is left of the second conversion"
+
+
+LOADS_AGAIN_AND_AGAIN = """
+import os, sys
+from pathlib import Path
+from tunesmith.config import ModelConfig
+from tunesmith.hardware import probe
+from tunesmith.models.load import find_model, load_model, load_tokenizer
+import transformers.models.llama.modeling_llama
+config = ModelConfig(name=sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for _ in range(8):
+    source = find_model(config)
+    load_tokenizer(source, config)
+    load_model(source, config, probe("cpu"), "fp32")
+print(source.path.stat().st_ino)
+"""
+
+
+def test_processes_that_load_the_same_gguf_file_at_once(gguf_and_original: tuple[Path, Path], tmp_path: Path) -> None:
+    environment = os.environ | {"TUNESMITH_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", LOADS_AGAIN_AND_AGAIN, str(gguf_and_original[0])]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    processes = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(3)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    outcomes = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0], outcomes
+    assert len({text for text, _ in outcomes}) == 1, "one folder, and all of them saw it to the end"
+    assert len(list((tmp_path / "cache" / "models").iterdir())) == 1
+
+
 @pytest.mark.parametrize("size", [0, 6, 30, 500, 5000, 20000, -100])
 def test_a_truncated_gguf_file(
     gguf_and_original: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int

@@ -709,6 +709,8 @@ def test_graphs_want_gradients_that_stay_in_place() -> None:
     shape = ModelShape.of(CATALOGUE["Qwen/Qwen2.5-0.5B"])
     configs = [config_of("tiny", f"method={method}") for method in ("lora", "qlora", "full")]
     assert [uses_graphs(config, "fused", shape) for config in configs] == [True, True, False]
+    for beside in ("adapter.modules_to_save=[norm]", "adapter.new_tokens=[x]", "training.neftune_alpha=5"):
+        assert not uses_graphs(config_of("tiny", beside), "fused", shape)
     # And layers that a graph can replay.
     assert not any(uses_graphs(config, "fused", replace(shape, capturable=False)) for config in configs)
 

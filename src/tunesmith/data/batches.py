@@ -152,8 +152,8 @@ def make_batch(
     two, supervised positions to `room_for` them (by ones without a label). Nothing that counts sees what is added.
 
     With `dropout_rows` each token has the number of its row in dropout masks, `_mask_key` · 2^32 + position, which does
-    not depend on the batch that it is in. Padding has 0. Of pairs every sequence is a row (packed: a document) of its own;
-    the two of a pair have the same dropout masks, so that their prompts do.
+    not depend on the batch that it is in, and the length of its document. Padding has 0 for both. Of pairs every sequence is
+    a row (packed: a document) of its own; the two of a pair have the same dropout masks, so that their prompts do.
     """
     import numpy as np
     import torch
@@ -186,10 +186,13 @@ def make_batch(
     spare = room_for(len(supervised), height * width) - len(supervised) if widen else 0
 
     numbers: np.ndarray | None = None
+    own_lengths: np.ndarray | None = None
     if dropout_rows:
         keys = np.array([_mask_key(example) for example in examples for _ in example.lengths], dtype=np.int64)
         numbers = np.zeros(height * width, dtype=np.int64)
         numbers[slots] = np.repeat(keys << 32, lengths) | positions
+        own_lengths = np.zeros(height * width, dtype=np.int64)
+        own_lengths[slots] = np.repeat(lengths, lengths)
 
     def on_device(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(device, non_blocking=True)
@@ -210,6 +213,7 @@ def make_batch(
         else _dense_layout(height, width),
         rows=tuple(example.where for example in examples),
         dropout_rows=None if numbers is None else on_device(numbers),
+        document_lengths=None if own_lengths is None else on_device(own_lengths),
         compared=_sequences(examples, np.searchsorted(bounds, targets, side="right") - 1, spare, on_device),
     )
 

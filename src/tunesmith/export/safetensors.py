@@ -7,6 +7,7 @@ whatever the weights' type: two bf16 forwards of one model differ by 3% (SmolLM2
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from tunesmith.errors import VerificationError
 from tunesmith.files import atomic_folder
 from tunesmith.hardware import ComputeDType, torch_dtype
 from tunesmith.types import Message
+
+PEFT_PARTS = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)\.")
+"""What PEFT puts into the name of a base weight."""
 
 PROMPTS = (
     "What is the capital of France?",
@@ -68,7 +72,7 @@ def merge_adapter(
     VerificationError, and leaves nothing at `out`, when the reloaded model does not compute what base + adapter did.
     """
     prompts = [chat.encode_prompt([Message("user", text)]) for text in PROMPTS]
-    stored = {name.replace(".base_layer.", "."): p.dtype for name, p in model.get_base_model().named_parameters()}
+    stored = {PEFT_PARTS.sub(".", name): p.dtype for name, p in model.get_base_model().named_parameters()}
     model.float()
     tuned = _logits(model, prompts)
     with model.disable_adapter():

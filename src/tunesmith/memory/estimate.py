@@ -44,6 +44,7 @@ class Setup:
     the quantization of the base (None: none). `grouped` says whether the card's attention takes keys that several queries
     share (models/attention.py); where not, the reference engine repeats them. `dora` is the reference engine's alone.
     `weights_dtype` is that of weights and gradients in full fine-tuning.
+    `modules_to_save` train in full beside an adapter, and so many rows of `new_tokens`.
     """
 
     method: Literal["lora", "qlora", "full"] = "lora"
@@ -57,6 +58,8 @@ class Setup:
     grouped: bool = True
     dora: bool = False
     weights_dtype: Literal["fp32", "bf16"] = "fp32"
+    modules_to_save: tuple[str, ...] = ()
+    new_tokens: int = 0
 
     @property
     def rounds(self) -> bool:
@@ -73,10 +76,15 @@ class Setup:
         """Whether weights are trained in another type than products are computed in."""
         return self.method == "full" and self.trained_bytes != self.value_bytes
 
-    @property
-    def hidden_bytes(self) -> int:
+    def hidden_bytes(self, shape: ModelShape) -> int:
         """Bytes of a value of the hidden states, which are in the embedding's type: fp32 where that is trained in fp32."""
-        return self.trained_bytes if self.method == "full" else self.value_bytes
+        if self.method == "full":
+            return self.trained_bytes
+        return 4 if shape.saved(self.modules_to_save).embeddings else self.value_bytes
+
+    def trains_head(self, shape: ModelShape) -> bool:
+        """Whether the loss makes a gradient of the head: of all of it, or of a copy with the rows of new tokens."""
+        return self.method == "full" or self.new_tokens > 0 or shape.saved(self.modules_to_save).head
 
     @property
     def slot(self) -> int:
@@ -138,14 +146,19 @@ def weight_bytes(shape: ModelShape, setup: Setup) -> float:
 
 
 def trainable_values(shape: ModelShape, setup: Setup) -> int:
-    """Trainable parameters: the adapter's, or all."""
-    return shape.num_parameters if setup.method == "full" else shape.adapter_values(setup.r, setup.targets, setup.dora)
+    """Trainable parameters: the adapter's with what trains beside it, or all."""
+    if setup.method == "full":
+        return shape.num_parameters
+    saved = shape.saved(setup.modules_to_save)
+    ends = (not saved.embeddings) + (not saved.head and not shape.tied)
+    rows = setup.new_tokens * shape.hidden_size * ends
+    return shape.adapter_values(setup.r, setup.targets, setup.dora) + saved.values + rows
 
 
 def fused_tensors(shape: ModelShape, layer: Layer, setup: Setup) -> dict[str, int]:
     """Bytes a token of what a fused layer can keep, of its input (`hidden`) and of what it always keeps (`slots`), by name."""
     b, slot = setup.value_bytes, setup.slot if setup.method != "full" else 0
-    hidden = shape.hidden_size * setup.hidden_bytes
+    hidden = shape.hidden_size * setup.hidden_bytes(shape)
     found = {
         "hidden": hidden,
         "slots": b * 2 * slot,
@@ -219,13 +232,16 @@ class Estimate:
         self.layers = [layer for count, layer in shape.layers for _ in range(count)]
         self.sizes = {id(layer): fused_tensors(shape, layer, setup) for _, layer in shape.layers}
         values = trainable_values(shape, setup) if trainable is None else trainable
+        self.whole = values if setup.method == "full" else shape.saved(setup.modules_to_save).values
+        lora = values - self.whole
         adapter = 0.0 if setup.method == "full" else 4.0 * values
         if setup.method != "full" and setup.engine == "fused":  # once more in the operands, as wide as their slots
-            adapter += setup.value_bytes * values * setup.slot / setup.r
-        waiting = values if setup.method != "full" or load.accumulates else 0
+            adapter += setup.value_bytes * lora * setup.slot / setup.r
+        waiting = lora
         if setup.method != "full" and setup.engine == "reference":
-            adapter += setup.value_bytes % 4 * values  # autocast's copies, as long as the forward or its graph lives
+            adapter += setup.value_bytes % 4 * lora  # autocast's copies, as long as the forward or its graph lives
             waiting *= 2 if load.accumulates else 1  # each tensor's gradient, and the flat one that the optimizer reads
+        waiting += self.whole if load.accumulates else 0
         self.static = Breakdown(
             weights_gb=weight_bytes(shape, setup) / GB if weights_gb is None else weights_gb,
             adapter_gb=adapter / GB,
@@ -234,7 +250,6 @@ class Estimate:
             workspace_gb=WORKSPACE_GB,
             context_gb=CONTEXT_GB,
         )
-        self.values = values
 
     def _with(self, activations: float, logits: float = 0.0, gradients: float = 0.0) -> Breakdown:
         return replace(
@@ -247,31 +262,40 @@ class Estimate:
     def _moments(self, stored: float, backward: float, loss_rows: int | None) -> Breakdown:
         """The largest of: the head, a layer's backward (bytes of activations then), and the end of the backward."""
         shape, setup, load = self.shape, self.setup, self.load
-        wide = shape.hidden_size * setup.hidden_bytes
+        wide = shape.hidden_size * setup.hidden_bytes(shape)
         rows = chunk_rows(load.supervised, shape.vocab_size, setup.value_bytes) if loss_rows is None else loss_rows
         logits = min(rows, load.supervised) * padded(shape.vocab_size) * setup.value_bytes
         ends = 2 * load.tokens * wide  # the last layer's output, and that normed
         at_head = stored + ends + 2 * load.supervised * wide
-        if setup.method != "full":
+        if not self.whole and not setup.new_tokens:
             return max(self._with(at_head, logits), self._with(backward), key=lambda moment: moment.peak_gb)
         trained, embedding = setup.trained_bytes, shape.embedding_values
-        # Made in the forward, in fp32 whatever the weight is (kernels/linear_cross_entropy.py).
-        head_sum = 4.0 * embedding
-        head_copy = embedding * setup.value_bytes if setup.casts else 0.0
-        new = 0.0 if load.accumulates else float(trained * self.values)
-        again = float(trained * embedding) if shape.tied or load.accumulates else 0.0  # before it is added
+        head_sum = head_copy = head_gradient = 0.0
+        if setup.trains_head(shape):
+            # Made in the forward, in fp32 whatever the weight is (kernels/linear_cross_entropy.py).
+            head_sum, head_gradient = 4.0 * embedding, float(trained * embedding)
+            head_copy = embedding * setup.value_bytes if setup.value_bytes != trained else 0.0
+        if setup.new_tokens:  # PEFT copies the head to put the rows of new tokens in
+            head_copy = embedding * setup.value_bytes
+        saved = shape.saved(setup.modules_to_save)
+        new = 0.0 if load.accumulates else float(trained * self.whole)
+        again = 0.0
+        if (setup.method == "full" or saved.embeddings) and (shape.tied or load.accumulates):
+            again = float(trained * embedding)  # before it is added
+        elif setup.new_tokens and not saved.embeddings:
+            again = float(setup.value_bytes * embedding)  # of the copy, of which rows are taken
         layer_gradient = 0.0
         if setup.rounds and setup.engine == "fused":  # of all its matrices, before they are added
             layer_gradient = trained * max(layer.values for layer in self.layers)
         moments = [
             self._with(at_head, logits + head_copy, head_sum),
-            self._with(backward, gradients=trained * embedding + layer_gradient),
+            self._with(backward, gradients=head_gradient + layer_gradient),
             self._with(2.0 * load.tokens * wide, gradients=new + again),
         ]
         if setup.rounds:
-            moments.append(self._with(at_head, gradients=head_sum + trained * embedding))  # the sum, rounded
+            moments.append(self._with(at_head, gradients=head_sum + head_gradient))  # the sum, rounded
             stepping = self._with(0.0, gradients=new)
-            workspace = STEPPED_BYTES * min(self.values, STEPPED_VALUES) / GB
+            workspace = STEPPED_BYTES * min(self.whole, STEPPED_VALUES) / GB
             moments.append(replace(stepping, workspace_gb=stepping.workspace_gb + workspace))
         return max(moments, key=lambda moment: moment.peak_gb)
 
@@ -280,7 +304,7 @@ class Estimate:
     def reference(self, recompute_layers: int = 0) -> Breakdown:
         """The peak with the model's own modules; the first `recompute_layers` layers run under checkpointing."""
         shape, setup, load = self.shape, self.setup, self.load
-        wide = shape.hidden_size * setup.hidden_bytes
+        wide = shape.hidden_size * setup.hidden_bytes(shape)
         copies = 0.0
         if setup.casts:  # autocast's copies of the weights that layers read
             copies = float(setup.value_bytes * (shape.num_parameters - shape.embedding_values))

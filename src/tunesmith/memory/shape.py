@@ -7,7 +7,8 @@ transformers 5, and stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,10 @@ POST_NORMS = frozenset({"gemma2", "gemma3_text"})
 
 HEAD_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text"})
 """Families that norm the heads of queries and keys."""
+
+
+PREFIX = re.compile(r"^(.*\.)?(model|language_model)\.")
+"""What comes before the decoder in the path of a module."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,18 @@ class Layer:
         """Parameters of the layer."""
         biases = sum(linear.outputs for linear in self.linears if linear.bias)
         return sum(linear.values for linear in self.linears) + biases + self.expert_values + self.other_values
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What `adapter.modules_to_save` means: `values` that train in full, tied ones once; whether the embeddings and the head
+    are among them; and in how many decoder layers a projection is.
+    """
+
+    values: int = 0
+    embeddings: bool = False
+    head: bool = False
+    layers: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +196,47 @@ class ModelShape:
             count * (r * (linear.inputs + linear.outputs) + (linear.outputs if dora else 0))
             for count, linear in self.targets(setting)
         )
+
+    def saved(self, names: Sequence[str]) -> Saved:
+        """What trains in full beside an adapter, by names as `adapter.modules_to_save` or PEFT has them.
+
+        Raises ModelError, in a family that is known, for a name that matches nothing, as training would. Norms that the shape
+        does not tell apart count nothing.
+        """
+        found: dict[str, int] = {}
+        for name in names:
+            short = PREFIX.sub("", name)
+            meant = {path: size for path, size in self._modules() if f".{path}".endswith(f".{short}")}
+            if not meant and self.exact and not short.endswith("norm"):
+                endings = sorted({path.rpartition(".")[2] for path, _ in self._modules()})
+                raise ModelError(
+                    f"adapter.modules_to_save: {name} matches no module of this model that has weights itself; it has "
+                    f"{', '.join(endings)}"
+                )
+            found |= meant
+        ends = found.keys() & {"embed_tokens", "lm_head"}
+        embeddings = bool(ends) if self.tied else "embed_tokens" in ends
+        head = bool(ends) if self.tied else "lm_head" in ends
+        values = sum(size for path, size in found.items() if path not in ends)
+        values += self.embedding_values * (embeddings if self.tied else embeddings + head)
+        return Saved(values, embeddings, head, len({path.split(".")[1] for path in found if path.endswith("_proj")}))
+
+    def _modules(self) -> Iterator[tuple[str, int]]:
+        """Path, from the decoder on, and parameters of each module that may train in full."""
+        yield from (
+            ("embed_tokens", self.embedding_values),
+            ("lm_head", self.embedding_values),
+            ("norm", self.hidden_size),
+        )
+        norms = ["input_layernorm", "post_attention_layernorm"]
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if self.post_norms else []
+        kinds = (layer for count, layer in self.layers for _ in range(count))
+        for number, layer in enumerate(kinds):
+            yield from ((f"layers.{number}.{name}", self.hidden_size) for name in norms)
+            if self.head_norms:
+                yield from ((f"layers.{number}.self_attn.{name}", self.head_dim) for name in ("q_norm", "k_norm"))
+            for linear in layer.linears:
+                yield f"layers.{number}.{linear.path}", linear.values + linear.outputs * linear.bias
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> ModelShape:

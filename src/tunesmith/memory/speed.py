@@ -114,7 +114,7 @@ def micro_batch_seconds(
         if key not in known:
             known[key] = _layer_seconds(shape, layer, setup, load, card, policy, again, windowed)
         seconds += known[key]
-    head_products = 3 if setup.method == "full" else 2
+    head_products = 3 if setup.trains_head(shape) else 2
     seconds += head_products * _product_seconds(shape.embedding_values, load.supervised, b, card, rates.products)
     seconds += 3 * b * load.supervised * shape.vocab_size / (card.bandwidth * BANDWIDTH)
     offloaded = sum(policy.offload_input for policy in policies)

@@ -11,7 +11,7 @@ import json
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +80,113 @@ def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Modul
             yield path, module
 
 
-def add_adapter(model: PreTrainedModel, config: AdapterConfig, base_name: str) -> PeftModel:
+def modules_to_save(model: PreTrainedModel, names: Sequence[str], targets: Sequence[str]) -> list[str]:
+    """What `adapter.modules_to_save` means for this model, in names that mean the same to PEFT.
+
+    A name is the ending of a module's path that begins at a dot; PEFT takes any ending (`norm` is `input_layernorm` to it), and
+    gets whole paths where that differs. Raises ModelError for a name that matches no module with weights of its own, for one
+    that `targets`, the names of the adapter's, mean too, and for a module that is quantized.
+    """
+    paths = dict(model.named_modules(remove_duplicate=False))
+    with_weights = {path: module for path, module in paths.items() if module._parameters and not module._modules}
+    meant: list[str] = []
+    for name in names:
+        found = [path for path in with_weights if _ends_in(path, name)]
+        if not found:
+            raise ModelError(
+                f"adapter.modules_to_save: {name} matches no module of this model that has weights itself; it has "
+                f"{', '.join(sorted({path.rpartition('.')[2] for path in with_weights}))}"
+            )
+        both = [path for path in found if any(_ends_in(path, target) for target in targets)]
+        if both:
+            raise ModelError(
+                f"adapter.modules_to_save: {name} is among adapter.target_modules too ({both[0]}); it can train in full or through "
+                f"the adapter: take it out of one of the two (here target_modules means {', '.join(targets)})"
+            )
+        stored = [p.dtype for path in found for p in with_weights[path].parameters() if not p.is_floating_point()]
+        if stored:
+            raise ModelError(
+                f"adapter.modules_to_save: {name} is quantized ({stored[0]}), and cannot train in full; take it out, or set "
+                "method: lora"
+            )
+        alike = {path for path in paths if path.endswith(name)}
+        meant += [name] if alike == set(found) else found
+    return list(dict.fromkeys(meant))
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the model's head and input embeddings are one matrix."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+    """Add `adapter.new_tokens` to the tokenizer, in place; returns their ids. Raises ModelError for one that it has.
+
+    They are no special tokens: a text that holds one is encoded with it, and decoding keeps it (docs/decisions/007).
+    """
+    from tokenizers import AddedToken
+
+    for number, token in enumerate(tokens):
+        known = tokenizer(token, add_special_tokens=False)["input_ids"]
+        if len(known) == 1 and known[0] != tokenizer.unk_token_id:
+            raise ModelError(
+                f"adapter.new_tokens: {token!r} is a token of this model already (id {known[0]}); remove it"
+            )
+        if token in tokens[:number]:
+            raise ModelError(f"adapter.new_tokens: {token!r} is named twice; remove one of them")
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
+    return [int(number) for number in tokenizer.convert_tokens_to_ids(list(tokens))]
+
+
+def make_room(model: PreTrainedModel, rows: int) -> None:
+    """Give embeddings and head at least `rows` rows, in place. Many models have more than their tokenizer has tokens."""
+    if rows > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def begin_tokens(model: PreTrainedModel, ids: Sequence[int]) -> None:
+    """Make room for new tokens, and set their rows to the mean of those before them (Hewitt 2021): every other row's
+    logits move by at most ln(1 + new/old) nats, whatever the new rows would have drawn at random.
+    """
+    import torch
+
+    if not ids:
+        return
+    make_room(model, max(ids) + 1)
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if module is not None:
+            with torch.no_grad():
+                weight: Any = module.weight
+                mean = weight[: min(ids)].mean(0, dtype=torch.float32)
+                weight[list(ids)] = mean.to(weight.dtype)
+
+
+def _new_token_rows(model: PreTrainedModel, ids: Sequence[int], saved: Sequence[str]) -> dict[str, list[int]] | None:
+    """PEFT's `trainable_token_indices`: the rows of new tokens in embeddings and head, but those that train in full."""
+    if not ids:
+        return None
+    embeddings, head, tied = model.get_input_embeddings(), model.get_output_embeddings(), is_tied(model)
+    places = [path for path, module in model.named_modules(remove_duplicate=False) if module in (embeddings, head)]
+    in_full = [path for path in places if any(_ends_in(path, name) for name in saved)]
+    if tied and in_full:
+        return None
+    found = {path: list(ids) for path in places if path not in in_full}
+    if getattr(head, "bias", None) is not None and any(model.get_submodule(path) is head for path in found):
+        raise ModelError(
+            "adapter.new_tokens: this model's head has a bias, which PEFT leaves out where some rows train; name the head and the "
+            "embeddings in adapter.modules_to_save to train them in full"
+        )
+    return found or None  # where the two are one matrix, PEFT trains one set of rows for both
+
+
+def add_adapter(
+    model: PreTrainedModel, config: AdapterConfig, base_name: str, new_ids: Sequence[int] = ()
+) -> PeftModel:
     """Put a fresh LoRA adapter on `model`, drawn from torch's global generator, or the one at `adapter.init_from`.
 
-    Only the adapter is trainable afterwards, in fp32. Raises ModelError.
+    `new_ids` are the ids of `adapter.new_tokens` (`add_tokens`). Only the adapter is trainable afterwards, in fp32, with the
+    modules that it trains in full. Raises ModelError.
     """
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
@@ -98,11 +201,17 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, base_name: str) -
                 "that it changed; take the finished run's own adapter, which was converted"
             )
     else:
+        begin_tokens(model, new_ids)
+        targets = target_modules(model, config.target_modules)
+        saved = modules_to_save(model, config.modules_to_save, targets)
         lora = LoraConfig(
             r=config.r,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
-            target_modules=target_modules(model, config.target_modules),
+            target_modules=targets,
+            modules_to_save=saved or None,
+            trainable_token_indices=_new_token_rows(model, new_ids, saved),
+            ensure_weight_tying=_saves_tied(model, saved),
             use_rslora=config.rslora,
             init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
             use_dora=config.dora,
@@ -130,6 +239,20 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, base_name: str) -
     return adapted
 
 
+def _saves_tied(model: PreTrainedModel, saved: Sequence[str]) -> bool:
+    """Whether a head that is the embeddings trains in full: PEFT then keeps it so, as full fine-tuning does."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module in ends]
+    return is_tied(model) and any(_ends_in(path, name) for path in paths for name in saved)
+
+
+def trains_beside_lora(model: torch.nn.Module) -> bool:
+    """Whether whole modules, or rows of new tokens, train beside the adapter's matrices."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules())
+
+
 def save_adapter(adapted: PeftModel, folder: Path) -> None:
     """Write an adapter in PEFT's format, to be loaded on the base as it was.
 
@@ -137,7 +260,9 @@ def save_adapter(adapted: PeftModel, folder: Path) -> None:
     beginning, B·A - B₀·A₀: a plain adapter of twice the rank.
     """
     beginning = getattr(adapted, "beginning", None)
-    if beginning is None:  # the embedding is never trained here: PEFT would ask the hub for its size
+    if (
+        beginning is None
+    ):  # what is trained of the embeddings is saved in any case: PEFT would ask the hub for their size
         adapted.save_pretrained(folder, save_embedding_layers=False)
         return
     from safetensors.torch import save_file
@@ -208,6 +333,7 @@ def load_adapter(model: PreTrainedModel, path: Path, trainable: bool = False) ->
 
     folder = find_adapter(path)
     try:
+        make_room(model, _rows_of(folder, model))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
@@ -225,6 +351,26 @@ def load_adapter(model: PreTrainedModel, path: Path, trainable: bool = False) ->
             raise ModelError(f"{folder}: {len(keys)} {what} ({keys[0]}); it was made for another base, or is damaged")
     keep_trainable_in_fp32(adapted)
     return adapted
+
+
+def _rows_of(folder: Path, model: PreTrainedModel) -> int:
+    """Rows of the embeddings that a saved adapter was trained over, as far as it shows; 0 where it shows nothing.
+
+    They show in the indices of new tokens, and in embeddings or a head that it holds whole.
+    """
+    from safetensors import safe_open
+
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    trained = config.get("trainable_token_indices") if isinstance(config, dict) else None
+    by_place = trained if isinstance(trained, dict) else {"": trained or []}
+    rows = [max(indices) + 1 for indices in by_place.values() if indices]
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = [path for path, module in model.named_modules(remove_duplicate=False) if module in ends]
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        for key in file.keys():  # noqa: SIM118  # it is no dictionary
+            if any(_ends_in(key, f"{name}.weight") for name in names):
+                rows.append(file.get_slice(key).get_shape()[0])
+    return max(rows, default=0)
 
 
 def find_adapter(path: Path) -> Path:

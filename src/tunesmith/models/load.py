@@ -336,7 +336,10 @@ def _keep_unpacked(model: Any) -> None:
 
 
 def _converted_gguf(path: Path) -> Path:
-    """The folder of safetensors made from a GGUF file, converting it on first use (about 25 s for 135M parameters)."""
+    """The folder of safetensors made from a GGUF file, converting it on first use (about 25 s for 135M parameters).
+
+    A finished folder is never replaced: another process may be reading it, and every conversion of one content is the same.
+    """
     import importlib.util
     import struct
 
@@ -360,7 +363,7 @@ def _converted_gguf(path: Path) -> Path:
         number = getattr(model.config, f"{name}_token_id", None)
         if number is not None:
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(folder, keep=True) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder

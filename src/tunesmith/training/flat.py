@@ -76,6 +76,8 @@ class FlatParameter:
 
 def flatten(parameters: Sequence[torch.nn.Parameter]) -> FlatParameter | None:
     """The parameters as one, where that pays and fits: several small ones of one type on one device, as adapters are."""
+    if not parameters:
+        return None
     small = sum(p.numel() for p in parameters) <= 2**30
     alike = len({(p.dtype, p.device, type(p)) for p in parameters}) == 1
     return FlatParameter(parameters) if len(parameters) > 1 and small and alike else None

@@ -22,6 +22,7 @@ import torch
 from tunesmith.config import RunConfig
 from tunesmith.data.widening import MicroBatchShape
 from tunesmith.memory.replays import JUDGED_FROM, LOOKED_AT, MAX_GRAPHS, OUSTS, PAYS_FROM, TOO_MANY, WARM_UPS
+from tunesmith.models.adapters import trains_beside_lora
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
 from tunesmith.out_of_memory import is_out_of_memory
@@ -42,11 +43,15 @@ def micro_batch_graphs(
     scaler: torch.amp.GradScaler,
     log: EventSink,
 ) -> GraphedMicroBatches | None:
-    """Graphs for this run; None where they cannot be: they need a GPU, fused layers that draw no random numbers, rotations
+    """Graphs for this run; None where they cannot be: they need a GPU, fused layers and embeddings that draw no random numbers, rotations
     that do not depend on the longest position (transformers looks at it on the CPU), and an optimizer whose gradients stay
-    in place (`Optimizer.connect`).
+    in place (`Optimizer.connect`), which those of modules beside LoRA's do not.
     """
     engine = engine_of(forward.model)
+    if forward.neftune_alpha:  # the seed is an argument of its kernel, which a graph would repeat
+        return None
+    if trains_beside_lora(forward.model):  # gradients of whole modules come and go; PEFT copies token ids to the device
+        return None
     capturable = engine is not None and engine.capturable and bool(engine.sinks) and not _rotates_by_length(forward)
     if not config.training.cuda_graphs or not forward.device.startswith("cuda") or not capturable:
         return None

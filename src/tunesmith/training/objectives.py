@@ -72,18 +72,19 @@ def rows_at(hidden_BTD: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor
 def cross_entropy_sum(forward: ModelForward, rows_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     """Σ cross-entropy of head(rows) against labels, a scalar in fp32.
 
-    A head that is a plain `nn.Linear` is a matrix, and `linear_cross_entropy` computes its gradient in the forward: it can
-    be differentiated once. Any other head (quantized, with an adapter) is a module to be called: more than LOSS_ROWS rows
+    A head that is a plain matrix (`ModelForward.head_matrix`) goes through `linear_cross_entropy`, which computes its gradient
+    in the forward: it can be differentiated once. Any other head (quantized, with an adapter) is a module to be called: more than LOSS_ROWS rows
     are done in chunks under activation checkpointing, so that at most LOSS_ROWS x vocabulary logits exist at a time, for
     one more product with the head in the backward.
     """
-    head = forward.head
-    if type(head) is torch.nn.Linear:  # subclasses do something else in their forward
+    matrix = forward.head_matrix()
+    if matrix is not None:
+        weight_VD, bias_V = matrix
         return linear_cross_entropy(
             rows_ND,
-            head.weight,
+            weight_VD,
             labels_N,
-            bias_V=head.bias,
+            bias_V=bias_V,
             scale=forward.scale,
             softcap=forward.softcap,
             ignore_index=IGNORE_INDEX,
@@ -104,13 +105,14 @@ def cross_entropy_sum(forward: ModelForward, rows_ND: torch.Tensor, labels_N: to
 
 def log_probabilities(forward: ModelForward, rows_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     """log p(label) of each row, (N,) in fp32; 0 where the label is IGNORE_INDEX. Memory as in `cross_entropy_sum`."""
-    head = forward.head
-    if type(head) is torch.nn.Linear:
+    matrix = forward.head_matrix()
+    if matrix is not None:
+        weight_VD, bias_V = matrix
         return linear_log_probabilities(
             rows_ND,
-            head.weight,
+            weight_VD,
             labels_N,
-            bias_V=head.bias,
+            bias_V=bias_V,
             scale=forward.scale,
             softcap=forward.softcap,
             ignore_index=IGNORE_INDEX,

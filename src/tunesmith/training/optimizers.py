@@ -175,11 +175,14 @@ class Optimizer:
                 tensor.grad = None
 
     def zero_grad(self) -> None:
-        """Forget the gradients. Where a graph writes to them they stay in place, as zeros."""
-        self.inner.zero_grad(set_to_none=not self.keeps_gradients)
-        if self.rounded is not None:
-            for weight in self.rounded.weights:
-                weight.grad = None
+        """Forget the gradients. Where fused layers or a graph write to them they stay in place, as zeros."""
+        kept = {id(flat.value) for flat in self.flats} if self.keeps_gradients else set()
+        weights = [] if self.rounded is None else self.rounded.weights
+        for parameter in [*self.parameters, *weights]:
+            if id(parameter) in kept and parameter.grad is not None:
+                parameter.grad.zero_()
+            else:
+                parameter.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's."""
@@ -193,15 +196,19 @@ class Optimizer:
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -> Optimizer:
     """AdamW over the trainable parameters: no weight decay on norms and biases (anything with fewer than two axes).
 
-    A group's rate is `lr` times its `lr_ratio`, which is LoRA+'s for B matrices. The tensors of an adapter become views of one
-    parameter for each group. With `config.weights_dtype` bf16 the weights are stepped by training/rounding.py: moments are those
-    of the optimizer's name, in fp32 (`adamw`, `paged_adamw_32bit`) or 8 bits. Raises MachineError when bitsandbytes is needed and
+    A group's rate is `lr` times its `lr_ratio`, which is LoRA+'s for B matrices. The tensors of an adapter become views of
+    one parameter for each group; modules that train in full beside them stay as they are, which saves a copy of their
+    gradients. With `config.weights_dtype` bf16 the weights are stepped by training/rounding.py: moments are those of the
+    optimizer's name, in fp32 (`adamw`, `paged_adamw_32bit`) or 8 bits. Raises MachineError when bitsandbytes is needed and
     missing.
     """
     alike: dict[tuple[float, float], dict[str, torch.nn.Parameter]] = {}
+    whole: set[int] = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             alike.setdefault(_settings_of(name, parameter, config), {})[name] = parameter
+            if ".modules_to_save." in name:
+                whole.add(id(parameter))
     by_settings = sorted(alike.items(), key=lambda item: (-item[0][0], item[0][1]))
     groups: list[dict[str, Any]] = [
         {"params": list(named.values()), "weight_decay": weight_decay, "lr_ratio": lr_ratio, "lr": lr * lr_ratio}
@@ -214,9 +221,10 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -
             group["params"] = rounded.stand_ins(number)
     elif hasattr(model, "peft_config"):
         for group in groups:
-            if flat := flatten(group["params"]):
+            small = [parameter for parameter in group["params"] if id(parameter) not in whole]
+            if flat := flatten(small):
                 flats.append(flat)
-                group["params"] = [flat.value]
+                group["params"] = [flat.value, *(other for other in group["params"] if id(other) in whole)]
     options: dict[str, Any] = {"lr": lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name == "adamw":
         return Optimizer(torch.optim.AdamW(groups, fused=True, **options), flats, rounded)

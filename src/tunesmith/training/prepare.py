@@ -70,7 +70,7 @@ def check_forward(forward: ModelForward, packing: bool) -> None:
     import numpy as np
     import torch
 
-    vocabulary = forward.base.get_input_embeddings().num_embeddings
+    vocabulary = forward.base.config.get_text_config().vocab_size
     ids = (7919 * np.arange(1, 25) % vocabulary).astype(np.int32)
     first, other, second = (TokenizedExample(part, np.ones(8, dtype=bool)) for part in np.split(ids, 3))
     # LLM.int8() picks its outlier columns over the whole batch, so that documents touch each other by rounding.
@@ -115,7 +115,7 @@ def check_fused(forward: ModelForward) -> None:
     engine = engine_of(forward.model)
     if engine is None:
         return
-    vocabulary = forward.base.get_input_embeddings().num_embeddings
+    vocabulary = forward.base.config.get_text_config().vocab_size
     ids = (7919 * np.arange(1, 25) % vocabulary).astype(np.int32)
     batch = make_batch([TokenizedExample(ids, np.ones(24, dtype=bool))], True, 0, forward.device)
     was_training = forward.model.training

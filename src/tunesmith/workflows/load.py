@@ -85,7 +85,7 @@ def load(
     hardware = probe(settings.device)
     computes = compute_dtype(settings.dtype, hardware)
     source = find_model(settings)
-    tokenizer = load_tokenizer(source, settings)
+    tokenizer = load_tokenizer(tokenizer_source(source, adapter), settings)
     own_template = path / TEMPLATE_NAME
     if is_adapter and own_template.is_file():
         chat = ChatFormat(tokenizer, str(own_template))
@@ -104,6 +104,13 @@ def load(
     progress("loading the model", 1, 1)
     forward = ModelForward(loaded, hardware.device, computes)
     return LoadedModel(forward, tokenizer, chat, source, hardware, computes, adapter is not None, run)
+
+
+def tokenizer_source(source: ModelSource, adapter: Path | None) -> ModelSource:
+    """Where the tokenizer is: with an adapter that has one (it was trained with new tokens, or saved so), else with the base."""
+    if adapter is None or not (adapter / "tokenizer_config.json").is_file():
+        return source
+    return ModelSource(str(adapter), adapter)
 
 
 def chat_format(tokenizer: Any, config: RunConfig, run: RunFolder | None = None) -> ChatFormat:

@@ -11,7 +11,7 @@ from tunesmith.config import Method, RunConfig
 from tunesmith.hardware import Hardware
 from tunesmith.measurements import ARITHMETIC, Calibration, Measurement, calibration
 from tunesmith.memory.choose import Candidate, Choice, best
-from tunesmith.memory.estimate import CONTEXT_GB, Estimate, Setup, weight_bytes
+from tunesmith.memory.estimate import CONTEXT_GB, Estimate, Setup, trainable_values, weight_bytes
 from tunesmith.memory.policy import HEADROOM, Mode, plan_memory
 from tunesmith.memory.shape import ModelShape
 from tunesmith.types import GB
@@ -231,9 +231,7 @@ def _option(
         peak_gb=plan.predicted_peak_gb or 0.0,
         fits=choice.fits,
         tokens_per_second=speed,
-        adapter_parameters=None
-        if config.method == "full"
-        else shape.adapter_values(setup.r, setup.targets, setup.dora),
+        adapter_parameters=None if config.method == "full" else trainable_values(shape, setup),
         breakdown=plan.breakdown,
         calibration=known,
         pool_gb=plan.pool_gb,

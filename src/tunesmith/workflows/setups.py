@@ -33,6 +33,8 @@ def engine_on_gpu(config: RunConfig, shape: ModelShape) -> Literal["reference", 
         what = "an 8-bit base"
     elif config.method != "full" and config.adapter.dora:
         what = "DoRA"
+    elif config.method != "full" and shape.saved(config.adapter.modules_to_save).layers == shape.num_layers:
+        what = "projections that train in full (adapter.modules_to_save)"
     elif not shape.can_fuse and not (config.model.engine == "fused" and shape.model_type in HALF_FUSED):
         what = f"{shape.model_type or 'this family'}, of which it knows no layer"
     if config.model.engine == "fused" and what:
@@ -57,12 +59,16 @@ def setup_of(
 ) -> Setup:
     """The configuration as far as memory depends on it. `capability` is the card's (None: not known, as any newer one).
 
-    `adapters` is a loaded model's `peft_config`, which says the rank.
+    `adapters` is a loaded model's `peft_config`, which says the rank and what trains beside LoRA.
     """
     adapter = config.adapter
     r, targets = adapter.r, adapter.target_modules
+    saved, new_tokens = tuple(adapter.modules_to_save), len(adapter.new_tokens)
     if adapters is not None:
-        r = next(iter(adapters.values())).r
+        loaded = next(iter(adapters.values()))
+        r, saved = loaded.r, tuple(loaded.modules_to_save or ())
+        rows = loaded.trainable_token_indices or []
+        new_tokens = max(map(len, rows.values())) if isinstance(rows, dict) else len(rows)
     return Setup(
         method=config.method,
         engine=engine,
@@ -74,6 +80,8 @@ def setup_of(
         scheme=config.quantization.scheme if config.method == "qlora" else None,
         double_quant=config.quantization.double_quant,
         dora=config.method != "full" and adapter.dora,
+        modules_to_save=saved if config.method != "full" else (),
+        new_tokens=new_tokens if config.method != "full" else 0,
         grouped=takes_grouped_keys(capability or (8, 0), dtype),
     )
 
@@ -105,7 +113,8 @@ def choices_of(
         return list(found)
 
     found: list[Choice] = []
-    with_graphs = device == "cuda" and uses_graphs(config, setup.engine, shape)
+    beside = setup.modules_to_save or setup.new_tokens  # an adapter that is continued has its own
+    with_graphs = device == "cuda" and not beside and uses_graphs(config, setup.engine, shape)
     for packing in packings(config, setup.engine, shape, lengths, device):
         plain = planned(candidates_of(config, lengths, supervised, False, device, packing), False)
         found += plain
@@ -120,10 +129,12 @@ def choices_of(
 def uses_graphs(config: RunConfig, engine: Literal["reference", "fused"], shape: ModelShape) -> bool:
     """Whether CUDA graphs can replay micro-batches on a GPU, whose rows are widened for that (training/graphs.py).
 
-    They need gradients that stay in place, as an adapter's do, layers that draw no random numbers, and an objective that looks at
-    tokens: which sequence each is in changes with every batch.
+    They need gradients that stay in place, as those of LoRA's tensors do and no others, layers that draw no random numbers, and an
+    objective that looks at tokens: which sequence each is in changes with every batch.
     """
-    fixed = config.method != "full" and config.adapter.dropout == 0 and not config.pairs
+    adapter = config.adapter
+    fixed = config.method != "full" and adapter.dropout == 0 and not adapter.modules_to_save and not adapter.new_tokens
+    fixed = fixed and not config.training.neftune_alpha and not config.pairs
     return config.training.cuda_graphs and engine == "fused" and shape.can_fuse and shape.capturable and fixed
 
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tunesmith.config import RunConfig
@@ -38,7 +39,14 @@ from tunesmith.hardware import (
     torch_dtype,
 )
 from tunesmith.memory.estimate import STATE_BYTES
-from tunesmith.models.adapters import add_adapter, count_parameters, keep_trainable_in_fp32, save_adapter
+from tunesmith.models.adapters import (
+    add_adapter,
+    add_tokens,
+    count_parameters,
+    find_adapter,
+    keep_trainable_in_fp32,
+    save_adapter,
+)
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
 from tunesmith.out_of_memory import Halving
@@ -63,7 +71,7 @@ from tunesmith.types import (
 from tunesmith.version import __version__
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.dry_step import DryStep, calibrated
-from tunesmith.workflows.load import TEMPLATE_NAME, chat_format
+from tunesmith.workflows.load import TEMPLATE_NAME, chat_format, tokenizer_source
 from tunesmith.workflows.measure import StepTimes, keep_measured
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 from tunesmith.workflows.rules import settings_warnings
@@ -93,6 +101,7 @@ class TrainingSession:
     optimizer: Optimizer
     plan: RunPlan
     resumed: bool
+    saves_tokenizer: bool = False
     engine_notes: Sequence[str] = ()
     calibration: Sequence[Event] = ()
 
@@ -262,11 +271,13 @@ class TrainingSession:
         return evaluate
 
     def _save_result(self) -> None:
-        """`adapter/` for an adapter, `model/` (with tokenizer, in the compute type) for full fine-tuning."""
+        """`adapter/` for an adapter (with the tokenizer, if it has new tokens), `model/` (with tokenizer, in the compute type) for full fine-tuning."""
         model = self.forward.model
         if self.config.method != "full":
             with atomic_folder(self.run.adapter_path) as folder:
                 save_adapter(model, folder)
+                if self.saves_tokenizer:
+                    self.tokenizer.save_pretrained(folder)
                 write_atomic(folder / TEMPLATE_NAME, self.chat.template)
             return
         dtype = torch_dtype(self.forward.dtype)
@@ -353,9 +364,13 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     progress("reading the data", 0, 1)
     rows = read_rows(config)
     source = find_model(config.model)
-    tokenizer = load_tokenizer(source, config.model)
+    beginning = find_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
+    with_tokenizer = tokenizer_source(source, beginning)
+    tokenizer = load_tokenizer(with_tokenizer, config.model)
+    new_ids = add_tokens(tokenizer, config.adapter.new_tokens)
     chat = chat_format(tokenizer, config, existing)
     data = tokenize_rows(config, chat, rows, progress, source.context_length)
+    data.notes.extend(_never_seen(config.adapter.new_tokens, new_ids, data.train))
     refuse_what_cannot_fit(config, source.config, hardware, dtype, data.train)
     source = fetch_weights(source, config.model)
     config.model.revision = source.revision  # what a branch meant when it began
@@ -366,7 +381,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     progress("loading the model", 0, 1)
     limit_memory(config, hardware)
     torch.manual_seed(config.training.seed)
-    model = _load_trainable(config, source, hardware, dtype)
+    model = _load_trainable(config, source, hardware, dtype, new_ids)
     progress("loading the model", 1, 1)
     forward = ModelForward(model, hardware.device, dtype)
     _check_disk(path, model, config)
@@ -387,6 +402,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
         optimizer=ready.optimizer,
         plan=ready.plan,
         resumed=existing is not None,
+        saves_tokenizer=bool(new_ids) or with_tokenizer is not source,
         engine_notes=ready.engine_notes,
         calibration=ready.calibration,
     )
@@ -410,6 +426,7 @@ def make_ready(
 
     Writes the micro-batch and packing into `config` where they were `auto`. Raises MachineError for what cannot fit.
     """
+    forward.neftune_alpha = config.training.neftune_alpha
     plan = plan_run(config, forward, hardware, examples)
     check_forward(forward, config.data.packed)
     forward.loss_rows = plan.memory.loss_rows
@@ -474,7 +491,9 @@ def _check_settings(config: RunConfig) -> None:
         raise ConfigError(problems)
 
 
-def _load_trainable(config: RunConfig, source: ModelSource, hardware: Hardware, dtype: ComputeDType) -> Any:
+def _load_trainable(
+    config: RunConfig, source: ModelSource, hardware: Hardware, dtype: ComputeDType, new_ids: Sequence[int]
+) -> Any:
     """The model with its trainable weights in fp32: an adapter over a frozen base, or the whole model, which may be in bf16."""
     if config.method == "full" and config.optimizer.weights_dtype == "bf16":
         return load_model(source, config.model, hardware, "bf16")
@@ -486,7 +505,18 @@ def _load_trainable(config: RunConfig, source: ModelSource, hardware: Hardware, 
     model = load_model(source, config.model, hardware, dtype, quantization)
     # A hub id stays one; a folder is recorded by its absolute path (for a GGUF file, where its safetensors are).
     base_name = source.name if source.revision else str(source.path.absolute())
-    return add_adapter(model, config.adapter, base_name)
+    return add_adapter(model, config.adapter, base_name, new_ids)
+
+
+def _never_seen(tokens: Sequence[str], ids: Sequence[int], examples: Sequence[TokenizedExample]) -> list[str]:
+    """What to say of new tokens that no example has: nothing teaches their embeddings."""
+    found = (
+        {number for example in examples for number in np.intersect1d(example.input_ids, ids).tolist()} if ids else set()
+    )
+    missing = [repr(token) for token, number in zip(tokens, ids, strict=True) if number not in found]
+    if not missing:
+        return []
+    return [f"adapter.new_tokens: no training example holds {', '.join(missing)}; nothing teaches what they mean"]
 
 
 def _check_disk(path: Path, model: Any, config: RunConfig) -> None:
