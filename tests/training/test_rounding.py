@@ -24,7 +24,7 @@ from tunesmith.models.fuse import set_policies
 from tunesmith.models.row_dropout import step_seed
 from tunesmith.training import rounding
 from tunesmith.training.optimizers import Optimizer, make_optimizer
-from tunesmith.training.rounding import slice_seed, stochastic_round_
+from tunesmith.training.rounding import RoundedWeights, slice_seed, stochastic_round_
 from tunesmith.types import LayerPolicy
 from tunesmith.workflows.setups import training_dtype
 from tunesmith.workflows.train import TrainingSession, restart, start
@@ -447,6 +447,22 @@ def test_nearest_rounding_stalls_where_stochastic_rounding_learns(
         falls[how] = sum(found[:3]) / 3 - sum(found[-3:]) / 3
     assert falls["stochastic"] == pytest.approx(falls["fp32"], rel=0.1)
     assert falls["nearest"] < 0.5 * falls["fp32"]
+
+
+@pytest.mark.parametrize("seed", [3407, 5])
+def test_each_step_of_a_run_rounds_by_its_own_seed(
+    session: Session, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    step = RoundedWeights.step
+
+    def spy(self: RoundedWeights, inner: Any, work: Any, seed: int, *rest: Any) -> None:
+        seen.append(seed)
+        step(self, inner, work, seed, *rest)
+
+    monkeypatch.setattr(RoundedWeights, "step", spy)
+    session(*FULL_BF16, f"training.seed={seed}", "training.epochs=2").train()
+    assert seen == [step_seed(seed, number) for number in range(6)]
 
 
 class StopAt(Exception):

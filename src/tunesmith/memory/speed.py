@@ -76,8 +76,8 @@ FULL_PASSES = {"fused": 1.25, "reference": 0.9}
 
 ROUNDED_BYTES = 82
 """Read and written for a bf16 weight in an optimizer step, beside its moments (training/rounding.py): the norm 2, weight and
-gradient to fp32 12, clipping 8, the update 12, noise 4, looking for NaN 9, rounding 20, keeping NaN 9, the copy back 6. Arithmetic:
-not measured yet."""
+gradient to fp32 12, clipping 8, the update 12, noise 4, looking for NaN 9, rounding 20, keeping NaN 9, the copy back 6. What Python
+takes to launch the step is not in the prediction: docs/planner.md has steps that wait for it."""
 
 HOST_LINK = 20e9
 """Bytes a second to host memory and back, for layer inputs that wait there: PCIe 4 x16. They travel beside the work."""

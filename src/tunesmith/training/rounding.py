@@ -56,6 +56,16 @@ class Slice:
     stop: int
     stand_in: torch.nn.Parameter
 
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The slice's part of a tensor like the weight."""
+        return tensor.detach().reshape(-1)[self.start : self.stop]
+
+    @property
+    def gradient(self) -> torch.Tensor:
+        """The weight's gradient, of which there must be one."""
+        assert self.weight.grad is not None
+        return self.of(self.weight.grad)
+
     def rest(self, nothing: torch.Tensor) -> None:
         """Let the stand-in have its size, for whoever looks at it, but no memory: all of it is the scalar `nothing`."""
         self.stand_in.data = nothing.expand(self.stop - self.start)
@@ -127,23 +137,23 @@ class RoundedWeights:
         """
         values, gradients, is_nan = work.values, work.gradients, work.is_nan
         for group, bucket in work.buckets:
-            used = bucket[-1][2].stop
-            for _, part, place in bucket:
-                assert part.weight.grad is not None
-                values[place].copy_(part.weight.view(-1)[part.start : part.stop])
-                gradients[place].copy_(part.weight.grad.reshape(-1)[part.start : part.stop])
-            gradients[:used].mul_(scale)
+            used = slice(0, bucket[-1][2].stop)  # with the gaps, which nobody reads
+            weights = [part.of(part.weight) for _, part, _ in bucket]
+            stepped = [values[place] for _, _, place in bucket]
+            torch._foreach_copy_(stepped, weights)
+            torch._foreach_copy_([gradients[place] for _, _, place in bucket], [part.gradient for _, part, _ in bucket])
+            gradients[used].mul_(scale)
             if isinstance(inner, torch.optim.AdamW):
                 _step_adamw(inner, inner.param_groups[group], bucket, values, gradients, bad)
             else:
                 self._step_bitsandbytes(inner, group, bucket, values, gradients)
-            noise = gradients.view(torch.int32)  # the gradients have served
-            for _, part, place in bucket:
-                if part.weight.dtype == torch.bfloat16:
+            if weights[0].dtype == torch.bfloat16:
+                noise = gradients.view(torch.int32)  # the gradients have served
+                for _, part, place in bucket:
                     self._generator.manual_seed(slice_seed(seed, part.name, part.start))
                     noise[place].random_(0, 2**16, generator=self._generator)
-                    stochastic_round_(values[place], noise[place], is_nan[place])
-                part.weight.view(-1)[part.start : part.stop].copy_(values[place])
+                stochastic_round_(values[used], noise[used], is_nan[used])
+            torch._foreach_copy_(weights, stepped)
         if getattr(inner, "is_paged", False) and values.is_cuda:
             torch.cuda.current_stream(values.device).synchronize()  # the host may read paged states after a step
 
@@ -167,7 +177,7 @@ class RoundedWeights:
 
 
 def _buckets(group: Sequence[Slice]) -> Iterator[list[Placed]]:
-    """The slices whose weights have gradients, as many at a time as STEPPED_VALUES has room for, each with its place.
+    """The slices whose weights have gradients, as many of one type at a time as STEPPED_VALUES has room for, with their places.
 
     None shares a block of 8-bit states, or an aligned read, with its neighbour.
     """
@@ -177,7 +187,7 @@ def _buckets(group: Sequence[Slice]) -> Iterator[list[Placed]]:
         if part.weight.grad is None:
             continue
         count = part.stop - part.start
-        if bucket and end + count > STEPPED_VALUES:
+        if bucket and (end + count > STEPPED_VALUES or part.weight.dtype != bucket[0][1].weight.dtype):
             yield bucket
             bucket, end = [], 0
         bucket.append((number, part, slice(end, end + count)))
