@@ -275,7 +275,7 @@ class EarlyStoppingConfig(Section):
     metric: str | None = None
     """Name of any evaluation metric, e.g. `eval_loss` or `accuracy`."""
     mode: Literal["min", "max"] | None = None
-    """Whether smaller or larger is better. Default: `min` for names that end in `loss` or `perplexity`, else `max`."""
+    """Whether smaller or larger is better. Default: `min` for names that end in `loss`, `perplexity`, `kl` or `/rejected`, else `max`."""
     patience: Annotated[int, Field(ge=1)] = 3
     """Evaluations without improvement before stopping."""
     min_delta: Annotated[float, Field(ge=0)] = 0.0
@@ -413,7 +413,7 @@ class RunConfig(Section):
             copy.objective.beta = self.beta
         early = copy.training.early_stopping
         if early.metric and early.mode is None:
-            early.mode = "min" if early.metric.endswith(("loss", "perplexity")) else "max"
+            early.mode = "min" if early.metric.endswith(("loss", "perplexity", "kl", "/rejected")) else "max"
         return copy
 
     def to_yaml(self) -> str:

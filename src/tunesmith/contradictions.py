@@ -146,10 +146,14 @@ def _preferences(config: RunConfig) -> dict[str, str]:
         )
     if not config.pairs:
         return found
-    if config.data.packing is False:
+    if config.data.packing is not True:
         found["data.packing"] = (
-            f"data.packing: false cannot be with objective.name: {objective.name}: both sequences of a pair are packed, which "
+            f"data.packing: {str(config.data.packing).lower()} cannot be with objective.name: {objective.name}: both sequences of a pair are packed, which "
             "gives the same loss without padding; remove it"
+        )
+    if config.data.train_on != "assistant":
+        found["data.train_on"] = (
+            f"data.train_on has no effect with objective.name: {objective.name}, which compares the answers alone; remove it"
         )
     if config.data.overlong == "split":
         found["data.overlong"] = (

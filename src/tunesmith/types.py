@@ -232,6 +232,8 @@ class BatchSequences:
     first_supervised: int  # supervised positions of all the pairs' first sequences
     reference: torch.Tensor | None  # (S,) fp32, log-probabilities before training; None if they are not known
     desirable: torch.Tensor  # (examples,) fp32: 1 for a row that is desirable, or was not labelled
+    num_desirable: int  # of those
+    first_rest: torch.Tensor  # (M,) int64, positions of first sequences that predict a token which is not supervised
 
 
 @dataclass(frozen=True, slots=True)

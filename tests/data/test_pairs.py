@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,41 +58,83 @@ def tokenized(settings: RunConfig) -> RunData:
 
 
 def test_of_a_preference_row_only_the_two_answers_count() -> None:
-    chosen, rejected = pair_sequences([preference(4)], "simpo", 0)
+    chosen, rejected = pair_sequences([preference(4)], "simpo")
     assert [message.content for message in chosen.messages or ()] == ["ask 4", "good 4"]
     assert [message.content for message in rejected.messages or ()] == ["ask 4", "bad 4"]
     assert [message.train for message in rejected.messages or ()] == [False, None]
     assert (rejected.file, rejected.line) == ("f", 4)
 
 
-def test_ktos_other_answers_are_those_of_other_rows_each_once() -> None:
-    rows = [rated(line, line % 2 == 0) for line in range(6)]
-    found = pair_sequences(rows, "kto", 3)
-    firsts, seconds = found[0::2], found[1::2]
-    assert [row.messages and row.messages[-1].content for row in firsts] == [f"say {line}" for line in range(6)]
-    for first, second in zip(firsts, seconds, strict=True):
-        assert first.messages is not None
-        assert second.messages is not None
-        assert [message.content for message in first.messages[:3]] == [
-            message.content for message in second.messages[:3]
-        ]
-        assert [message.train for message in first.messages] == [False, False, False, None], (
-            "earlier answers are prompt"
-        )
-        assert first.messages[3].content != second.messages[3].content
-        assert first.desirable is second.desirable is (first.line % 2 == 0)
-    assert sorted(row.messages[-1].content for row in seconds if row.messages) == [f"say {line}" for line in range(6)]
-    assert found == pair_sequences(rows, "kto", 3)
-    assert found != pair_sequences(rows, "kto", 4)
+def test_of_a_labelled_row_the_last_answer_counts() -> None:
+    (found,) = pair_sequences([rated(2, False)], "kto")
+    assert [message.content for message in found.messages or ()] == ["first 2", "then 2", "ask 2", "say 2"]
+    assert [message.train for message in found.messages or ()] == [False, False, False, None], (
+        "earlier answers are prompt"
+    )
+    assert found.desirable is False
 
 
 def test_for_kto_a_preference_row_is_two() -> None:
-    found = pair_sequences([preference(1), preference(2)], "kto", 0)
-    assert [row.desirable for row in found[0::2]] == [True, False, True, False]
-    assert [row.messages and row.messages[1].content for row in found[0::2]] == ["good 1", "bad 1", "good 2", "bad 2"]
-    (alone,) = {row.messages for row in pair_sequences([rated(1, True)], "kto", 0)}
-    assert alone is not None
-    assert alone[-1].content == "say 1"
+    found = pair_sequences([preference(1), preference(2)], "kto")
+    assert [row.desirable for row in found] == [True, False, True, False]
+    assert [row.messages and row.messages[1].content for row in found] == ["good 1", "bad 1", "good 2", "bad 2"]
+
+
+def kto_rows(path: Path, *answers: str, prompts: Sequence[str] | None = None) -> Path:
+    prompts = prompts or [f"q{n}" for n in range(len(answers))]
+    rows = zip(prompts, answers, strict=True)
+    return write_jsonl(path, [{"prompt": p, "completion": c, "label": n % 2 == 0} for n, (p, c) in enumerate(rows)])
+
+
+def answered(pair: TokenizedPair, number: int) -> tuple[str, str]:
+    """Question and answer of one of a pair's sequences, as text."""
+    side, tokenizer = pair.sequence(number), make_tokenizer()
+    text = tokenizer.decode(side.input_ids[~side.loss_mask])
+    return text.split("user\n")[1].split("<|im_end|>")[0], tokenizer.decode(side.input_ids[side.loss_mask])
+
+
+def test_ktos_other_answers_are_those_of_other_rows_each_once(tmp_path: Path) -> None:
+    answers = [letter * (n + 2) for n, letter in enumerate("abcdef")]
+    path = kto_rows(tmp_path / "rated.jsonl", *answers)
+    store = tokenized(config(path, "objective.name=kto")).train
+    assert [answered(pair, 0) for pair in store] == [
+        (f"q{n}", f"{answer}<|im_end|>") for n, answer in enumerate(answers)
+    ]
+    seconds = [answered(pair, 1) for pair in store]
+    assert [prompt for prompt, _ in seconds] == [f"q{n}" for n in range(6)]
+    assert sorted(answer for _, answer in seconds) == sorted(f"{answer}<|im_end|>" for answer in answers)
+    assert all(answer != f"{own}<|im_end|>" for own, (_, answer) in zip(answers, seconds, strict=True))
+    assert [pair.desirable for pair in store] == [True, False] * 3
+    assert list(store.lengths) == [len(pair) for pair in store]
+    again = tokenized(config(path, "objective.name=kto")).train
+    assert [pair.input_ids.tolist() for pair in again] == [pair.input_ids.tolist() for pair in store]
+    other = tokenized(config(path, "objective.name=kto", "training.seed=5"))
+    assert [pair.input_ids.tolist() for pair in other.train] != [pair.input_ids.tolist() for pair in store]
+
+
+def test_ktos_other_answers_are_to_other_prompts(tmp_path: Path) -> None:
+    """Two answers to one question: neither stands for an answer to something else, if there is one."""
+    path = kto_rows(tmp_path / "rated.jsonl", "aa", "bb", "cc", "dd", prompts=["p", "p", "q", "q"])
+    for seed in range(5):
+        store = tokenized(config(path, "objective.name=kto", f"training.seed={seed}")).train
+        given = {"p": {"cc", "dd"}, "q": {"aa", "bb"}}
+        for pair in store:
+            prompt, answer = answered(pair, 1)
+            assert answer.removesuffix("<|im_end|>") in given[prompt]
+    alone = write_jsonl(tmp_path / "alone.jsonl", [{"prompt": "p", "chosen": "yes", "rejected": "no"}])
+    pairs = tokenized(config(alone, "objective.name=kto")).train
+    assert [answered(pair, 1)[1] for pair in pairs] == ["no<|im_end|>", "yes<|im_end|>"]
+
+
+def test_a_row_that_fits_is_not_refused_for_anothers_answer(tmp_path: Path) -> None:
+    """A long question with a short answer, and the other way round: the other answer is cut, and no row is said to be too long."""
+    path = kto_rows(tmp_path / "rated.jsonl", "a", "b" * 60, prompts=["p" * 60, "q"])
+    data = tokenized(config(path, "objective.name=kto", "data.max_seq_length=100"))
+    assert [pair.line for pair in data.train] == [1, 2]
+    first = data.train[0].sequence(1)
+    assert len(first) == 100
+    assert answered(data.train[0], 1)[1] == "b" * first.supervised
+    assert max(max(pair.lengths) for pair in data.train) == 100
 
 
 def rows_of(path: Path, *lengths: tuple[int, int]) -> Path:
@@ -159,6 +202,26 @@ def test_an_answer_that_became_several_examples_is_refused(tmp_path: Path) -> No
     settings = config(path, "data.skip_bad_rows=true")
     data = tokenize_rows(settings, chat, read_rows(settings))
     assert [pair.line for pair in data.train] == [2]
+    assert any(
+        note.startswith(f"{path}:1: the answer has several turns") and note.endswith("left out") for note in data.notes
+    )
+    assert not any("conversations became" in note for note in data.notes)
+
+
+def test_answers_that_a_cut_made_equal_are_refused(tmp_path: Path) -> None:
+    path = write_jsonl(
+        tmp_path / "pairs.jsonl",
+        [
+            {"prompt": "q", "chosen": "same " * 20 + "good", "rejected": "same " * 20 + "bad"},
+            {"prompt": "q2", "chosen": "x", "rejected": "y"},
+        ],
+    )
+    settings = config(path, "data.max_seq_length=70", "data.overlong=truncate")
+    message = r"pairs.jsonl:1: chosen and rejected are the same tokens once cut to data.max_seq_length; there is nothing to prefer"
+    with pytest.raises(DataError, match=message):
+        tokenized(settings)
+    settings = config(path, "data.max_seq_length=70", "data.overlong=truncate", "data.skip_bad_rows=true")
+    assert [pair.line for pair in tokenized(settings).train] == [2]
 
 
 def test_a_batch_of_pairs_has_two_documents_each(tmp_path: Path) -> None:
@@ -186,6 +249,6 @@ def test_a_plan_counts_pairs_as_training_does(tmp_path: Path, tiny_model: Path) 
     assert not estimated
     guessed, estimated = read_data(config(path, model="qwen2.5-0.5b"), None)
     assert (len(guessed.lengths), estimated) == (3, True)
-    sequences = pair_sequences(read_examples(config(path).data).examples, "dpo", 0)
+    sequences = pair_sequences(read_examples(config(path).data).examples, "dpo")
     assert len(sequences) == 6
     assert guessed.lengths[1] > guessed.lengths[0] > 20

@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from tiny import write_jsonl
 from tunesmith.config import RunConfig, load_config
 from tunesmith.data.batches import make_batch
-from tunesmith.errors import ConfigError, DataError, RunError
+from tunesmith.errors import ConfigError, DataError, MachineError, RunError
 from tunesmith.runs import RunFolder
-from tunesmith.training.loop import accumulate_gradients, evaluate_loss
-from tunesmith.training.objectives import Objective, StepTools
+from tunesmith.training.graphs import micro_batch_graphs
+from tunesmith.training.loop import accumulate_gradients, evaluate_loss, step_tools
+from tunesmith.training.objectives import Metrics, Objective, StepTools, means
 from tunesmith.training.preferences import (
     DirectPreference,
     KahnemanTversky,
     OddsRatioPreference,
     SimplePreference,
+    log_odds,
     reference_log_probabilities,
     sequence_log_probabilities,
 )
@@ -109,9 +111,13 @@ def ours(
     """Loss, gradients and metrics of a step that is divided into `parts`."""
     model = session.forward.model
     model.zero_grad(set_to_none=True)
-    metrics: dict[str, torch.Tensor] = {}
+    metrics: Metrics = {}
     loss = accumulate_gradients(session.forward, objective, parts, True, 0, NO_SCALER, None, metrics)
-    return float(loss), gradients(model), {name: float(value) for name, value in metrics.items()}
+    return (
+        float(loss),
+        gradients(model),
+        means({name: (float(value), count) for name, (value, count) in metrics.items()}),
+    )
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -214,15 +220,15 @@ def test_dpo_equals_trl(run: TrainingSession, tmp_path: Path, kind: str) -> None
 
 def test_label_smoothing_is_cdpos(run: TrainingSession) -> None:
     pairs = pairs_of(run)
-    loss, _, _ = ours(run, DirectPreference(0.3, label_smoothing=0.2), [pairs])
-    with torch.no_grad():
-        batch = make_batch(pairs, True, 0, "cpu")
-        ratios = sequence_log_probabilities(run.forward, batch) - torch.tensor([pair.reference for pair in pairs]).view(
-            -1
-        )
-    delta = 0.3 * (ratios[0::2] - ratios[1::2]).double()
+    loss, gradient, _ = ours(run, DirectPreference(0.3, label_smoothing=0.2), [pairs])
+    run.forward.model.zero_grad(set_to_none=True)
+    batch = make_batch(pairs, True, 0, "cpu")
+    ratios = sequence_log_probabilities(run.forward, batch) - torch.tensor([pair.reference for pair in pairs]).view(-1)
+    delta = 0.3 * (ratios[0::2] - ratios[1::2])
     expected = -(0.8 * torch.log(torch.sigmoid(delta)) + 0.2 * torch.log(torch.sigmoid(-delta))).mean()
+    expected.backward()
     assert loss == pytest.approx(float(expected), rel=1e-5)
+    assert_close(gradient, gradients(run.forward.model))
     assert loss != pytest.approx(ours(run, DirectPreference(0.3), [pairs])[0], rel=1e-2)
 
 
@@ -512,6 +518,8 @@ def test_a_pissa_adapter_is_its_own_reference(configure: Configure, tmp_path: Pa
             "objective.label_smoothing has no effect with objective.loss: hinge",
         ),
         (["objective.name=dpo", "data.packing=false"], "data.packing: false cannot be with objective.name: dpo"),
+        (["objective.name=orpo", "data.packing=auto"], "data.packing: auto cannot be with objective.name: orpo"),
+        (["objective.name=dpo", "data.train_on=all"], "data.train_on has no effect with objective.name: dpo"),
         (["objective.name=kto", "data.overlong=split"], "data.overlong: split cannot be with objective.name: kto"),
         (["objective.name=dpo", "evaluation.generate=true", "data.eval_fraction=0.2"], "evaluation.generate cannot be"),
         (
@@ -533,12 +541,16 @@ def test_what_does_not_go_together_is_refused(configure: Configure, overrides: l
             "dpo",
             "objective dpo needs a `chosen` and a `rejected` answer a row; set",
         ),
-        ([{"prompt": "a", "completion": "b", "label": True}], "dpo", "of form kto; objective dpo needs a `chosen`"),
+        (
+            [{"prompt": "a", "completion": "b", "label": True}],
+            "dpo",
+            "of form kto; objective dpo needs a .*; set objective.name: kto",
+        ),
         ([{"prompt": "a", "completion": "b"}], "kto", r"objective kto needs a `label` \(true: desirable\)"),
         (
             [{"prompt": "a", "completion": "b", "label": True}] * 3,
             "kto",
-            "all 3 rows are desirable; objective kto needs",
+            "jsonl: all 3 rows are desirable; objective kto needs .*: add some of the other",
         ),
         (preference_rows(4), "sft", "of form preference; objective sft needs answers, not preferences"),
     ],
@@ -562,21 +574,36 @@ def test_defaults_are_the_objectives_own(configure: Configure) -> None:
     assert load_config(None, []).resolved().objective.beta is None
 
 
-def test_events_are_json(configure: Configure, tmp_path: Path) -> None:
-    """A step without desirable rows has a mean of none of them: no number that JSON does not know."""
-    session = start(configure("objective.name=kto", "training.max_steps=1"), tmp_path / "run")
-    session.train()
-    for line in (session.run.path / "events.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+def test_ktos_kinds_have_means_of_their_own(configure: Configure, tmp_path: Path) -> None:
+    """One row a step: each has one kind only. Lines of one step leave the other kind out, and a line of all is of each kind's rows."""
+    rows = [{"prompt": f"q{n}", "completion": f"answer {n}", "label": n % 3 > 0} for n in range(6)]
+    settings = ("objective.name=kto", "training.batch_size=1", "training.epochs=1", "optimizer.lr=0.05")
+    every = start(configure(*settings, rows=rows), tmp_path / "every")
+    every.train()
+    once = start(configure(*settings, "training.log_every=6", rows=rows), tmp_path / "once")
+    once.train()
+    steps = [event for event in every.run.events() if event["event"] == "step"]
+    (line,) = [event for event in once.run.events() if event["event"] == "step"]
+    found = {name: [step[name] for step in steps if name in step] for name in ("rewards/chosen", "rewards/rejected")}
+    assert {name: len(values) for name, values in found.items()} == {"rewards/chosen": 4, "rewards/rejected": 2}
+    assert not any("rewards/margins" in step for step in steps)
+    for name, values in found.items():
+        assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-5)
+        assert abs(line[name]) > 1e-3
+    assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"])
+    for text in (every.run.path / "events.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 def test_log_odds_of_certain_answers_are_finite() -> None:
     mean = torch.tensor([-1e-9, -1e-6, -2.0], dtype=torch.float32, requires_grad=True)
-    value = mean - torch.log(-torch.expm1(mean.clamp(max=-torch.finfo(torch.float32).tiny)))
+    value = log_odds(mean)
     expected = mean.detach().double() - torch.log(-torch.expm1(mean.detach().double()))
     torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=0)
     F.logsigmoid(value).sum().backward()
-    assert torch.isfinite(mean.grad).all()  # type: ignore[arg-type]
+    assert mean.grad is not None
+    assert torch.isfinite(mean.grad).all()
+    assert torch.isfinite(log_odds(torch.zeros(1)))
 
 
 def test_ktos_estimate_is_of_all_ranks(run: TrainingSession) -> None:
@@ -586,7 +613,7 @@ def test_ktos_estimate_is_of_all_ranks(run: TrainingSession) -> None:
     shares, sums = (pairs[:1], pairs[1:]), []
 
     def tools(total: Callable[[torch.Tensor], torch.Tensor]) -> StepTools:
-        return StepTools(lambda part: make_batch(part, True, 0, "cpu"), total)
+        return replace(step_tools(run.forward, True, 0), total=total)
 
     for share in shares:
         objective.begin_step(run.forward, [share], tools(lambda values: (sums.append(values.clone()), values)[1]))
@@ -627,7 +654,7 @@ def kl_of(
     session: TrainingSession, pairs: Sequence[TokenizedPair], total: Callable[[torch.Tensor], torch.Tensor]
 ) -> float:
     objective = KahnemanTversky(0.2)
-    objective.begin_step(session.forward, [pairs], StepTools(lambda part: make_batch(part, True, 0, "cpu"), total))
+    objective.begin_step(session.forward, [pairs], replace(step_tools(session.forward, True, 0), total=total))
     batch = make_batch([pairs[0].sequence(0)], True, 0, "cpu")
     (kl,) = [float(term.sum) for term in objective.terms(session.forward, batch) if term.name == "kl"]
     return kl
@@ -681,3 +708,67 @@ def test_a_step_that_is_done_again_measures_once(
     for clean, repeated in zip(*found, strict=True):
         for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
             assert repeated[name] == pytest.approx(clean[name], rel=1e-4, abs=1e-6)
+
+
+def test_ktos_estimate_in_evaluation_is_halved_like_the_rest(
+    run: TrainingSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = pairs_of(run, (True, False, True, True, False))
+    expected = evaluate_loss(run.forward, OBJECTIVES["kto"], pairs, run.config, 0)
+    hidden, sizes = run.forward.hidden, list[int]()
+
+    def small(batch: Any) -> torch.Tensor:
+        sizes.append(batch.num_examples)
+        if batch.num_examples > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(batch)
+
+    monkeypatch.setattr(run.forward, "hidden", small)
+    assert evaluate_loss(run.forward, OBJECTIVES["kto"], pairs, run.config, 0) == pytest.approx(expected, rel=1e-5)
+    assert max(sizes) > 2
+
+
+def test_a_reference_without_room_says_what_to_do(run: TrainingSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(batch: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pairs = pairs_of(run)
+    monkeypatch.setattr(run.forward, "hidden", full)
+    message = (
+        r"the reference ran out of memory with one example of \d+ tokens \(random:\d\): .*; set data.max_seq_length"
+    )
+    with pytest.raises(MachineError, match=message):
+        reference_log_probabilities(run.forward, pairs, run.config, 0)
+
+
+def test_a_step_waits_for_no_device(run: TrainingSession, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the model itself (transformers looks at its mask) reads a value back between the micro-batches."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    in_model = [False]
+
+    class NoReads(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            reads = func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            assert in_model[0] or not reads, func
+            return func(*args, **(kwargs or {}))
+
+    def hidden(batch: Any, hidden: Any = run.forward.hidden) -> torch.Tensor:
+        in_model[0] = True
+        found: torch.Tensor = hidden(batch)
+        in_model[0] = False
+        return found
+
+    pairs = pairs_of(run, (True, False, True, True, False))
+    monkeypatch.setattr(run.forward, "hidden", hidden)
+    for objective in OBJECTIVES.values():
+        with NoReads():
+            accumulate_gradients(run.forward, objective, [pairs[:2], pairs[2:]], True, 0, NO_SCALER, None, {})
+
+
+def test_graphs_are_not_for_pairs(run: TrainingSession) -> None:
+    run.config.training.cuda_graphs = True
+    run.forward.device = "cuda"
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for objective in OBJECTIVES.values():
+        assert micro_batch_graphs(run.config, run.forward, objective, run.optimizer, scaler, print) is None

@@ -598,6 +598,6 @@ def test_pairs_are_measured_before_their_reference_is_known(
     assert all(isinstance(pair, TokenizedPair) and min(pair.lengths) >= 1 for pair in given)
     if budget:
         assert budget - 1 <= sum(map(len, given)) <= budget
-    firsts = sum(pair.lengths[0] for pair in given)
-    assert {batch.num_tokens for batch in seen} == {firsts if name == "kto" else sum(map(len, given))}
+    assert {batch.num_tokens for batch in seen} == {sum(map(len, given))}
+    assert {len(batch.cu_seqlens) - 1 for batch in seen} == {2 * len(given)}
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in made.model.parameters())

@@ -214,31 +214,41 @@ def make_batch(
         rows=tuple(example.where for example in examples),
         dropout_rows=None if numbers is None else on_device(numbers),
         document_lengths=None if own_lengths is None else on_device(own_lengths),
-        compared=_sequences(examples, np.searchsorted(bounds, targets, side="right") - 1, spare, on_device),
+        compared=_sequences(examples, bounds, targets, slots, spare, on_device),
     )
 
 
 def _sequences(
     examples: Sequence[TokenizedExample],
-    of_supervised: np.ndarray,
+    bounds: np.ndarray,
+    targets: np.ndarray,
+    slots: np.ndarray,
     spare: int,
     on_device: Callable[[np.ndarray], torch.Tensor],
 ) -> BatchSequences | None:
-    """The sequences of a batch, given that of each supervised position; None for examples that nothing compares."""
+    """The sequences of a batch, given by their `bounds` end to end, the targets there and each token's slot in the batch; None
+    for examples that nothing compares.
+    """
     import numpy as np
 
     if not isinstance(examples[0], TokenizedPair) and examples[0].desirable is None:
         return None
-    count = sum(len(example.lengths) for example in examples)
-    supervised = np.bincount(of_supervised, minlength=count)
+    of_supervised = np.searchsorted(bounds, targets, side="right") - 1
+    supervised = np.bincount(of_supervised, minlength=len(bounds) - 1)
+    predicted = np.zeros(bounds[-1], dtype=bool)  # tokens of first sequences but the first of each, and not the targets
+    for start, end in zip(bounds[0:-1:2], bounds[1::2], strict=True) if isinstance(examples[0], TokenizedPair) else ():
+        predicted[start + 1 : end] = True
+    predicted[targets] = False
     reference = [value for example in examples for value in example.reference or ()]
     desirable = [example.desirable is not False for example in examples]
     return BatchSequences(
         on_device(np.pad(of_supervised.astype(np.int64), (0, spare))),
         on_device(supervised.astype(np.float32)),
         int(supervised[0::2].sum()),
-        on_device(np.array(reference, dtype=np.float32)) if len(reference) == count else None,
+        on_device(np.array(reference, dtype=np.float32)) if len(reference) == len(supervised) else None,
         on_device(np.array(desirable, dtype=np.float32)),
+        sum(desirable),
+        on_device(slots[np.flatnonzero(predicted)] - 1),
     )
 
 

@@ -18,9 +18,18 @@ import numpy as np
 
 from tunesmith.config import ObjectiveName
 from tunesmith.data.tokens import TokenStore
-from tunesmith.types import Example, Message, PreferenceExample, TokenizedPair
+from tunesmith.types import Example, Finding, PreferenceExample, TokenizedPair
 
 Row = Example | PreferenceExample
+
+SEVERAL = (
+    "the answer has several turns, of which the chat template lets only the last be seen as it was written",
+    "an answer in parts cannot be compared: remove the row, or choose another data.chat_template",
+)
+SAME = (
+    "chosen and rejected are the same tokens once cut to data.max_seq_length",
+    "there is nothing to prefer: raise data.max_seq_length, or set data.overlong: drop",
+)
 
 
 def sequences(rows: Sequence[Row]) -> list[Example]:
@@ -37,66 +46,90 @@ def sequences(rows: Sequence[Row]) -> list[Example]:
     return examples
 
 
-def pair_sequences(rows: Sequence[Row], objective: ObjectiveName, seed: int) -> list[Example]:
-    """The two sequences of each pair, one after the other, for a preference objective.
+def pair_sequences(rows: Sequence[Row], objective: ObjectiveName) -> list[Example]:
+    """What is tokenized for a preference objective: the two sequences of each pair, one after the other; for `kto` one sequence a row.
 
-    For `kto` a preference row is two rows, its chosen answer desirable and its rejected one not, and the other answer of each
-    row is the next one's in an order that `seed` shuffles. Of one row alone it is its own.
+    For `kto` a preference row is two rows, its chosen answer desirable and its rejected one not. Earlier answers of a conversation
+    are part of the prompt.
     """
     if objective != "kto":
         return sequences(rows)
     labelled: list[Example] = []
     for row in rows:
-        if isinstance(row, Example):
-            labelled.append(row)
-        else:
-            for example, desirable in zip(sequences([row]), (True, False), strict=True):
-                labelled.append(replace(example, desirable=desirable))
-    order = list(range(len(labelled)))
-    random.Random(f"{seed}/kto").shuffle(order)
-    other = {index: order[(place + 1) % len(order)] for place, index in enumerate(order)}
-    found: list[Example] = []
-    for index, row in enumerate(labelled):
-        prompt, _ = _divided(row)
-        asked = tuple(replace(message, train=False) for message in prompt)
-        for answered in (row, labelled[other[index]]):
-            found.append(replace(row, messages=asked + _divided(answered)[1]))
-    return found
-
-
-def _divided(row: Example) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """A labelled row's prompt and its answer: the turns behind the last one that is not the assistant's."""
-    assert row.messages is not None
-    last = max((index for index, message in enumerate(row.messages) if message.role != "assistant"), default=-1)
-    return row.messages[: last + 1], row.messages[last + 1 :]
+        if isinstance(row, PreferenceExample):
+            answers = zip(sequences([row]), (True, False), strict=True)
+            labelled += [replace(example, desirable=desirable) for example, desirable in answers]
+            continue
+        assert row.messages is not None
+        last = max((index for index, message in enumerate(row.messages) if message.role != "assistant"), default=-1)
+        asked = tuple(replace(message, train=False) for message in row.messages[: last + 1])
+        labelled.append(replace(row, messages=asked + row.messages[last + 1 :]))
+    return labelled
 
 
 class PairStore(Sequence[TokenizedPair]):
-    """The pairs in a store of sequences that come from `pair_sequences`: those of which both are there.
+    """The pairs that tokenized sequences make, in flat arrays.
 
-    `lengths` are those of both sequences together. `rows` are indices of pairs. `unrolled` names rows whose answer became several
-    examples, which cannot be compared. `reference` (N, 2) holds what
-    `TokenizedExample.reference` says, None as long as it is not known.
+    Preferences: the sequences of `pair_sequences` two by two, where both are there. `kto`: each sequence and, as its second,
+    its prompt with the answer of the next one in an order that `seed` shuffles, cut to `limit` tokens; of the next one with another
+    prompt, if there is one.
+
+    `lengths` are those of both sequences together; `rows` index the rows that were given to `pair_sequences` (of `kto` its labelled
+    rows). `reference` (N, 2) holds what `TokenizedExample.reference` says, None as long as it is not known. `findings` are of rows
+    that make no pair: `several_answers`, whose answer became several examples, and `same_answers`, whose sequences are equal once cut.
     """
 
-    def __init__(self, store: TokenStore, examples: Sequence[Example]):
-        place = {int(row): index for index, row in enumerate(store.rows)}
-        counts = np.bincount(store.rows, minlength=len(examples))
-        self.unrolled = [
-            examples[int(row)].where for row in np.flatnonzero(counts > 1)
-        ]  # rows of several examples each
-        self.store = store
-        self._examples = examples
-        once = counts == 1
-        self._firsts = [place[row] for row in range(0, len(examples), 2) if once[row] and once[row + 1]]
-        self.lengths = np.array(
-            [store.lengths[first] + store.lengths[first + 1] for first in self._firsts], dtype=np.int32
-        )
-        self.rows = np.array([store.rows[first] // 2 for first in self._firsts], dtype=np.int32)
+    def __init__(self, store: TokenStore, examples: Sequence[Example], objective: ObjectiveName, seed: int, limit: int):
+        self.store, self._examples, self._limit = store, examples, limit
+        self._kto = objective == "kto"
+        self.findings: list[Finding] = []
         self.reference: np.ndarray | None = None
+        counts = np.bincount(store.rows, minlength=len(examples))
+        place = {int(row): index for index, row in enumerate(store.rows)}
+        self._starts = [int(np.argmax(tokens.loss_mask)) for tokens in store]
+        step = 1 if self._kto else 2
+        self._places: list[tuple[int, int]] = []
+        for row in range(0, len(examples), step):
+            if (counts[row : row + step] > 1).any():
+                self._leave_out(examples[row], "several_answers", SEVERAL)
+            elif (counts[row : row + step] == 1).all():
+                self._places.append((place[row], place[row + step - 1]))
+        if self._kto:
+            self._places = self._with_others([first for first, _ in self._places], seed)
+        else:
+            equal = [places for places in self._places if self._same(*places)]
+            for first, _ in equal:
+                self._leave_out(examples[int(store.rows[first])], "same_answers", SAME)
+            self._places = [places for places in self._places if places not in equal]
+        self.lengths = np.array([sum(self._lengths(*places)) for places in self._places], dtype=np.int32)
+        self.rows = np.array([store.rows[first] // step for first, _ in self._places], dtype=np.int32)
+
+    def _leave_out(self, example: Example, check: str, why: tuple[str, str]) -> None:
+        self.findings.append(Finding(check, "error", example.file, example.line, *why))
+
+    def _same(self, first: int, second: int) -> bool:
+        return np.array_equal(self.store[first].input_ids, self.store[second].input_ids)
+
+    def _with_others(self, firsts: list[int], seed: int) -> list[tuple[int, int]]:
+        """Each sequence with the one whose answer its prompt gets."""
+        order = list(firsts)
+        random.Random(f"{seed}/kto").shuffle(order)
+        prompts = {first: self.store[first].input_ids[: self._starts[first]].tobytes() for first in firsts}
+        found = {}
+        for place, first in enumerate(order):
+            after = order[place + 1 :] + order[:place]
+            other = next((each for each in after if prompts[each] != prompts[first]), after[0] if after else first)
+            found[first] = other
+        return [(first, found[first]) for first in firsts]
+
+    def _lengths(self, first: int, second: int) -> tuple[int, int]:
+        lengths, starts = self.store.lengths, self._starts
+        if not self._kto:
+            return int(lengths[first]), int(lengths[second])
+        return int(lengths[first]), min(self._limit, starts[first] + int(lengths[second]) - starts[second])
 
     def __len__(self) -> int:
-        return len(self._firsts)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> TokenizedPair: ...
@@ -105,11 +138,16 @@ class PairStore(Sequence[TokenizedPair]):
     def __getitem__(self, index: int | slice) -> TokenizedPair | list[TokenizedPair]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        first = self._firsts[index]
-        one, other = self.store[first], self.store[first + 1]
+        first, second = self._places[index]
+        one, other = self.store[first], self.store[second]
+        ids, mask = other.input_ids, other.loss_mask
+        if self._kto:
+            asked, start = self._starts[first], self._starts[second]
+            ids = np.concatenate([one.input_ids[:asked], ids[start:]])[: self._limit]
+            mask = np.concatenate([one.loss_mask[:asked], mask[start:]])[: self._limit]
         return TokenizedPair(
-            np.concatenate([one.input_ids, other.input_ids]),
-            np.concatenate([one.loss_mask, other.loss_mask]),
+            np.concatenate([one.input_ids, ids]),
+            np.concatenate([one.loss_mask, mask]),
             one.line,
             one.file,
             self._examples[int(self.store.rows[first])].desirable,
@@ -119,5 +157,5 @@ class PairStore(Sequence[TokenizedPair]):
 
     def digest(self) -> str:
         """SHA-256 of every token id and mask, and of which sequences are pairs."""
-        pairs = hashlib.sha256(np.array(self._firsts, dtype="<i8").tobytes()).hexdigest()
-        return hashlib.sha256(f"{self.store.digest()} {pairs}".encode()).hexdigest()
+        pairs = hashlib.sha256(np.array(self._places, dtype="<i8").tobytes()).hexdigest()
+        return hashlib.sha256(f"{self.store.digest()} {pairs} {self._limit}".encode()).hexdigest()

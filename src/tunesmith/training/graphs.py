@@ -48,6 +48,8 @@ def micro_batch_graphs(
     in place (`Optimizer.connect`), which those of modules beside LoRA's do not.
     """
     engine = engine_of(forward.model)
+    if not objective.by_tokens:  # which sequence a token is in changes with every batch
+        return None
     if forward.neftune_alpha:  # the seed is an argument of its kernel, which a graph would repeat
         return None
     if trains_beside_lora(forward.model):  # gradients of whole modules come and go; PEFT copies token ids to the device

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from tunesmith.config import RunConfig
-from tunesmith.data.batches import StepOrder, deal, make_batch, micro_batches, num_steps
+from tunesmith.data.batches import StepOrder, deal, micro_batches, num_steps
 from tunesmith.data.widening import few_lengths
 from tunesmith.errors import ConfigError, Interrupted, VerificationError
 from tunesmith.models.forward import ModelForward
@@ -27,10 +27,10 @@ from tunesmith.training.checkpoint import TrainState, load_checkpoint, load_weig
 from tunesmith.training.graphs import GraphedMicroBatches, micro_batch_graphs
 from tunesmith.training.guards import MovementCheck, StopRequest
 from tunesmith.training.monitor import Monitor, Signal
-from tunesmith.training.objectives import Objective, StepTools
+from tunesmith.training.objectives import Metrics, Objective, Parts, StepTools, means
 from tunesmith.training.optimizers import Optimizer, learning_rate
-from tunesmith.training.passes import parts_of, without_gradients
-from tunesmith.training.recovery import MemoryRecovery, Parts, allocate_states
+from tunesmith.training.passes import evaluating, parts_of, without_gradients
+from tunesmith.training.recovery import MemoryRecovery, allocate_states
 from tunesmith.training.skips import MAX_ROLLBACKS, ROLLBACK_FACTOR, Skips, StepJudge
 from tunesmith.training.window import Window
 from tunesmith.types import Batch, Evaluate, EventSink, Term, TokenizedExample
@@ -89,7 +89,7 @@ def train_loop(
         state, config.data.packed, world_size, optimizer, scaler, graphs, log, least_memory, diagnose
     )
     skips = Skips()
-    metrics: dict[str, torch.Tensor] = {}  # of the step's last attempt
+    metrics: Metrics = {}  # of the step's last attempt
     monitor = Monitor(config, total_steps, first_step=state.step, predicted_tokens_per_second=tokens_per_second)
     say(monitor.start(order.lengths), state.step, log)
 
@@ -184,7 +184,7 @@ def accumulate_gradients(
     pad_id: int,
     scaler: torch.amp.GradScaler,
     graphs: GraphedMicroBatches | None = None,
-    metrics: dict[str, torch.Tensor] | None = None,
+    metrics: Metrics | None = None,
 ) -> torch.Tensor:
     """Add this rank's part of the gradient of one step's loss to the parameters, micro-batch by micro-batch.
 
@@ -211,7 +211,7 @@ def accumulate_gradients(
             terms = objective.terms(forward, batch)
             part = weighted(terms, counts)
         if metrics is not None:
-            add_metrics(metrics, terms, counts)
+            add_metrics(metrics, terms)
         scaler.scale(part).backward()
         loss += part.detach()
     if not parts:  # the gradient of nothing is zero, not absent: the scaler and whatever sums over ranks need tensors
@@ -223,8 +223,16 @@ def accumulate_gradients(
 
 
 def step_tools(forward: ModelForward, packing: bool, pad_id: int) -> StepTools:
-    """What an objective makes of a whole step's parts before the first backward."""
-    return StepTools(lambda part: make_batch(part, packing, pad_id, forward.device), sum_over_ranks)
+    """What an objective makes of a whole step's parts before the first backward; what runs out of memory is the step's matter."""
+
+    def passes(parts: Parts, work: Callable[[Batch], torch.Tensor]) -> Iterator[torch.Tensor]:
+        with evaluating(forward):
+            for batch in micro_batches(parts, packing, pad_id, forward.device):
+                with torch.no_grad(), forward.autocast():
+                    found = work(batch)
+                yield found
+
+    return StepTools(passes, sum_over_ranks)
 
 
 def weighted(terms: Sequence[Term], counts: Mapping[str, int]) -> torch.Tensor:
@@ -232,12 +240,12 @@ def weighted(terms: Sequence[Term], counts: Mapping[str, int]) -> torch.Tensor:
     return torch.stack([term.weight * term.sum / counts[term.counted] for term in terms if term.weight]).sum()
 
 
-def add_metrics(metrics: dict[str, torch.Tensor], terms: Sequence[Term], counts: Mapping[str, int]) -> None:
-    """Add a micro-batch's part of each metric, sum / count of the terms of weight 0."""
+def add_metrics(metrics: Metrics, terms: Sequence[Term]) -> None:
+    """Add a micro-batch's part of each metric: the sum and the count of the terms of weight 0."""
     for term in terms:
         if not term.weight:
-            value = term.sum.detach() / max(1, counts[term.counted])
-            metrics[term.name] = metrics[term.name] + value if term.name in metrics else value
+            total, count = metrics.get(term.name, (0.0, 0))
+            metrics[term.name] = total + term.sum.detach(), count + term.count
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -279,11 +287,16 @@ def evaluate_loss(
     next evaluation. Every rank evaluates all of them. The objective's metrics are put into `metrics`. Raises MachineError
     when one example alone is too much.
     """
-    packing = config.data.packed
+    halving = halving or Halving()
     counts = objective.counts(examples)
-    parts = objective.begin_step(forward, parts_of(examples, config), step_tools(forward, packing, pad_id))
+
+    def passes(parts: Parts, work: Callable[[Batch], torch.Tensor]) -> Iterator[torch.Tensor]:
+        for _, found in without_gradients(forward, parts, config, pad_id, halving, work):
+            yield found
+
+    parts = objective.begin_step(forward, parts_of(examples, config), StepTools(passes, sum_over_ranks))
     total = torch.zeros((), device=forward.device)
-    found: dict[str, torch.Tensor] = {}
+    found: Metrics = {}
 
     def terms_of(batch: Batch) -> tuple[torch.Tensor, list[Term]]:
         terms = objective.terms(forward, batch)
@@ -291,9 +304,9 @@ def evaluate_loss(
 
     for _, (loss, terms) in without_gradients(forward, parts, config, pad_id, halving, terms_of):
         total += loss
-        add_metrics(found, terms, counts)
+        add_metrics(found, terms)
     if metrics is not None:
-        metrics |= {name: float(value) for name, value in found.items()}
+        metrics |= means({name: (float(value), count) for name, (value, count) in found.items()})
     return float(total)
 
 

@@ -6,7 +6,7 @@ loop divides by the step's count before the first backward. Accumulation, packin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,17 +19,31 @@ from tunesmith.memory.policy import LOSS_ROWS
 from tunesmith.models.forward import ModelForward
 from tunesmith.types import IGNORE_INDEX, Batch, Term, TokenizedExample
 
+Parts = Sequence[Sequence[TokenizedExample]]
+"""The examples of each micro-batch of a step."""
+
+Metrics = dict[str, tuple[torch.Tensor | float, int]]
+"""What a step measured beside its loss: (sum on the device, count) by name."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepTools:
-    """What a look at a whole step needs before its first backward: how a part becomes a batch, and sums over all ranks."""
+    """What a look at a whole step needs before its first backward: `passes(parts, work)` gives what `work` makes of the batch of
+    each part, without gradients and dropout; `total` sums a tensor over all ranks.
+    """
 
-    batch: Callable[[Sequence[TokenizedExample]], Batch]
+    passes: Callable[[Parts, Callable[[Batch], torch.Tensor]], Iterator[torch.Tensor]]
     total: Callable[[torch.Tensor], torch.Tensor]
 
 
-Parts = Sequence[Sequence[TokenizedExample]]
-"""The examples of each micro-batch of a step."""
+def means(sums: Mapping[str, tuple[float, int]]) -> dict[str, float]:
+    """The mean of each metric, of those that something was counted for. Where chosen and rejected answers are other rows (KTO),
+    their margin is that of their means.
+    """
+    found = {name: total / count for name, (total, count) in sums.items() if count}
+    if "rewards/margins" not in found and {"rewards/chosen", "rewards/rejected"} <= found.keys():
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found
 
 
 class Objective(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,17 @@ def parts_of(examples: Sequence[TokenizedExample], config: RunConfig) -> list[li
     return [[examples[position] for position in part] for part in positions]
 
 
+@contextmanager
+def evaluating(forward: ModelForward) -> Iterator[None]:
+    """The model in evaluation mode, and back in the one that it was in."""
+    was_training = forward.model.training
+    forward.model.eval()
+    try:
+        yield
+    finally:
+        forward.model.train(was_training)
+
+
 def without_gradients(
     forward: ModelForward,
     parts: Sequence[Sequence[TokenizedExample]],
@@ -30,8 +42,12 @@ def without_gradients(
     pad_id: int,
     halving: Halving | None,
     work: Callable[[Batch], Result],
+    reference: bool = False,
 ) -> Iterator[tuple[list[TokenizedExample], Result]]:
-    """`work` on the batch of each part, in evaluation mode; parts that run out of memory are halved."""
+    """`work` on the batch of each part, in evaluation mode; parts that run out of memory are halved.
+
+    Raises MachineError when one example alone is too much; `reference` says that these are training rows, before the first step.
+    """
     packing, limit = config.data.packed, config.data.max_seq_length
 
     def on_batch(part: list[TokenizedExample]) -> Result:
@@ -40,21 +56,18 @@ def without_gradients(
             return work(batch)
 
     def refusal(example: TokenizedExample, reason: str) -> str:
+        what = "the reference" if reference else "evaluation"
+        rows = "" if reference else "leave rows that long out of the evaluation data, or "
         return (
-            f"evaluation ran out of memory with one example of {len(example):,} tokens ({example.where}): {reason}; leave "
-            f"rows that long out of the evaluation data, or set data.max_seq_length (now {limit}) below that, with "
-            "data.overlong: truncate"
+            f"{what} ran out of memory with one example of {len(example):,} tokens ({example.where}): {reason}; {rows}set "
+            f"data.max_seq_length (now {limit}) below that, with data.overlong: truncate"
         )
 
-    was_training = forward.model.training
-    forward.model.eval()
-    try:
+    with evaluating(forward):
         yield from (halving or Halving()).run(
             [list(part) for part in parts],
             on_batch,
-            "evaluating {} examples",
+            "the reference of {} pairs" if reference else "evaluating {} examples",
             refusal,
             lambda part: halve(part, packing),
         )
-    finally:
-        forward.model.train(was_training)

@@ -22,12 +22,12 @@ import torch.nn.functional as F
 
 from tunesmith.config import ObjectiveName, RunConfig
 from tunesmith.models.forward import ModelForward
+from tunesmith.out_of_memory import Halving
 from tunesmith.training.objectives import (
     Objective,
     Parts,
     StepTools,
     SupervisedFineTuning,
-    cross_entropy_sum,
     log_probabilities,
     rows_at,
 )
@@ -48,9 +48,10 @@ METRICS: dict[ObjectiveName, tuple[str, ...]] = {
     "dpo": PAIR_METRICS,
     "orpo": ("log_odds_ratio", *PAIR_METRICS),
     "simpo": PAIR_METRICS,
-    "kto": ("kl", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"),
+    "kto": ("kl", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"),
 }
-"""What each objective measures beside its loss; TRL's names."""
+"""What each objective measures beside its loss, by TRL's names. `logps` are sums over an answer's tokens with each objective (TRL's of
+ORPO and SimPO are means); KTO's margin is that of the means of the two kinds of rows."""
 
 
 def objective_of(config: RunConfig) -> Objective:
@@ -132,23 +133,29 @@ class OddsRatioPreference(Objective):
         return {"pairs": len(pairs), "chosen_tokens": sum(pair.first - 1 for pair in pairs)}
 
     def terms(self, forward: ModelForward, batch: Batch) -> list[Term]:
-        """The terms `nll` and `orpo`, and metrics. Rewards are β p̄."""
+        """The terms `nll` and `orpo`, and metrics. Rewards are β p̄. The head runs once on each row that either needs."""
         compared = _compared(batch)
-        hidden_BTD = forward.hidden(batch)
-        positions = _chosen_positions(batch)
-        labels = batch.input_ids.reshape(-1).index_select(0, positions + 1)
-        nll = cross_entropy_sum(forward, rows_at(hidden_BTD, positions), labels)
-        logps_S = _sums(forward, hidden_BTD, batch, compared)
+        rest, own = compared.first_rest, batch.supervised
+        labels = torch.cat([batch.input_ids.reshape(-1).index_select(0, rest + 1), batch.supervised_labels])
+        logps = log_probabilities(forward, rows_at(forward.hidden(batch), torch.cat([rest, own])), labels)
+        rest_M, own_N = logps.split([len(rest), len(own)])
+        logps_S = _sums(own_N, compared)
         mean_S = logps_S / compared.num_supervised.clamp(min=1)
-        # log(1 - exp p) loses all digits where p is nearly 0 (an answer that is certain): expm1 keeps them.
-        log_odds_S = mean_S - torch.log(-torch.expm1(mean_S.clamp(max=-torch.finfo(torch.float32).tiny)))
+        log_odds_S = log_odds(mean_S)
         difference_P = log_odds_S[0::2] - log_odds_S[1::2]
+        tokens = len(rest) + compared.first_supervised
         return [
-            Term("nll", nll, len(positions), unit="chosen_tokens"),
+            Term("nll", -rest_M.sum() - logps_S[0::2].sum(), tokens, unit="chosen_tokens"),
             Term("orpo", -F.logsigmoid(difference_P).sum(), batch.num_examples, self.beta, unit="pairs"),
             Term("log_odds_ratio", difference_P.detach().sum(), batch.num_examples, 0.0, unit="pairs"),
             *_metrics(self.beta * mean_S, logps_S, batch),
         ]
+
+
+def log_odds(mean_S: torch.Tensor) -> torch.Tensor:
+    """p̄ - log(1 - exp p̄) of mean log-probabilities; of a certain answer, p̄ = 0, as of the next number below."""
+    # 1 - exp p loses all digits where p is nearly 0: expm1 keeps them.
+    return mean_S - torch.log(-torch.expm1(mean_S.clamp(max=-torch.finfo(torch.float32).tiny)))
 
 
 class SimplePreference(Objective):
@@ -187,9 +194,8 @@ class KahnemanTversky(Objective):
         w_u (1 - σ(β (z - log ρ(y|x))))     for an undesirable one
 
     z estimates how far the model has gone from the reference, KL(π || π_ref), from answers to other prompts:
-    max(0, mean of log ρ(y'|x)), over the whole step, on all ranks, without a gradient. A pair's first sequence is x and y, its second x
-    and y'; the second ones run through the model once without gradients before the first backward, and in evaluation, without
-    dropout.
+    max(0, mean of log ρ(y'|x)), over the whole step (in evaluation: all rows), on all ranks. A pair's first sequence is x and y, its second
+    x and y'; the second ones run through the model once before the first backward, without gradients or dropout.
     """
 
     needs_reference = True
@@ -206,19 +212,14 @@ class KahnemanTversky(Objective):
 
     def begin_step(self, forward: ModelForward, parts: Parts, tools: StepTools) -> Parts:
         """Estimate z; the first sequences."""
+
+        def ratios(batch: Batch) -> torch.Tensor:
+            return (sequence_log_probabilities(forward, batch) - _reference(_compared(batch), batch)).sum()
+
         total = torch.zeros(2, device=forward.device)
-        was_training, seed = forward.model.training, forward.dropout_seed
-        forward.model.eval()
-        forward.dropout_seed = None
-        try:
-            for part in parts:
-                batch = tools.batch([_pair(example).sequence(1) for example in part])
-                with torch.no_grad(), forward.autocast():
-                    ratios_S = sequence_log_probabilities(forward, batch) - _reference(_compared(batch), batch)
-                total += torch.stack((ratios_S.sum(), ratios_S.new_tensor(len(part))))
-        finally:
-            forward.model.train(was_training)
-            forward.dropout_seed = seed
+        total[1] = sum(map(len, parts))
+        for found in tools.passes([[_pair(example).sequence(1) for example in part] for part in parts], ratios):
+            total[0] += found
         total = tools.total(total)
         self._kl = (total[0] / total[1]).clamp(min=0)
         return [[_pair(example).sequence(0) for example in part] for part in parts]
@@ -234,20 +235,23 @@ class KahnemanTversky(Objective):
         weight_S = self.desirable_weight * good_S + self.undesirable_weight * (1 - good_S)
         losses_S = weight_S * (1 - torch.sigmoid(self.beta * sign_S * (ratios_S - kl)))
         rewards_S = (self.beta * ratios_S).detach()
-        rows = batch.num_examples
+        rows, good = batch.num_examples, compared.num_desirable
+        kinds = (("chosen", good_S, good, "desirable"), ("rejected", 1 - good_S, rows - good, "undesirable"))
         return [
             Term("kto", losses_S.sum(), rows, unit="rows"),
             Term("kl", kl * rows, rows, 0.0, unit="rows"),
-            Term("rewards/chosen", (rewards_S * good_S).sum(), rows, 0.0, unit="desirable"),
-            Term("rewards/rejected", (rewards_S * (1 - good_S)).sum(), rows, 0.0, unit="undesirable"),
-            Term("logps/chosen", (logps_S.detach() * good_S).sum(), rows, 0.0, unit="desirable"),
-            Term("logps/rejected", (logps_S.detach() * (1 - good_S)).sum(), rows, 0.0, unit="undesirable"),
+            *(Term(f"rewards/{name}", (rewards_S * of).sum(), count, 0.0, unit) for name, of, count, unit in kinds),
+            *(
+                Term(f"logps/{name}", (logps_S.detach() * of).sum(), count, 0.0, unit)
+                for name, of, count, unit in kinds
+            ),
         ]
 
 
 def sequence_log_probabilities(forward: ModelForward, batch: Batch) -> torch.Tensor:
     """log π of each sequence's supervised tokens, (S,) in fp32, of a batch whose sequences are compared."""
-    return _sums(forward, forward.hidden(batch), batch, _compared(batch))
+    rows_ND = rows_at(forward.hidden(batch), batch.supervised)
+    return _sums(log_probabilities(forward, rows_ND, batch.supervised_labels), _compared(batch))
 
 
 def reference_log_probabilities(
@@ -257,8 +261,12 @@ def reference_log_probabilities(
     pad_id: int,
     progress: Progress = no_progress,
     stage: str = "reference",
+    halving: Halving | None = None,
 ) -> np.ndarray:
-    """log π of both sequences of each pair under the model as it is, (pairs, 2) in fp32; without dropout or gradients."""
+    """log π of both sequences of each pair under the model as it is, (pairs, 2) in fp32; without dropout or gradients.
+
+    Micro-batches that run out of memory are halved, which `halving` tells. Raises MachineError when one pair is too much.
+    """
     found = np.zeros((len(pairs), 2), dtype=np.float32)
     examples = list(pairs)
     place = {id(example): index for index, example in enumerate(examples)}
@@ -266,7 +274,7 @@ def reference_log_probabilities(
     progress(stage, 0, len(pairs))
     parts = parts_of(examples, config)
     for part, logps_S in without_gradients(
-        forward, parts, config, pad_id, None, partial(sequence_log_probabilities, forward)
+        forward, parts, config, pad_id, halving, partial(sequence_log_probabilities, forward), reference=True
     ):
         found[[place[id(example)] for example in part]] = logps_S.view(-1, 2).float().cpu().numpy()
         done += len(part)
@@ -274,8 +282,8 @@ def reference_log_probabilities(
     return found
 
 
-def _sums(forward: ModelForward, hidden_BTD: torch.Tensor, batch: Batch, compared: BatchSequences) -> torch.Tensor:
-    logps_N = log_probabilities(forward, rows_at(hidden_BTD, batch.supervised), batch.supervised_labels)
+def _sums(logps_N: torch.Tensor, compared: BatchSequences) -> torch.Tensor:
+    """The log-probabilities of each sequence's supervised tokens, added up: (S,)."""
     sums_S = torch.zeros(len(compared.num_supervised), dtype=logps_N.dtype, device=logps_N.device)
     return sums_S.index_add(0, compared.of_supervised, logps_N)
 
@@ -299,13 +307,6 @@ def _metrics(rewards_S: torch.Tensor, logps_S: torch.Tensor, batch: Batch) -> li
         "logps/rejected": logps_S[1::2],
     }
     return [Term(name, value.sum(), batch.num_examples, 0.0, unit="pairs") for name, value in values.items()]
-
-
-def _chosen_positions(batch: Batch) -> torch.Tensor:
-    """Positions in a packed row of the tokens of all first sequences but their last ones: what predicts the others."""
-    bounds = batch.cu_seqlens.tolist()
-    pieces = [torch.arange(start, end - 1) for start, end in zip(bounds[0:-1:2], bounds[1::2], strict=True)]
-    return torch.cat(pieces).to(batch.input_ids.device, non_blocking=True)
 
 
 def _pair(example: TokenizedExample) -> TokenizedPair:

@@ -20,7 +20,7 @@ from tunesmith.training.loop import step_tools
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.training.prepare import apply_plan
-from tunesmith.types import GB, Event, TokenizedExample
+from tunesmith.types import GB, Event, TokenizedExample, TokenizedPair
 from tunesmith.workflows.run_plan import RunPlan
 
 
@@ -75,6 +75,10 @@ class DryStep:
         packing = self.config.data.packed
         tools = step_tools(self.forward, packing, self.pad_id)
         (examples,) = self.objective.begin_step(self.forward, [self.examples], tools)
+        if sum(map(len, examples)) < sum(map(len, self.examples)):
+            # KTO trains the first sequences alone. Which micro-batch has most of them is not known: the plan is of both.
+            pairs = [pair for pair in self.examples if isinstance(pair, TokenizedPair)]
+            examples = [pair.sequence(number) for pair in pairs for number in (0, 1)]
         batch = make_batch(examples, packing, self.pad_id, self.forward.device, few_lengths if widen else None)
         with self.forward.autocast():
             terms = self.objective.terms(self.forward, batch)

@@ -107,7 +107,7 @@ def summarize(
         "rows_in_file": len(rows),
         "sample_seed": SAMPLE_SEED if len(tuned) < len(rows) else None,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "settings": {"decoding": "greedy", **settings.model_dump(exclude={"generate"})},
+        "settings": {"decoding": "greedy", **settings.model_dump(exclude={"generate", "samples"})},
         "examples": [
             {
                 "line": row.line,

@@ -61,7 +61,7 @@ def _estimated(config: RunConfig, rows: RunRows, context: int | None) -> Data:
     """The examples in about as many tokens as they have; each has its share of what is supervised of all."""
     given, held = sequences_of(config, rows.train), sequences_of(config, rows.eval)
     _refuse_unanswered(config, [*given, *held])
-    train = [row for row in given if _teaches(config, row)]
+    train = given if config.pairs else [row for row in given if _teaches(config, row)]
     if not train:
         raise DataError(f"{_place(config)}: no row is left to train on")
     lengths = [estimate_row(row) for row in train]
@@ -73,7 +73,10 @@ def _estimated(config: RunConfig, rows: RunRows, context: int | None) -> Data:
     config.data.max_seq_length = limit
     _refuse_overlong(config, [*train, *held], [*lengths, *map(estimate_row, held)], limit)
     fitted = [fitted_pieces(length, limit, _overlong(config, row)) for row, length in zip(train, lengths, strict=True)]
-    if config.pairs:  # one example of two sequences, if neither is left out
+    if config.objective.name == "kto":  # about as long again, with another row's answer
+        own = [piece for pieces in fitted for piece in pieces]
+        fitted = [[length + min(limit, other)] for length, other in zip(own, [*own[1:], *own[:1]], strict=True)]
+    elif config.pairs:  # one example of two sequences, if neither is left out
         fitted = [[*map(sum, zip(*pair, strict=False))] for pair in zip(fitted[0::2], fitted[1::2], strict=True)]
     pieces = [piece for pieces in fitted for piece in pieces]
     if not pieces:

@@ -130,9 +130,9 @@ def question_of(row: Row) -> Example:
 
 
 def sequences_of(config: RunConfig, rows: Sequence[Row]) -> list[Example]:
-    """The conversations and texts that are tokenized for a run's rows: for a preference objective two for each pair."""
+    """The conversations and texts that are tokenized for a run's rows: of preferences two for each (data/pairs.py)."""
     if config.pairs:
-        return pair_sequences(rows, config.objective.name, config.training.seed)
+        return pair_sequences(rows, config.objective.name)
     return sequences(rows)
 
 
@@ -158,11 +158,17 @@ def tokenize_rows(
     held = tokenize(chat, held_out, settings, progress=progress, stage="tokenizing the evaluation data")
     general = tokenize(chat, rows.general, settings, progress=progress, stage="tokenizing the general data")
     found = [*train.findings, *held.findings, *general.findings]
-    problems = [str(finding) for finding in found if finding.severity == "error"]
-    stores = [
-        _paired(tokens.examples, of, problems) if config.pairs else tokens.examples
-        for tokens, of in ((train, examples), (held, held_out))
-    ]
+    stores: list[TokenStore | PairStore] = [train.examples, held.examples]
+    if config.pairs:
+        pairs = [
+            PairStore(tokens.examples, of, config.objective.name, config.training.seed, train.max_seq_length)
+            for tokens, of in ((train, examples), (held, held_out))
+        ]
+        # What became several examples is no pair, which its own finding says.
+        found = [each for each in found if each.check != "unrolled"]
+        found += [finding for store in pairs for finding in store.findings]
+        stores = [*pairs]
+    problems = list(dict.fromkeys(str(finding) for finding in found if finding.severity == "error"))
     if problems and not settings.skip_bad_rows:
         raise DataError(problems)
     parts = (
@@ -188,25 +194,14 @@ def tokenize_rows(
     if rows.general:
         facts["general_rows"] = len(general.examples)
     kept = sorted({int(row) for row in stores[1].rows})
-    if config.objective.name == "kto" and not all(isinstance(row, Example) for row in rows.eval):
-        kept = [*range(len(rows.eval))]  # rows of pairs are two each there
+    if config.objective.name == "kto":
+        kept = [*range(len(rows.eval))]  # its rows are other ones: those of pairs are two each
     eval_rows = [question_of(rows.eval[index]) for index in kept]
     if config.evaluation.generate or config.evaluation.samples:
         from tunesmith.evaluation.answers import encode_questions
 
         encode_questions(chat, eval_rows)
     return RunData(stores[0], stores[1], general.examples, eval_rows, facts, notes, train.max_seq_length)
-
-
-def _paired(store: TokenStore, examples: Sequence[Example], problems: list[str]) -> PairStore:
-    """The pairs of a store; adds what cannot be one to `problems`."""
-    pairs = PairStore(store, examples)
-    problems += [
-        f"{where}: the answer has several turns, of which the chat template lets only the last be seen as it was written; an answer "
-        "in parts cannot be compared: remove the row, or choose another data.chat_template"
-        for where in pairs.unrolled
-    ]
-    return pairs
 
 
 def summary(findings: Sequence[Finding]) -> list[str]:
@@ -268,14 +263,11 @@ def _refuse_without_preferences(file: DataFile, objective: str) -> None:
     if isinstance(first, PreferenceExample) or (objective == "kto" and first.desirable is not None):
         return
     needed = "a `chosen` and a `rejected` answer a row"
+    labelled = isinstance(first, Example) and first.desirable is not None
     if objective == "kto":
         needed = f"a `label` (true: desirable) beside `prompt` and `completion`, or {needed}"
-    sft = (
-        ""
-        if isinstance(first, Example) and first.desirable is not None
-        else "; set objective.name: sft to train on answers"
-    )
-    raise DataError(f"{file.path}: the rows are of form {file.form}; objective {objective} needs {needed}{sft}")
+    other = "; set objective.name: kto" if labelled else "; set objective.name: sft to train on answers"
+    raise DataError(f"{file.path}: the rows are of form {file.form}; objective {objective} needs {needed}{other}")
 
 
 def _refuse_one_kind(rows: Sequence[Row]) -> None:
@@ -284,7 +276,8 @@ def _refuse_one_kind(rows: Sequence[Row]) -> None:
     if len(labels) == 1 and not any(isinstance(row, PreferenceExample) for row in rows):
         kind = "desirable" if labels.pop() else "undesirable"
         raise DataError(
-            f"all {len(rows)} rows are {kind}; objective kto needs rows of both kinds (label: true and false)"
+            f"{rows[0].file}: all {len(rows)} rows are {kind}; objective kto needs rows of both kinds (label: true and "
+            "false): add some of the other, or set objective.name: sft to train on answers"
         )
 
 

@@ -62,6 +62,8 @@ def _rank(config: RunConfig, num_rows: int, supervised_tokens: int) -> str | Non
 
 def _rate(config: RunConfig) -> str | None:
     lr = config.lr
+    if config.pairs:
+        return None  # far lower rates, a hundred times apart between papers
     if config.method == "full":
         if lr < LORA_LR:
             return None

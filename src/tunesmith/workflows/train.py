@@ -175,6 +175,7 @@ class TrainingSession:
         }
         kept = self.run.read_reference() if self.resumed else None
         if kept is None:
+            halving = Halving(lambda text: log({"event": "warning", "message": text}))
             began = time.perf_counter()
             kept = {
                 name: reference_log_probabilities(
@@ -184,14 +185,16 @@ class TrainingSession:
                     pad_token(self.tokenizer),
                     progress,
                     f"reference of the {name} pairs",
+                    halving,
                 )
                 for name, store in stores.items()
+                if len(store)
             }
             self.run.write_reference(kept)
             pairs, seconds = sum(map(len, stores.values())), time.perf_counter() - began
             log({"event": "decision", "message": f"reference: log-probabilities of {pairs:,} pairs, {seconds:.1f} s"})
-        for name, store in stores.items():
-            store.reference = kept[name]
+        for name, values in kept.items():
+            stores[name].reference = values
 
     def _least_memory(self) -> bool:
         """Compute everything again that can be; whether that is less than before."""
