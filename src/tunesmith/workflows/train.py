@@ -462,7 +462,7 @@ def _load_trainable(
     model = load_model(source, config.model, hardware, dtype, quantization)
     # A hub id stays one; a folder is recorded by its absolute path (for a GGUF file, where its safetensors are).
     base_name = source.name if source.revision else str(source.path.absolute())
-    return add_adapter(model, config.adapter, base_name, new_ids)
+    return add_adapter(model, config.adapter, base_name, new_ids, source.path)
 
 
 def _never_seen(tokens: Sequence[str], ids: Sequence[int], examples: Sequence[TokenizedExample]) -> list[str]:
