@@ -270,6 +270,19 @@ def test_what_does_not_go_with_loftq(configure: Configure, settings: tuple[str, 
         configure("adapter.init_lora_weights=loftq", *settings)
 
 
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_a_rank_above_the_matrixs_is_refused_where_the_weights_begin_it(
+    configure: Configure, tmp_path: Path, how: str
+) -> None:
+    """PEFT would fail when the run is over and its adapter is converted."""
+    with pytest.raises(ModelError) as caught:
+        start(configure(f"adapter.init_lora_weights={how}", "adapter.r=24"), tmp_path / "run")
+    assert str(caught.value) == (
+        f"adapter.r: model.layers.0.self_attn.k_proj has 16 singular values, and adapter.init_lora_weights {how} takes 24 of them; "
+        "lower adapter.r, or set adapter.rank_pattern: {k_proj: 16}"
+    )
+
+
 def test_patterns_are_the_ranks_and_scales_of_their_modules(configure: Configure, tmp_path: Path) -> None:
     session = start(configure(*KINDS["patterns"], "adapter.r=8", "adapter.alpha=16"), tmp_path / "run")
     layers = session.forward.base.model.layers

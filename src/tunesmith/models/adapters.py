@@ -238,6 +238,7 @@ def add_adapter(
             ) from error
         _refuse_redirected(adapted, wanted, config)
         _refuse_unmatched(adapted, config)
+        _refuse_ranks_above(adapted, config)
         if iterations := loftq.iterations_of(config.init_lora_weights):
             assert weights is not None  # who quantizes knows where they are
             loftq.begin(adapted, weights, iterations)
@@ -336,6 +337,24 @@ def _refuse_unmatched(adapted: PeftModel, config: AdapterConfig) -> None:
                 raise ModelError(
                     f"adapter.{setting}: {pattern!r} matches no module that has an adapter; those are {endings}"
                 )
+
+
+def _refuse_ranks_above(adapted: PeftModel, config: AdapterConfig) -> None:
+    """Raise ModelError where PiSSA or OLoRA would find fewer directions than the rank: PEFT makes the adapter as small without
+    a word, and cannot convert it when the run is finished.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if not config.init_lora_weights.startswith(("pissa", "olora")):
+        return
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and module.r["default"] > (
+            most := min(module.in_features, module.out_features)
+        ):
+            raise ModelError(
+                f"adapter.r: {name} has {most} singular values, and adapter.init_lora_weights {config.init_lora_weights} takes "
+                f"{module.r['default']} of them; lower adapter.r, or set adapter.rank_pattern: {{{name.rpartition('.')[2]}: {most}}}"
+            )
 
 
 def load_adapter(model: PreTrainedModel, path: Path, trainable: bool = False) -> PeftModel:
