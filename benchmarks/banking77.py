@@ -89,7 +89,9 @@ def measure(name: str, config: RunConfig, data: Path, run: Path) -> dict[str, An
     return {
         "setting": name,
         "seed": config.training.seed,
-        "changes": {part: getattr(config, part).model_dump(mode="json") for part in ("adapter", "optimizer", "training")},
+        "changes": {
+            part: getattr(config, part).model_dump(mode="json") for part in ("adapter", "optimizer", "training")
+        },
         "engine": session.plan.memory.engine,
         "accuracy": accuracy.value,
         "stderr": accuracy.stderr,
@@ -148,7 +150,9 @@ def main() -> None:
             if options.only and not re.fullmatch(options.only, name):
                 continue
             config = configuration(model, data, seed, [*changes, *options.more])
-            row = measure(name, config, data, out.with_suffix(".runs") / f"{re.sub(r'[^a-zA-Z0-9]+', '-', name)}-{seed}")
+            row = measure(
+                name, config, data, out.with_suffix(".runs") / f"{re.sub(r'[^a-zA-Z0-9]+', '-', name)}-{seed}"
+            )
             rows.append(row)
             out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
             print(

@@ -1,6 +1,6 @@
 """The planner's predictions against a card: peak memory and tokens/s of whole steps, and of the moments that make the peak.
 
-    python benchmarks/planner.py OUT.json [--cases fitted|fresh|blind] [--only TEXT]     (on a GPU: measure)
+    python benchmarks/planner.py OUT.json [--cases fitted|fresh|blind|bf16_weights] [--only TEXT]     (on a GPU: measure)
     python benchmarks/planner.py --table OUT.json                                        (anywhere: the table of docs/planner.md)
 
 The shares in memory/speed.py were fitted to `fitted`, and again with `fresh`; nothing was fitted to `blind`, which says what a
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -37,7 +38,7 @@ from tunesmith.workflows.bench import SHAPES, Row
 @dataclass(frozen=True, slots=True)
 class Case:
     """One setting. `mode` is `memory.mode`: everything kept (`fast`), given up (`min`), or what fits `limit` GB (`auto`);
-    `micro` micro-batches a step.
+    `micro` micro-batches a step; `weights` is `optimizer.weights_dtype`.
     """
 
     shape: str
@@ -51,6 +52,7 @@ class Case:
     rank: int = 16
     micro: int = 1
     limit: float | None = None
+    weights: Literal["fp32", "bf16"] = "fp32"
 
     @property
     def name(self) -> str:
@@ -146,7 +148,21 @@ BLIND: list[Case] = [
     *_cases("qwen2.5-0.5b", "lora", ("auto", "fast", 4, 4096), ("reference", "fast", 4, 1024), ("auto", "min", 16, 512)),
     *_cases("qwen2.5-0.5b", "full", ("auto", "fast", 4, 1024), ("reference", "min", 2, 1024, FULL_STATES)),
 ]  # fmt: skip
-SETS = {"fitted": FITTED, "fresh": FRESH, "blind": BLIND}
+
+BF16 = {"weights": "bf16"}
+BF16_WEIGHTS: list[Case] = [
+    *_cases(
+        "llama-3.1-8b", "full", ("auto", "min", 4, 2048, BF16), ("auto", "auto", 4, 2048, {"micro": 4, **BF16}),
+        ("auto", "fast", 2, 2048, BF16), ("auto", "min", 4, 2048, {"micro": 2, **BF16}), ("reference", "min", 2, 2048, BF16),
+    ),
+    *_cases(
+        "qwen2.5-3b", "full", ("auto", "fast", 2, 1024, BF16), ("reference", "min", 2, 1024, BF16),
+        ("auto", "fast", 4, 1024, {"micro": 2, **BF16}), ("auto", "fast", 2, 1024, {**FULL_STATES, **BF16}),
+        ("auto", "min", 2, 2048, {**PAGED, **BF16}),
+    ),
+    *_cases("qwen2.5-0.5b", "full", ("auto", "fast", 8, 1024, BF16), ("reference", "fast", 4, 512, BF16)),
+]  # fmt: skip
+SETS = {"fitted": FITTED, "fresh": FRESH, "blind": BLIND, "bf16_weights": BF16_WEIGHTS}
 
 
 # -- prediction -------------------------------------------------------------------------------------------------------
@@ -162,6 +178,7 @@ def predict(row: dict[str, Any], card: str = "H100") -> tuple[float, float]:
         r=0 if full else row["rank"],
         optimizer=row["optimizer"],
         scheme="nf4" if row["method"] == "qlora" else None,
+        weights_dtype=row.get("weights", "fp32"),
     )
     load = Load(tokens, tokens, row["seq"], row["micro"] > 1)
     plan = plan_memory(Estimate(shape, setup, load), row["mode"], row.get("limit"), graphs=row.get("graphs", False))
@@ -177,10 +194,10 @@ def summary(result: dict[str, Any]) -> str:
     peaks = [peak / row["peak_step"] - 1 for (peak, _), row in pairs]
     speeds = [speed / row["tok_s"] - 1 for (_, speed), row in pairs]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    cases = {"fresh": " --cases fresh", "blind": " --cases blind"}.get(result.get("cases", "fitted"), "")
+    cases = "" if result.get("cases", "fitted") == "fitted" else f" --cases {result['cases']}"
     fitted = (
         "nothing was fitted to these rows"
-        if cases.endswith("blind")
+        if cases.endswith(("blind", "bf16_weights"))
         else "the shares of the data sheet were fitted to these rows, and others"
     )
     return (
@@ -201,6 +218,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         peak, speed = predict(row)
         more = [] if row["rank"] == 16 else [f"rank {row['rank']}"]
         more += [row["optimizer"]] if row["optimizer"] != "adamw_8bit" else []
+        more += ["bf16 weights"] if row.get("weights") == "bf16" else []
         size = f"{row['batch']} x {row['seq']}" + (f" x {row['micro']}" if row["micro"] > 1 else "")
         lines.append(
             f"| {row['shape']} | {', '.join([row['method'], *more])} | {row['engine_used']} "
@@ -212,7 +230,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _activations(row: dict[str, Any]) -> str:
-    return {"fast": "kept", "min": "given up"}.get(row["mode"], f"what fits {row.get('limit')} GB")
+    return {"fast": "kept", "min": "given up"}.get(
+        row["mode"], "what fits the card" if row.get("limit") is None else f"what fits {row['limit']:g} GB"
+    )
 
 
 # -- measurement ------------------------------------------------------------------------------------------------------
@@ -238,6 +258,7 @@ def measure(case: Case, model: Any, hardware: Any) -> dict[str, Any]:
     row = _row(case)
     config = configuration(row, case.engine)
     config.optimizer.name, config.method, config.memory.limit_gb = case.optimizer, case.method, case.limit
+    config.optimizer.weights_dtype = case.weights
     forward = ModelForward(model, hardware.device, "bf16")
     examples = documents(row, row.documents)
     host_factor.cache_clear()  # a shared processor's speed changes within minutes
@@ -248,11 +269,11 @@ def measure(case: Case, model: Any, hardware: Any) -> dict[str, Any]:
     optimizer = make_optimizer(model, config.optimizer, config.lr)
     optimizer.connect(engine_of(model))
     scaler, objective = torch.amp.GradScaler("cuda", enabled=False), SupervisedFineTuning()
-    parts = [examples] * case.micro
+    parts, steps = [examples] * case.micro, itertools.count()
 
     def step(graphs: Any = None) -> None:
         accumulate_gradients(forward, objective, parts, case.packed, 0, scaler, graphs)
-        optimizer.step(scaler, config.optimizer.max_grad_norm)
+        optimizer.step(scaler, config.optimizer.max_grad_norm, rounding_seed=next(steps))
 
     def peak() -> float:  # managed memory counts as if it lay on the GPU
         torch.cuda.synchronize()
@@ -335,7 +356,7 @@ def load(case: Case, hardware: Any) -> Any:
     row = _row(case)
     torch.manual_seed(0)
     if case.method == "full":
-        return random_model(row, "fp32", hardware.device, quantize=False).train().requires_grad_()
+        return random_model(row, case.weights, hardware.device, quantize=False).train().requires_grad_()
     base = random_model(row, "bf16", hardware.device, case.method == "qlora")
     return add_adapter(base, configuration(row, "reference").adapter, case.shape).train()
 
@@ -358,7 +379,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     model, loaded = None, None
     for case in (case for case in SETS[options.cases] if options.only in case.name):
-        key = (case.shape, case.method, case.rank)
+        key = (case.shape, case.method, case.rank, case.weights)
         if key != loaded:
             model = None
             clean(hardware)

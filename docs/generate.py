@@ -137,8 +137,8 @@ def planner_page() -> dict[Path, str]:
     before, begin, rest = page.partition("<!-- planner: made by `make docs` -->\n")
     _, end, after = rest.partition("<!-- end of planner -->")
     tables = ""
-    for name in ("planner_h100.json", "planner_second_h100.json", "planner_blind_h100.json"):
-        result = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    for name in ("", "_second", "_blind", "_bf16_weights"):
+        result = json.loads((RESULTS / f"planner{name}_h100.json").read_text(encoding="utf-8"))
         tables += f"{planner.summary(result)}\n\n{planner.table(result['rows'])}\n\n"
     result = json.loads((RESULTS / "caps_fourth_h100.json").read_text(encoding="utf-8"))
     tables += f"## Under a cap\n\n{caps.summary(result)}\n\n{caps.table(result['rows'])}\n\n"

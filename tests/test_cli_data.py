@@ -163,12 +163,19 @@ def test_the_command_to_go_on_with_reads_the_data_as_the_check_did(tmp_path: Pat
     assert (trained[0].data.max_seq_length, trained[0].data.skip_bad_rows) == (512, True)
 
 
-def test_preferences_are_not_sent_to_training(tmp_path: Path) -> None:
+def test_preferences_are_sent_to_training_on_preferences(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "a?", "chosen": "good", "rejected": "bad"}])
     result = tunesmith("data", "check", path)
     assert result.code == 0
-    assert result.out.splitlines()[-1] == "no errors, 0 warnings; `tunesmith train` takes answers only, no preferences"
-    assert printed(tunesmith("data", "check", path, "--json"))["trainable"] is False
+    command = f"tunesmith train --model NAME --data {path} --objective dpo"
+    assert result.out.splitlines()[-1] == f"no errors, 0 warnings; go on with: {command}"
+    assert printed(tunesmith("data", "check", path, "--json"))["trainable"] is True
+    answers = write_jsonl(tmp_path / "answers.jsonl", [{"prompt": "a?", "completion": "good"}])
+    result = tunesmith("data", "check", path, "--eval-data", answers)
+    assert result.out.splitlines()[-1].endswith(
+        "takes rows of both these kinds: the evaluation data is of another form"
+    )
+    assert printed(tunesmith("data", "check", path, "--eval-data", answers, "--json"))["trainable"] is False
 
 
 def test_skipping_rows_is_offered_where_it_helps(rows: Path, tmp_path: Path) -> None:

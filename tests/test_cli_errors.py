@@ -94,8 +94,8 @@ def refused(result: Result, code: int, *problems: str) -> None:
         (
             '{"prompt": "ab", "chosen": "c", "rejected": "d"}\n',
             [
-                " the rows are of form preference; objective sft needs answers, not preferences; pass a file of answers, or "
-                "name the column that holds them (data.format: prompt, data.columns: {completion: chosen})"
+                " the rows are of form preference; objective sft needs answers, not preferences; set objective.name: dpo to "
+                "train on preferences, or pass a file of answers, or name the column that holds them (data.format: prompt, data.columns: {completion: chosen})"
             ],
         ),
     ],

@@ -104,7 +104,9 @@ def test_an_objectives_defaults_give_way_to_what_is_set(run_yaml: Any) -> None:
         0.1,
     )
     assert config_from_dict(yaml.safe_load(chosen.to_yaml())) == chosen
-    with pytest.raises(ConfigError, match=r"`objective.name` is \"ctp\": input should be 'sft' or 'cpt'"):
+    with pytest.raises(
+        ConfigError, match=r"`objective.name` is \"ctp\": input should be 'sft', 'cpt', 'dpo', 'orpo', 'simpo' or 'kto'"
+    ):
         load_config(overrides=["objective.name=ctp"])
     with pytest.raises(ConfigError, match=r"`training` is 3: expected a section"):
         load_config(overrides=["objective.name=cpt", "training=3"])
@@ -499,6 +501,11 @@ def test_a_long_value_is_shortened_in_the_message(run_yaml: Any) -> None:
                 "should be a valid string",
             ],
         ),
+        # The compute type is a typo: whether weights can be in bf16 is not known.
+        (
+            ["method=full", "model.dtype=fp8", "optimizer.weights_dtype=bf16"],
+            ["--set model.dtype=fp8: `model.dtype` is \"fp8\": input should be 'auto', 'bf16', 'fp16' or 'fp32'"],
+        ),
         # The method is a typo: whether quantization has an effect is not known.
         (
             ["method=qlroa", "quantization.scheme=fp4"],
@@ -515,6 +522,9 @@ def test_contradiction(overrides: list[str], expected: list[str]) -> None:
     [
         ["method=full", "adapter.r=16"],  # the default, written out, as in a resolved file
         ["method=qlora", "quantization.scheme=fp4"],
+        ["method=full", "optimizer.weights_dtype=bf16"],
+        ["method=full", "optimizer.weights_dtype=bf16", "model.dtype=bf16"],
+        ["model.dtype=fp16", "optimizer.weights_dtype=fp32"],  # the default, written out
         ["data.eval_fraction=0.1", "training.eval_every=5", "evaluation.generate=true"],
         ["adapter.init_from=a", "adapter.r=16"],
         ["method=qlora", "quantization.scheme=int8"],

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from command_line import tunesmith
+from tiny import write_jsonl
+from tunesmith.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,3 +43,24 @@ def test_no_placeholder_is_left() -> None:
 def test_every_module_says_what_lives_there() -> None:
     for module in sorted((ROOT / "src").rglob("*.py")):
         assert module.read_text(encoding="utf-8").lstrip().startswith('"""'), f"{module} has no docstring"
+
+
+def test_the_commands_about_preferences_run(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "preferences.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"question {n}?", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(30)]
+    rated = [{"prompt": f"question {n}?", "completion": f"yes {n}", "label": n % 3 > 0} for n in range(30)]
+    write_jsonl(tmp_path / "pairs.jsonl", pairs)
+    write_jsonl(tmp_path / "rated.jsonl", rated)
+    commands = [line.removeprefix("$ tunesmith ") for line in block.splitlines()]
+    assert len(commands) == 4
+    for number, command in enumerate(commands):
+        out = ["--out", str(tmp_path / f"run-{number}")] if command.startswith("train") else []
+        result = tunesmith(*shlex.split(command.replace("MODEL", str(tiny_model))), *out)
+        assert result.code == 0, f"{command}\n{result.err}"
+    assert [RunFolder.open(tmp_path / f"run-{number}").config.objective.name for number in (1, 2, 3)] == [
+        "dpo",
+        "dpo",
+        "kto",
+    ]

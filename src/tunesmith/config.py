@@ -24,7 +24,7 @@ from tunesmith.contradictions import CAUSES, contradictions
 from tunesmith.errors import ConfigError
 
 Method = Literal["lora", "qlora", "full"]
-ObjectiveName = Literal["sft", "cpt"]
+ObjectiveName = Literal["sft", "cpt", "dpo", "orpo", "simpo", "kto"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
 
@@ -48,11 +48,28 @@ PLAIN_MICRO_BATCH = 4
 DEFAULT_LR: dict[ObjectiveName, dict[Method, float]] = {
     "sft": {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5},
     "cpt": {"lora": 2e-5, "qlora": 2e-5, "full": 2e-5},
+    "dpo": {"lora": 5e-6, "qlora": 5e-6, "full": 5e-7},
+    "orpo": {"lora": 8e-5, "qlora": 8e-5, "full": 8e-6},
+    "simpo": {"lora": 6e-6, "qlora": 6e-6, "full": 6e-7},
+    "kto": {"lora": 5e-6, "qlora": 5e-6, "full": 5e-7},
+}
+"""Peak rates. Preference objectives: what their papers used for full fine-tuning, and ten times that for adapters."""
+
+PAIR_OBJECTIVES: tuple[ObjectiveName, ...] = ("dpo", "orpo", "simpo", "kto")
+"""Objectives that compare two sequences: of a row's chosen and rejected answer (kto: of two prompts with one answer)."""
+
+DEFAULT_BETA: dict[ObjectiveName, float] = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
+
+_PREFERENCES: dict[str, dict[str, Any]] = {
+    "data": {"packing": True},
+    "optimizer": {"warmup_ratio": 0.1},
+    "training": {"epochs": 1},
 }
 
 OBJECTIVE_DEFAULTS: dict[ObjectiveName, dict[str, dict[str, Any]]] = {
     "sft": {},
     "cpt": {"data": {"packing": True}, "optimizer": {"warmup_ratio": 0.1}, "training": {"epochs": 1}},
+    **dict.fromkeys(PAIR_OBJECTIVES, _PREFERENCES),
 }
 """Defaults, by section and key, that an objective has for itself."""
 
@@ -73,7 +90,7 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: DType = "auto"
-    """Compute type, and storage type of frozen weights. `auto`: bf16 where the hardware has it, else fp16 (GPU) or fp32 (CPU). Trainable weights are always fp32."""
+    """Compute type, and storage type of frozen weights. `auto`: bf16 where the hardware has it, else fp16 (GPU) or fp32 (CPU). Trainable weights are fp32, but for `optimizer.weights_dtype: bf16`."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1`, `mps`."""
     engine: Literal["auto", "reference", "fused"] = "auto"
@@ -210,7 +227,21 @@ class ObjectiveConfig(Section):
     """What is minimised."""
 
     name: ObjectiveName = "sft"
-    """`sft`: cross-entropy on the supervised tokens (of chats, or of plain text). `cpt`: continued pre-training, cross-entropy on every token of plain text; where they are not set it takes one epoch, a rate of 2e-5, a warm-up of 0.1 and packed rows."""
+    """`sft`: cross-entropy on the supervised tokens (of chats, or of plain text). `cpt`: continued pre-training, cross-entropy on every token of plain text; where they are not set it takes one epoch, a rate of 2e-5, a warm-up of 0.1 and packed rows. `dpo`, `orpo`, `simpo`: preferences, of rows with a chosen and a rejected answer; `kto`: of answers that are labelled desirable or not (or of such pairs, which are two rows each). These four take one epoch, a warm-up of 0.1 and rates of their own."""
+    beta: Annotated[float, Field(gt=0)] | None = None
+    """dpo, kto: how dear it is to leave the reference, the model as it stands when training begins; orpo: the weight of the odds ratio (the paper's lambda); simpo: the scale of the mean log-probabilities. Default: 0.1, for simpo 2."""
+    loss: Literal["sigmoid", "hinge", "ipo"] = "sigmoid"
+    """dpo: `sigmoid` (Rafailov et al. 2023, arXiv:2305.18290), `hinge` (Zhao et al. 2023, arXiv:2305.10425), `ipo` (Azar et al. 2023, arXiv:2310.12036, with log-probabilities a token)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """dpo with `sigmoid`, simpo: the share of pairs that are taken to be the wrong way round (cDPO, Mitchell 2023)."""
+    nll_weight: Annotated[float, Field(ge=0)] = 0.0
+    """dpo: adds this times the cross-entropy of the chosen answers' tokens, which keeps their probability from falling (Pang et al. 2024, arXiv:2404.19733)."""
+    gamma: Annotated[float, Field(ge=0)] = 1.0
+    """simpo: the margin that the chosen answer is to have (Meng et al. 2024, arXiv:2405.14734)."""
+    desirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """kto: the weight of desirable rows (Ethayarajh et al. 2024, arXiv:2402.01306: weight times number of either kind should be within 1 to 4/3)."""
+    undesirable_weight: Annotated[float, Field(gt=0)] = 1.0
+    """kto: the weight of undesirable rows."""
 
 
 class OptimizerConfig(Section):
@@ -218,8 +249,10 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
     """AdamW, in PyTorch or with bitsandbytes' 8-bit or paged states."""
+    weights_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the weights and gradients of full fine-tuning. `bf16` takes half the memory (with `adamw_8bit` 6 bytes a parameter instead of 10): updates are computed in fp32 and rounded stochastically (Zamirai et al. 2020, arXiv:2010.06192). The gradients of micro-batches are added up in bf16 too, which costs 0.2% of their norm for 2 of them, 0.5% for 16, 1% for 64, 4% for 256: prefer few, large ones."""
     lr: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Peak learning rate. Default: 2e-4 for lora and qlora, 2e-5 for full and for continued pre-training."""
+    """Peak learning rate. Default: 2e-4 for lora and qlora, 2e-5 for full and for continued pre-training; full fine-tuning (adapters ten times that) on preferences: dpo and kto 5e-7, orpo 8e-6, simpo 6e-7."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1000)] = 1.0
     """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): the rate of the adapter's B matrices as a multiple of `lr`, which stays A's. The paper's choice is 16, with `lr` lower than usual."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -313,6 +346,8 @@ class EvaluationConfig(Section):
     """Prompts generated at once."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Generate answers to this many rows at most: a fixed sample, the same at every evaluation. `eval_loss` uses every row."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Log so many generated answers at each evaluation during training, always to the same held-out questions (of preferences: to prompts)."""
     generate: bool = False
     """Also generate and score answers at each evaluation during training (the loss is always computed)."""
 
@@ -357,10 +392,27 @@ class RunConfig(Section):
         """The peak learning rate: the one set, or the default."""
         return self.usual_lr if self.optimizer.lr is None else self.optimizer.lr
 
+    @property
+    def beta(self) -> float:
+        """`objective.beta`: the one set, or the objective's default (of one that has none: 0)."""
+        return DEFAULT_BETA.get(self.objective.name, 0.0) if self.objective.beta is None else self.objective.beta
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the objective compares two sequences."""
+        return self.objective.name in PAIR_OBJECTIVES
+
+    @property
+    def needs_bf16(self) -> bool:
+        """Whether only a device with bf16 will do."""
+        return self.model.dtype == "bf16" or self.optimizer.weights_dtype == "bf16"
+
     def resolved(self) -> RunConfig:
         """A copy in which every default that depends on another setting is written out."""
         copy = self.model_copy(deep=True)
         copy.optimizer.lr = self.lr
+        if self.pairs:
+            copy.objective.beta = self.beta
         early = copy.training.early_stopping
         if early.metric and early.mode is None:
             early.mode = "min" if early.metric.endswith(("loss", "perplexity")) else "max"

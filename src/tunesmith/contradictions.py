@@ -8,10 +8,12 @@ if TYPE_CHECKING:
     from tunesmith.config import DataConfig, RunConfig, Section
 
 CAUSES = {
+    "objective.name": ("objective.",),
     "data.eval_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
     "data.general_path": ("data.format", "data.columns", "data.roles", "data.sample_by"),
     "data.packing": ("training.micro_batch_tokens",),
-    "method": ("adapter.", "quantization.", "optimizer.loraplus_lr_ratio"),
+    "method": ("adapter.", "quantization.", "optimizer.loraplus_lr_ratio", "optimizer.weights_dtype"),
+    "model.dtype": ("optimizer.weights_dtype",),
     "training.batch_size": ("training.micro_batch_size",),
     "training.micro_batch_tokens": ("training.batch_tokens",),
     "training.early_stopping.metric": ("training.early_stopping.",),
@@ -47,6 +49,14 @@ def contradictions(config: RunConfig) -> dict[str, str]:
             f"adapter.dora cannot be written as a plain adapter with init_lora_weights {config.adapter.init_lora_weights}; remove one of "
             "the two"
         )
+    if config.optimizer.weights_dtype == "bf16":
+        if config.method != "full":
+            found["optimizer.weights_dtype"] = (
+                f"optimizer.weights_dtype bf16 has no effect with method: {config.method}, whose adapter trains in fp32; remove it, "
+                "or set method: full"
+            )
+        elif config.model.dtype in ("fp16", "fp32"):
+            found["optimizer.weights_dtype"] = bf16_weights_need_bf16(config.model.dtype)
     if config.method == "qlora" and config.adapter.init_lora_weights != "default" and not loftq:
         found["adapter.init_lora_weights"] = (
             f"adapter.init_lora_weights {config.adapter.init_lora_weights} changes the frozen weights, which method: qlora holds "
@@ -78,6 +88,7 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         found["quantization.double_quant"] = (
             "quantization.double_quant has no effect with quantization.scheme: int8; remove it, or set scheme: nf4 or fp4"
         )
+    found |= _preferences(config)
     training = config.training
     if training.micro_batch_size != "auto" and training.micro_batch_size > training.batch_size:
         found["training.micro_batch_size"] = (
@@ -107,9 +118,69 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         "training.eval_every": config.training.eval_every is not None and not evaluates,
         "training.early_stopping.metric": config.training.early_stopping.metric is not None and not evaluates,
         "evaluation.generate": config.evaluation.generate and not has_eval,
+        "evaluation.samples": config.evaluation.samples > 0 and not has_eval,
     }.items():
         if is_set:
             found[key] = f"{key} needs evaluation data; set data.eval_path or data.eval_fraction"
+    return found
+
+
+def bf16_weights_need_bf16(dtype: str) -> str:
+    """The message for bf16 weights in a model that computes in another type, which `model.dtype: auto` may turn out to be."""
+    return (
+        f"optimizer.weights_dtype bf16 needs a model that computes in bf16, and model.dtype is {dtype}; set model.dtype: bf16 where "
+        "the device has it, or remove optimizer.weights_dtype"
+    )
+
+
+OBJECTIVES_OF = {
+    "beta": ("dpo", "orpo", "simpo", "kto"),
+    "loss": ("dpo",),
+    "label_smoothing": ("dpo", "simpo"),
+    "nll_weight": ("dpo",),
+    "gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Which objectives have a setting of the `objective` section."""
+
+
+def _preferences(config: RunConfig) -> dict[str, str]:
+    """Settings of the objective that another one has, and what preferences cannot do, by the key to change."""
+    found: dict[str, str] = {}
+    objective = config.objective
+    for name in _changed(objective):
+        names = OBJECTIVES_OF.get(name, (objective.name,))
+        if objective.name not in names:
+            key = f"objective.{name}"
+            found[key] = (
+                f"{key} has no effect with objective.name: {objective.name}; remove it, or set the name to {' or '.join(names)}"
+            )
+    if objective.label_smoothing and objective.name == "dpo" and objective.loss != "sigmoid":
+        found["objective.label_smoothing"] = (
+            f"objective.label_smoothing has no effect with objective.loss: {objective.loss}; remove it, or set loss: sigmoid"
+        )
+    if not config.pairs:
+        return found
+    if config.data.packing is False:
+        found["data.packing"] = (
+            f"data.packing: false cannot be with objective.name: {objective.name}: both sequences of a pair are packed, which "
+            "gives the same loss without padding; remove it"
+        )
+    if config.data.overlong == "split":
+        found["data.overlong"] = (
+            f"data.overlong: split cannot be with objective.name: {objective.name}: an answer's pieces cannot be compared; set "
+            "truncate or drop"
+        )
+    if config.training.batch_tokens is not None:
+        found["training.batch_tokens"] = (
+            f"training.batch_tokens cannot be with objective.name: {objective.name}, whose steps are counted in rows; set "
+            "training.batch_size"
+        )
+    if config.evaluation.generate:
+        found["evaluation.generate"] = (
+            f"evaluation.generate cannot be with objective.name: {objective.name}: preferences have no expected answer; remove it"
+        )
     return found
 
 
@@ -139,10 +210,12 @@ def _token_budgets(config: RunConfig) -> dict[str, str]:
                 "training.micro_batch_tokens needs packing; set data.packing: true, or remove it and set "
                 "training.micro_batch_size"
             )
-        if length != "auto" and length > micro:
+        most, what = (micro // 2, "half of ") if config.pairs else (micro, "")
+        if length != "auto" and length > most:
             found["data.max_seq_length"] = (
-                f"data.max_seq_length {length} is more than training.micro_batch_tokens {micro}: the longest example would "
-                f"fit into no micro-batch; set data.max_seq_length to {micro} or less, or raise training.micro_batch_tokens"
+                f"data.max_seq_length {length} is more than {what}training.micro_batch_tokens {micro}: the longest "
+                f"{'pair' if config.pairs else 'example'} would fit into no micro-batch; set data.max_seq_length to {most} or "
+                "less, or raise training.micro_batch_tokens"
             )
         if "micro_batch_size" in _changed(training):
             found["training.micro_batch_size"] = (

@@ -9,21 +9,25 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from tunesmith.config import RunConfig, load_config
 from tunesmith.errors import RunError
 from tunesmith.files import atomic_folder, check_writable, disk_errors, finite, remove_folder, write_atomic, write_json
 from tunesmith.types import Event
 
+if TYPE_CHECKING:
+    import numpy as np
+
 FORMAT_VERSION = 1
 """Of the run folder. Readers refuse a newer one."""
 
 CHECKPOINT_PATTERN = re.compile(r"step-(\d{6,})")
 BEST_FILE = "best.json"
+REFERENCE = "reference.safetensors"
 
 
 class RunFolder:
@@ -123,6 +127,25 @@ class RunFolder:
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json: the run is finished."""
         write_json(self.path / "metrics.json", metrics)
+
+    def write_reference(self, values: Mapping[str, np.ndarray]) -> None:
+        """Keep what the model said of each pair before training, (pairs, 2) in fp32, by the name of the data."""
+        from safetensors.numpy import save
+
+        write_atomic(self.path / REFERENCE, save(dict(values)))
+
+    def read_reference(self) -> dict[str, np.ndarray] | None:
+        """What `write_reference` kept; None if it has not. Raises RunError if it is damaged."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        path = self.path / REFERENCE
+        if not path.exists():
+            return None
+        try:
+            return load(path.read_bytes())
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RunError(f"{path}: cannot be read ({error}); delete it: it is made again from the base") from error
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.path / name

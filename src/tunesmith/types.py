@@ -6,7 +6,7 @@ Shapes in comments: B rows, T tokens a row, N supervised tokens, D documents in 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -126,13 +126,17 @@ class Finding:
 class TokenizedExample:
     """Token ids of one example (T,) int32 and, for each, whether it is a target of the loss (T,) bool.
 
-    `file` and `line` are those of its row. A long row may give several (`data.overlong: split`).
+    `file` and `line` are those of its row. A long row may give several (`data.overlong: split`). `desirable` is KTO's
+    label. `reference` has the log-probability, in nats, of each of its sequences' targets under the model as it was before
+    training; None until that is known, or if no objective asks for it.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     line: int = 0
     file: str = ""
+    desirable: bool | None = None
+    reference: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -146,6 +150,45 @@ class TokenizedExample:
     def where(self) -> str:
         """The row's place as `file:line`."""
         return f"{self.file}:{self.line}"
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each of its sequences."""
+        return (len(self.input_ids),)
+
+    def tail(self, tokens: int) -> TokenizedExample:
+        """Its last `tokens` tokens, as an example of that size to measure with."""
+        return replace(self, input_ids=self.input_ids[-tokens:], loss_mask=self.loss_mask[-tokens:])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenizedPair(TokenizedExample):
+    """Two sequences that an objective compares, end to end: the first has `first` tokens.
+
+    Preferences: prompt and chosen answer, prompt and rejected one. KTO: prompt and answer, prompt and another's answer.
+    """
+
+    first: int = 0
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each of the two sequences."""
+        return self.first, len(self.input_ids) - self.first
+
+    def sequence(self, number: int) -> TokenizedExample:
+        """The first (0) or the second sequence (1) by itself, with its own reference."""
+        piece = slice(0, self.first) if number == 0 else slice(self.first, None)
+        reference = None if self.reference is None else (self.reference[number],)
+        return TokenizedExample(
+            self.input_ids[piece], self.loss_mask[piece], self.line, self.file, self.desirable, reference
+        )
+
+    def tail(self, tokens: int) -> TokenizedPair:
+        """Its last `tokens` tokens, at least two, as a pair of that size to measure with, which needs no reference."""
+        cut = replace(
+            self, input_ids=self.input_ids[-tokens:], loss_mask=self.loss_mask[-tokens:], reference=(0.0, 0.0)
+        )
+        return replace(cut, first=max(1, self.first - (len(self) - len(cut))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,24 +220,43 @@ class Batch:
     document_lengths: torch.Tensor | None = (
         None  # (B * T,) int64, tokens of each slot's document, 0 for padding; as those
     )
+    compared: BatchSequences | None = None  # for objectives that look at whole sequences
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSequences:
+    """The S sequences of a batch: its examples one after the other, of a pair the first and then the second."""
+
+    of_supervised: torch.Tensor  # (N,) int64, the sequence that each supervised position is in, from 0
+    num_supervised: torch.Tensor  # (S,) fp32, supervised positions of each sequence
+    first_supervised: int  # supervised positions of all the pairs' first sequences
+    reference: torch.Tensor | None  # (S,) fp32, log-probabilities before training; None if they are not known
+    desirable: torch.Tensor  # (examples,) fp32: 1 for a row that is desirable, or was not labelled
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
     """One summand of an objective: a sum over `count` units (supervised tokens, pairs, ...) with its weight.
 
-    The loss of a step is Σ_terms weight · (Σ_micro-batches sum) / (Σ_micro-batches, ranks count).
+    The loss of a step is Σ_terms weight · (Σ_micro-batches sum) / (Σ_micro-batches, ranks count). A term of weight 0 is a
+    metric: it is averaged in the same way and reported. `unit` is what is counted, where that is not the name's own.
     """
 
     name: str
     sum: torch.Tensor  # scalar, with its graph
     count: int
     weight: float = 1.0
+    unit: str | None = None
+
+    @property
+    def counted(self) -> str:
+        """The name of its count."""
+        return self.unit or self.name
 
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one optimizer step reports. Times in seconds, memory in GB (2^30 bytes)."""
+    """What one optimizer step reports. Times in seconds, memory in GB (2^30 bytes). `metrics` are the objective's own."""
 
     step: int
     epoch: float
@@ -206,13 +268,15 @@ class StepMetrics:
     supervised_tokens: int
     seconds: float
     memory_gb: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def event(self) -> Event:
         """The step as a line of `events.jsonl`."""
         rate = 1.0 / self.seconds if self.seconds > 0 else 0.0
         return {
             "event": "step",
-            **asdict(self),
+            **{name: value for name, value in asdict(self).items() if name != "metrics"},
+            **self.metrics,
             "examples_per_second": self.examples * rate,
             "tokens_per_second": self.tokens * rate,
             "supervised_tokens_per_second": self.supervised_tokens * rate,

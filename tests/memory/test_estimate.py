@@ -71,12 +71,16 @@ def test_weights_take_what_a_loaded_model_takes(
     assert weight_bytes(shape, setup) == found
 
 
-def test_trainable_weights_are_in_fp32() -> None:
+def test_trainable_weights_are_in_fp32_or_bf16() -> None:
     for value_bytes in (2, 4):
         assert weight_bytes(SHAPE, Setup("full", value_bytes=value_bytes)) == 4 * 432_047_104
+    assert weight_bytes(SHAPE, BF16) == 2 * 432_047_104
+    assert weight_bytes(SHAPE, Setup("lora", value_bytes=4, weights_dtype="bf16")) == 4 * 432_047_104, "full's alone"
 
 
 # -- what autograd saves ----------------------------------------------------------------------------------------------
+
+BF16 = Setup("full", "reference", 2, 0, optimizer="adamw_8bit", weights_dtype="bf16")
 
 T4 = Hardware("cuda:0", "Tesla T4", 14.6, False, (7, 5))
 
@@ -85,11 +89,17 @@ TOKENS = 97
 
 
 def saved_bytes(
-    family: str, method: str, dtype: ComputeDType, attention: str = "sdpa", masked: bool = False, dora: bool = False
+    family: str,
+    method: str,
+    dtype: ComputeDType,
+    attention: str = "sdpa",
+    masked: bool = False,
+    dora: bool = False,
+    weights: ComputeDType = "fp32",
 ) -> tuple[ModelShape, float, float]:
     """The shape of a model, and bytes that a forward of its only layer saves: activations a token, and everything else.
 
-    As training runs it: prepared, the base in the compute type with an adapter of rank 4, or in fp32 for full fine-tuning;
+    As training runs it: prepared, the base in the compute type with an adapter of rank 4, or in `weights` for full fine-tuning;
     scores that are soft-capped with eager attention. Parameters are not counted, and tensors that share memory once.
     """
     settings = {
@@ -105,7 +115,7 @@ def saved_bytes(
         settings["head_dim"] = 24
     settings.pop("layer_types", None)
     config = AutoConfig.for_model(family, **settings)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch_dtype("fp32" if method == "full" else dtype))
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch_dtype(weights if method == "full" else dtype))
     if method != "full":
         model = add_adapter(model, AdapterConfig(r=4, dora=dora), "base")
     model.train()
@@ -157,6 +167,19 @@ def test_a_layer_saves_what_the_arithmetic_says(family: str, method: Any, dtype:
         norms += shape.num_heads + shape.num_kv_heads
     small = 4 * norms + (0 if family == "gemma2" else 4 * shape.num_heads)  # 1 / rms, and the softmax's logsumexp
     assert activations == expected + small
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"])
+def test_a_layer_with_weights_in_bf16_saves_what_the_arithmetic_says(family: str) -> None:
+    """To the byte, as above; and no weight is cast (Gemma's norms make 1 + weight in fp32)."""
+    shape, activations, copies = saved_bytes(family, "full", "bf16", weights="bf16")
+    expected = reference_bytes(shape, shape.layers[0][1], BF16, TOKENS)
+    norms = 4 if shape.post_norms else 2
+    if family in ("qwen3", "gemma3_text"):
+        norms += shape.num_heads + shape.num_kv_heads
+    assert activations == expected + 4 * norms + (0 if family == "gemma2" else 4 * shape.num_heads)
+    assert copies == (4 * 4 * 64 + (4 * 2 * shape.head_dim if shape.head_norms else 0) if shape.post_norms else 0)
+    assert expected < reference_bytes(shape, shape.layers[0][1], replace(BF16, weights_dtype="fp32"), TOKENS)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
@@ -458,6 +481,94 @@ def test_where_gradients_wait_the_largest_is_there_twice(shape: ModelShape) -> N
     found = Estimate(shape, Setup("full", "fused", 2, 0), Load(16, 16, 16, True))._moments(0.0, 0.0, None)
     assert found.gradients_gb == pytest.approx((4 * shape.num_parameters + 4 * EMBEDDING) / GB)
     assert found.logits_gb == pytest.approx((16 * 32768 * 2 + 2 * EMBEDDING) / GB)
+
+
+# -- weights in bf16, by hand -----------------------------------------------------------------------------------------
+
+STATES_8BIT = 2 + 2 * 4 / 256
+"""Bytes a parameter: two moments of 8 bits, and a scale in fp32 for each 256 values of each."""
+
+STEPPED = 9 * 2**24
+"""The workspace of a step: weight and gradient in fp32 of 2^24 values at once, and a byte each for NaN."""
+
+
+@pytest.mark.parametrize("engine", ["reference", "fused"])
+@pytest.mark.parametrize("accumulates", [True, False])
+def test_a_step_of_bf16_weights_by_hand(engine: Any, accumulates: bool) -> None:
+    """Few tokens, and a vocabulary without weight: the peak is the optimizer's step, which has a workspace and no activations."""
+    shape = ModelShape.of({**CONFIG, "vocab_size": 64})
+    values = shape.num_parameters
+    found = Estimate(shape, replace(BF16, engine=engine), Load(1, 1, 1, accumulates))._moments(0.0, 0.0, None)
+    assert values_of(found) == near(
+        in_gb(
+            weights=2 * values,
+            gradients=2 * values,
+            optimizer=STATES_8BIT * values,
+            workspace=WORKSPACE_GB * GB + STEPPED,
+        )
+    )
+
+
+def test_the_workspace_of_a_small_model_is_as_small() -> None:
+    shape = ModelShape.of({**CONFIG, "vocab_size": 64, "num_hidden_layers": 1})
+    assert shape.num_parameters < 2**24
+    found = Estimate(shape, BF16, Load(1, 1, 1, True))._moments(0.0, 0.0, None)
+    assert found.workspace_gb == pytest.approx(WORKSPACE_GB + 9 * shape.num_parameters / GB)
+
+
+def test_a_head_in_bf16_sums_its_gradient_in_fp32_and_rounds_it() -> None:
+    load = Load(64, 64, 64, accumulates=False)
+    found = Estimate(SHAPE, BF16, load)._moments(1e12, 0.0, None)
+    assert found.gradients_gb == pytest.approx((4 + 2) * EMBEDDING / GB)
+    assert found.logits_gb == 0, "they are gone when the sum is rounded"
+    assert found.activations_gb == pytest.approx((1e12 + 4 * 64 * 2048) / GB, rel=1e-9), "hidden states are in bf16"
+    many = Estimate(SHAPE, BF16, Load(8192, 8192, 8192, False))._moments(1e12, 0.0, 8192)
+    assert many.gradients_gb == pytest.approx(4 * EMBEDDING / GB)
+    assert many.logits_gb == pytest.approx(8192 * 32768 * 2 / GB), "these logits outweigh it, and nothing is cast"
+
+
+@pytest.mark.parametrize(("engine", "new"), [("reference", 0), ("fused", 2 * (MATRICES + 2 * 1024))])
+def test_gradients_of_a_layer_exist_before_they_are_added(engine: Any, new: int) -> None:
+    found = Estimate(SHAPE, replace(BF16, engine=engine), Load(64, 64, 64, True))._moments(0.0, 1e12, None)
+    assert found.gradients_gb == pytest.approx((2 * SHAPE.num_parameters + 2 * EMBEDDING + new) / GB)
+
+
+def test_products_with_bf16_weights_make_no_operand() -> None:
+    few = Load(512, 512, 512, True)
+    setup = replace(BF16, engine="fused")
+    assert Estimate(SHAPE, setup, few)._mlp_bytes(LAYER, None, 0, 0, 1024) == 2 * 512 * 4096
+    none_kept = Estimate(SHAPE, BF16, few).reference(24)
+    cast = Estimate(SHAPE, replace(BF16, weights_dtype="fp32"), few).reference(24)
+    assert none_kept.peak_gb < cast.peak_gb - 2 * SHAPE.num_parameters / GB
+
+
+LLAMA_8B = ModelShape.of(
+    {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    }
+)
+
+
+def test_an_8b_model_trains_in_80_gb() -> None:
+    """6 bytes a parameter are 45 GB; in fp32 with the same states 10 bytes are 75 GB, and nothing else would fit."""
+    values = LLAMA_8B.num_parameters
+    assert values == 8_030_261_248
+    load = Load(16_384, 16_384, 4096, True)
+    setup = replace(BF16, engine="fused")
+    estimate = Estimate(LLAMA_8B, setup, load)
+    assert estimate.static.weights_gb == pytest.approx(14.958, abs=1e-3)
+    assert estimate.static.gradients_gb == pytest.approx(14.958, abs=1e-3)
+    assert estimate.static.optimizer_gb == pytest.approx(15.191, abs=1e-3)
+    nothing_kept = [LayerPolicy(keep=frozenset())] * 32
+    assert 45.1 < estimate.fused(nothing_kept, None).peak_gb < 65 < 80 - module.CONTEXT_GB
+    in_fp32 = Estimate(LLAMA_8B, replace(setup, weights_dtype="fp32"), load)
+    assert in_fp32.fused(nothing_kept, None).peak_gb > 80
 
 
 @pytest.mark.parametrize("saved", [BOTH, ("lm_head",), ("embed_tokens",)])

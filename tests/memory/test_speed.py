@@ -91,6 +91,9 @@ def test_what_other_setups_add() -> None:
     full += 2 * 2 * MATRICES * 6 / 1e12
     assert more(FULL) == pytest.approx(full + 2 * 3 * 4 * MATRICES / 1e12)
     assert more(FULL, replace(LOAD, accumulates=True)) == pytest.approx(full + 2 * 5 * 4 * MATRICES / 1e12)
+    # In bf16: no weights to cast, hidden states of two bytes, gradients of two bytes.
+    bf16 = products(MATRICES) + products(32768 * 1024, 1024) + 2 * 3 * 2 * MATRICES / 1e12
+    assert more(replace(FULL, weights_dtype="bf16")) == pytest.approx(bf16)
     # Rank 64: three times 2 passes more.
     assert more(replace(LORA, r=64)) == pytest.approx(6 * 2 * 4096 * FEATURES / 1e12)
     # fp32: products at half the rate, twice the bytes.
@@ -216,6 +219,10 @@ def test_inputs_that_wait_in_host_memory_may_be_what_is_waited_for() -> None:
         # 8-bit moments are looked up, which takes as long as 30 bytes
         (replace(FULL, optimizer="adamw_8bit"), SHAPE.num_parameters, 54, 11 * 5),
         (replace(LORA, optimizer="paged_adamw_8bit", r=8), 8 * 22016, 54, 5 + 3),  # an adapter is one tensor
+        # In bf16: the norm (2), weight and gradient to fp32 (6 + 6), clipping (8), the update (12), noise (4), NaN (9), rounding
+        # (20), NaN again (9), the copy back (6), the moments (16, or as if 30); no tensor is waited for.
+        (replace(FULL, weights_dtype="bf16"), SHAPE.num_parameters, 82 + 16, 0),
+        (replace(FULL, weights_dtype="bf16", optimizer="adamw_8bit"), SHAPE.num_parameters, 82 + 30, 0),
     ],
 )
 def test_the_optimizers_step_by_hand(setup: Setup, values: int, bytes_a_value: int, waited_ms: int) -> None:

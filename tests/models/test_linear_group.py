@@ -412,3 +412,27 @@ def test_sums_over_tokens_are_wide(dtype: torch.dtype) -> None:
     product = mm_wide(ones, ones.T)
     assert product.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert product.item() == 4097
+
+
+def test_the_gradient_of_a_16_bit_weight_is_rounded_once() -> None:
+    """Whole, in its own type from the product on; of 300 pieces, after their sum in fp32: in bf16 that would stay at 256."""
+    weight = nn.Parameter(torch.zeros(1, 1, dtype=torch.bfloat16))
+    ones = torch.ones(1, 1, dtype=torch.bfloat16)
+    grads = Gradients()
+    grads.add_product(weight, ones, ones)
+    one, same = grads.of(weight), grads.of(weight)
+    assert one is not None
+    assert same is not None
+    assert one.data_ptr() == same.data_ptr(), "nothing is cast"
+    pieces = Gradients()
+    pieces.in_pieces = True
+    for _ in range(300):
+        pieces.add_product(weight, ones, ones)
+    found = pieces.of(weight)
+    assert found is not None
+    assert (found.dtype, found.item()) == (torch.bfloat16, 300)
+    other = nn.Parameter(torch.zeros(1, 1))
+    grads.add_product(other, ones, ones)
+    wide = grads.of(other)
+    assert wide is not None
+    assert wide.dtype == torch.float32

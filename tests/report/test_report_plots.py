@@ -130,3 +130,22 @@ def test_the_same_run_gives_the_same_drawing() -> None:
 
 def test_no_steps_no_plots() -> None:
     assert training_plots([{"event": "start"}, {"event": "step", "step": None}]) == []
+
+
+def test_preferences_have_plots_of_their_own() -> None:
+    """Rejected rewards below zero are within the drawing, though the chosen ones are above it."""
+    events = [
+        step_event(
+            step,
+            40,
+            0.0,
+            **{"rewards/chosen": 0.01 * step, "rewards/rejected": -0.02 * step, "rewards/accuracies": step / 40},
+        )
+        for step in range(1, 21)
+    ]
+    found = plots([*events, {"event": "eval", "step": 20, "metrics": {"eval_rewards/accuracies": 0.625}}])
+    assert [name for name in found if name.startswith("reward")] == ["rewards", "reward-accuracy"]
+    assert found["rewards"].legend == (("line", "chosen"), ("dashed", "rejected"))
+    assert "\N{MINUS SIGN}0." in found["rewards"].svg
+    assert found["reward-accuracy"].caption.endswith("Evaluation pairs: 62.5% at last.")
+    assert not [name for name in plots(steps(20)) if name.startswith("reward")]

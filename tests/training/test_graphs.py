@@ -30,7 +30,7 @@ from tunesmith.training.graphs import (
     shape_of,
 )
 from tunesmith.training.loop import accumulate_gradients
-from tunesmith.training.objectives import SupervisedFineTuning
+from tunesmith.training.objectives import Objective, SupervisedFineTuning
 from tunesmith.types import Batch, Event, Term, TokenizedExample
 from tunesmith.workflows.train import TrainingSession
 
@@ -503,7 +503,7 @@ def test_graphs_share_memory_and_begin_with_what_is_free(
         assert calls == []
 
 
-class TwoTerms:
+class TwoTerms(Objective):
     """The usual loss, and a quarter of it again by a count of its own."""
 
     inner = SupervisedFineTuning()
@@ -561,7 +561,7 @@ def test_weights_counts_and_a_scaler_are_those_of_a_run_without(session: Session
     ]
 
 
-class Spying:
+class Spying(Objective):
     """The usual loss, and the sum of one of the adapter's tensors, whose gradient comes from autograd itself."""
 
     inner = SupervisedFineTuning()

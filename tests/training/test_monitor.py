@@ -629,7 +629,7 @@ def replay(run: TrainingSession) -> dict[str, tuple[int, Signal]]:
     for event in events:
         found: list[Signal] = []
         if event["event"] == "step":
-            found = watched.step(StepMetrics(**{name: event[name] for name in names}))
+            found = watched.step(StepMetrics(**{name: event[name] for name in names if name != "metrics"}))
         elif event["event"] == "eval":
             found = watched.evaluation(event["step"], event["metrics"])
         said |= {signal.check: (event["step"], signal) for signal in found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from tunesmith.config import load_config
 from tunesmith.errors import MachineError
 from tunesmith.models import generate
 from tunesmith.out_of_memory import Halving
-from tunesmith.training import loop, objectives
+from tunesmith.training import loop, objectives, passes
+from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.training.recovery import halve
 from tunesmith.types import Term, TokenizedExample
@@ -196,7 +197,7 @@ def test_fp16_goes_on_with_the_same_scale(session: Session, monkeypatch: pytest.
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 PLACES: dict[str, Callable[[TrainingSession], tuple[Any, str]]] = {
-    "batch": lambda run: (loop, "make_batch"),
+    "batch": lambda run: (passes, "make_batch"),
     "forward": lambda run: (run.forward, "hidden"),
     "loss": lambda run: (objectives, "cross_entropy_sum"),
 }
@@ -242,8 +243,8 @@ def test_an_evaluation_that_runs_out_of_memory_has_the_same_loss(
     run = session("data.eval_path=HELD")
     plain = evaluation_loss(run, packing)
     tried: list[int] = []
-    make = loop.make_batch
-    monkeypatch.setattr(loop, "make_batch", lambda part, *rest: (tried.append(len(part)), make(part, *rest))[1])
+    make = passes.make_batch
+    monkeypatch.setattr(passes, "make_batch", lambda part, *rest: (tried.append(len(part)), make(part, *rest))[1])
     fail_at(monkeypatch, *PLACES[place](run), calls)
     assert evaluation_loss(run, packing) == pytest.approx(plain, rel=1e-6)
     assert tried == ([size for call, size in enumerate(sizes, 1) if call not in calls] if place == "batch" else sizes)
@@ -294,17 +295,17 @@ def test_no_term_of_a_micro_batch_counts_before_all_of_it_succeeded(session: Ses
     run = session("data.eval_path=HELD")
     failures = [torch.OutOfMemoryError(REASON)]
 
-    class TwoTerms:
+    class TwoTerms(Objective):
         def counts(self, examples: Iterable[TokenizedExample]) -> dict[str, int]:
             return {"rows": len(list(examples)), "more": 1}
 
-        def terms(self, forward: Any, batch: Any) -> Iterator[Term]:
-            yield Term("rows", torch.tensor(float(batch.num_examples)), 1)
+        def terms(self, forward: Any, batch: Any) -> list[Term]:
+            terms = [Term("rows", torch.tensor(float(batch.num_examples)), 1)]
             if failures:
                 raise failures.pop()
-            yield Term("more", torch.tensor(0.5 * batch.num_examples), 1, weight=2.0)
+            return [*terms, Term("more", torch.tensor(0.5 * batch.num_examples), 1, weight=2.0)]
 
-    run.objective = TwoTerms()  # type: ignore[assignment]
+    run.objective = TwoTerms()
     assert evaluation_loss(run, packing=False) == 1 + 8
 
 

@@ -58,6 +58,8 @@ def planned(
 ) -> dict[str, Any]:
     """A plan by arithmetic alone. Read it only: several tests have the same one."""
     target = replace(target_of(gpu, memory), measured=())
+    if methods:  # as cli/plan.py
+        settings = (f"method={'qlora' if 'qlora' in methods else methods[0]}", *settings)
     return plan(config_of(model, *settings), target, methods=methods, sequence=sequence)
 
 

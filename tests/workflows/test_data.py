@@ -111,10 +111,13 @@ def test_what_can_be_skipped_and_what_can_be_trained_on(write: Write, tiny_model
     weightless = write([{"messages": [*ask("a?", "b")["messages"][:1], {"role": "assistant", "content": "b", "train": False}]}], "w.jsonl")  # fmt: skip
     assert outcome(configured(weightless)) == (False, False, False)
     pairs = write([{"prompt": "a?", "chosen": "good", "rejected": "bad"}], "pairs.jsonl")
-    assert outcome(configured(pairs)) == (True, False, False)
+    assert outcome(configured(pairs)) == (True, True, False)
+    assert check_data(configured(pairs))["objectives"] == ["dpo", "orpo", "simpo", "kto"]
     assert outcome(configured(good, eval_path=str(pairs))) == (True, False, False)
     kto = write([{"prompt": "a?", "completion": "good", "label": True}], "kto.jsonl")
-    assert outcome(configured(kto)) == (True, False, False)
+    assert outcome(configured(kto)) == (True, True, False)
+    assert check_data(configured(pairs, eval_path=str(kto)))["objectives"] == ["kto"]
+    assert check_data(configured(good))["objectives"] == ["sft"]
 
 
 Command = Callable[[RunConfig], Any]

@@ -109,6 +109,16 @@ def test_the_optimizer(method: str, name: str) -> None:
         )
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit"])
+def test_weights_in_bf16_are_named_where_they_would_help(name: str) -> None:
+    hint = "; optimizer.weights_dtype: bf16 halves weights and gradients"
+    settings = ("method=full", "model.dtype=bf16", f"optimizer.name={name}")
+    assert lines_of(*settings)[2].endswith(hint)
+    assert not lines_of(*settings, "optimizer.weights_dtype=bf16")[2].endswith(hint)
+    assert not lines_of("method=full", "model.dtype=fp16", f"optimizer.name={name}")[2].endswith(hint)
+    assert not lines_of("model.dtype=bf16", f"optimizer.name={name}")[2].endswith(hint)
+
+
 def test_the_optimizers_states_are_those_of_the_plan() -> None:
     """By the arithmetic: 8 bytes a parameter of full fine-tuning."""
     plan = plan_memory(Estimate(SHAPE, Setup("full", "fused"), Load(512, 512, 512)), "min", 14.0)

@@ -26,8 +26,9 @@ from tunesmith.models.fuse import FusedLayer
 from tunesmith.models.load import find_model, load_model
 from tunesmith.training.objectives import SupervisedFineTuning
 from tunesmith.training.optimizers import make_optimizer
+from tunesmith.training.preferences import objective_of
 from tunesmith.training.prepare import prepare
-from tunesmith.types import GB, Batch, LayerPolicy, Term, TokenizedExample
+from tunesmith.types import GB, Batch, LayerPolicy, Term, TokenizedExample, TokenizedPair
 from tunesmith.workflows import dry_step, run_plan
 from tunesmith.workflows.dry_step import DryStep, _largest, calibrated
 from tunesmith.workflows.run_plan import RunPlan, plan_run
@@ -569,3 +570,34 @@ def test_the_examples_of_a_store_are_not_all_read() -> None:
         store = Store(examples_of(*lengths))
         found = _largest(store, load_config(None, settings))
         assert len(store.read) == len(found) < 10
+
+
+# -- pairs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "simpo", "kto"])
+@pytest.mark.parametrize("budget", [None, 50, 67])
+def test_pairs_are_measured_before_their_reference_is_known(
+    make: Callable[..., Made], cuda: Cuda, name: str, budget: int | None
+) -> None:
+    """Whole ones, and ones of which a budget takes a part: as large as training's, and nothing stays."""
+    pairs = [
+        TokenizedPair(each.input_ids, each.loss_mask, each.line, desirable=True, first=len(each) // 3)
+        for each in EXAMPLES
+    ]
+    settings = [f"objective.name={name}"]
+    settings += ["data.max_seq_length=auto", f"training.micro_batch_tokens={budget}"] if budget else []
+    made = make(*settings, examples=pairs)
+    made.step.objective = objective_of(made.config)
+    seen: list[Batch] = []
+    real = made.step.objective.terms
+    made.step.objective.terms = lambda forward, batch: (seen.append(batch), real(forward, batch))[1]  # type: ignore[method-assign]
+    cuda.peaks = [1.0]
+    assert made.step.measure(made.plan) == 1.0
+    given = made.step.examples
+    assert all(isinstance(pair, TokenizedPair) and min(pair.lengths) >= 1 for pair in given)
+    if budget:
+        assert budget - 1 <= sum(map(len, given)) <= budget
+    firsts = sum(pair.lengths[0] for pair in given)
+    assert {batch.num_tokens for batch in seen} == {firsts if name == "kto" else sum(map(len, given))}
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in made.model.parameters())

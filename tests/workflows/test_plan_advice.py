@@ -39,6 +39,8 @@ ADVISED: list[tuple[Any, ...]] = [
     ("llama-3.1-8b", "RTX 3060"),
     (QWEN, "T4", None, (), (), 32768),
     ("llama-3.1-8b", "H100 NVL", None, (), ("full",)),
+    ("llama-3.1-8b", "H100", None, (), ("full",)),
+    ("llama-3.1-70b", "H100", None, (), ("full",)),
     ("llama-3.1-70b", "T4"),
     ("llama-3.1-70b", "T4", None, (), ("lora",)),
     (QWEN, "T4", None, ("training.micro_batch_size=16",), (), 131072),
@@ -134,6 +136,36 @@ def test_no_card_holds_it(tmp_path: Path) -> None:
                 "settings: full trains here with --set optimizer.name=adamw_8bit",
                 "method: LoRA trains here with --method lora",
             ],
+        ),
+        (
+            "llama-3.1-8b",
+            "H100",
+            (),
+            ("full",),
+            None,
+            [
+                "settings: full trains here with --set optimizer.name=adamw_8bit --set optimizer.weights_dtype=bf16",
+                "method: LoRA trains here with --method lora",
+            ],
+        ),
+        (
+            "llama-3.1-8b",
+            "L4",
+            ("memory.mode=fast", "training.micro_batch_size=8"),
+            ("full",),
+            32768,
+            [
+                "method: LoRA trains here with --method lora --set memory.mode=auto --set training.micro_batch_size=auto "
+                "--set optimizer.name=adamw_8bit"
+            ],
+        ),
+        (
+            "llama-3.1-8b",
+            "H100",
+            ("model.dtype=fp16", "optimizer.name=adamw_8bit"),
+            ("full",),
+            None,
+            ["method: LoRA trains here with --method lora"],  # its weights are not kept in bf16
         ),
         (
             "llama-3.1-8b",

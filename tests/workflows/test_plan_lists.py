@@ -149,6 +149,16 @@ def test_at_least_means_the_same_on_every_card() -> None:
     assert len(denied) > 30
 
 
+def test_cards_without_bf16_are_left_out_where_weights_are_in_it() -> None:
+    settings = ("method=full", "optimizer.weights_dtype=bf16", "optimizer.name=adamw_8bit")
+    rows = plan_cards(config_of("llama-3.1-8b", *settings), None, ("full",))[1]
+    assert {row["gpu"] for row in rows} == {card.name for card in CARDS if card.bf16}
+    fits = [row["gpu"] for row in rows if row["methods"]["full"]["fits"]]
+    before = plan_cards(config_of("llama-3.1-8b", "method=full", "optimizer.name=adamw_8bit"), None, ("full",))[1]
+    assert "H100" in fits
+    assert "H100" not in [row["gpu"] for row in before if row["methods"]["full"]["fits"]]
+
+
 def test_lists_are_calibrated_too() -> None:
     before = plan_cards(config_of(), None, ("lora",))[1]
     measured()

@@ -136,13 +136,13 @@ def test_rows_that_become_bad_as_tokens(tmp_path: Path) -> None:
         (
             {"prompt": "ab", "chosen": "c1", "rejected": "d1"},
             "preference",
-            "pass a file of answers, or name the column that holds them (data.format: prompt, data.columns: {completion: "
+            "set objective.name: dpo to train on preferences, or pass a file of answers, or name the column that holds them (data.format: prompt, data.columns: {completion: "
             "chosen})",
         ),
         (
             {"prompt": "ab", "completion": "cd", "label": True},
             "kto",
-            "pass a file of answers: only the rows whose label is true, without that label",
+            "set objective.name: kto to train on preferences, or pass a file of answers: only the rows whose label is true, without that label",
         ),
     ],
 )

@@ -947,3 +947,11 @@ def test_more_memory_never_takes_longer(gpu: Callable[..., None], forward: Model
         seconds.append(plan.choice.step_seconds or math.inf)
     assert all(later <= earlier / WORTH for earlier, later in pairwise(seconds))
     assert seconds[-1] < seconds[0]
+
+
+@pytest.mark.parametrize("name", ["dpo", "orpo", "simpo", "kto"])
+def test_pairs_have_no_graphs(name: str) -> None:
+    """Which sequence a token is in changes with every batch: a graph would add it to that of the batch it was captured with."""
+    shape = ModelShape.of(CATALOGUE["Qwen/Qwen2.5-0.5B"])
+    assert uses_graphs(config_of("tiny", "objective.name=cpt"), "fused", shape)
+    assert not uses_graphs(config_of("tiny", f"objective.name={name}"), "fused", shape)

@@ -112,7 +112,9 @@ def train(
     method: Annotated[
         str | None, typer.Option("--method", help="lora (default), qlora or full.", metavar="NAME")
     ] = None,
-    objective: Annotated[str | None, typer.Option("--objective", help="sft (default) or cpt.", metavar="NAME")] = None,
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="sft (default), cpt, dpo, orpo, simpo or kto.", metavar="NAME")
+    ] = None,
     skip_bad_rows: Annotated[
         bool, typer.Option("--skip-bad-rows", help="Leave out rows with errors, and say which, instead of stopping.")
     ] = False,

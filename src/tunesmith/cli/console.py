@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -29,6 +30,10 @@ from tunesmith.types import Event
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal, a running stage says where it is this often."""
+
+
+SAMPLE_WIDTH = 90
+"""Characters of a sample's question, and of its answer; events.jsonl has all of them."""
 
 
 class Console:
@@ -99,6 +104,11 @@ class Console:
         elif kind == "eval":
             values = "  ".join(f"{name} {value:.4f}" for name, value in event["metrics"].items())
             self.announce(f"step {event['step']}: {values}")
+        elif kind == "sample":
+            asked, said = (
+                shorten(" ".join(event[key].split()), SAMPLE_WIDTH, placeholder=" ...") for key in ("prompt", "answer")
+            )
+            self.announce(f"step {event['step']}, line {event['line']}: {asked} -> {said}")
         elif kind in ("warning", "skipped", "rollback", "out_of_memory"):
             self.err.print(f"warning: {event['message']}", style="yellow", markup=False)
         elif kind in ("decision", "calibration", "resume"):

@@ -80,7 +80,7 @@ def check(
     if as_json:
         console.result(result)
     else:
-        print_check(result, _train_command(values, settings or []))
+        print_check(result, _train_command(values, settings or [], result["objectives"]))
     if not result["ok"]:
         raise typer.Exit(2)
 
@@ -218,8 +218,8 @@ def _config(values: dict[str, Any], settings: list[str] | None) -> RunConfig:
     return load_config(None, settings or [], values)
 
 
-def _train_command(values: dict[str, Any], settings: list[str]) -> str:
-    """The `tunesmith train` that reads data as a command with these settings did."""
+def _train_command(values: dict[str, Any], settings: list[str], objectives: list[str]) -> str:
+    """The `tunesmith train` that reads data as a command with these settings did, for the usual objective of these rows."""
     import json
     import shlex
 
@@ -235,4 +235,6 @@ def _train_command(values: dict[str, Any], settings: list[str]) -> str:
             words += ["--set", f"{key}={text}"]
     for setting in settings:
         words += ["--set", setting]
+    if objectives and objectives[0] != "sft":
+        words += ["--objective", objectives[0]]
     return shlex.join(words)

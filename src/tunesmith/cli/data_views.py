@@ -183,7 +183,7 @@ def _verdict(result: Mapping[str, Any], train: str) -> str:
         return f"{errors} error{'s' * (errors != 1)}, {said}: mend what is listed above{skip}"
     then = f"go on with: {train}"
     if not result["trainable"]:
-        then = "`tunesmith train` takes answers only, no preferences"
+        then = "but no objective of `tunesmith train` takes rows of both these kinds: the evaluation data is of another form"
     if result["skipped_rows"]:
         return f"{_left_out(result)}; {said}\n{then}"
     return f"no errors, {said}{': look at them, then' if warnings and result['trainable'] else ';'} {then}"

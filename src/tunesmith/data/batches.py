@@ -11,13 +11,13 @@ import heapq
 import math
 import random
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tunesmith.config import TrainingConfig
 from tunesmith.data.packing import best_fit
 from tunesmith.data.widening import DOCUMENT_STEP, Widen, documents_of, room_for, round_up
-from tunesmith.types import IGNORE_INDEX, Batch, TokenizedExample
+from tunesmith.types import IGNORE_INDEX, Batch, BatchSequences, TokenizedExample, TokenizedPair
 
 if TYPE_CHECKING:
     import numpy as np
@@ -152,19 +152,20 @@ def make_batch(
     two, supervised positions to `room_for` them (by ones without a label). Nothing that counts sees what is added.
 
     With `dropout_rows` each token has the number of its row in dropout masks, `_mask_key` · 2^32 + position, which does
-    not depend on the batch that it is in, and the length of its document. Padding has 0 for both.
+    not depend on the batch that it is in, and the length of its document. Padding has 0 for both. Of pairs every sequence is
+    a row (packed: a document) of its own; the two of a pair have the same dropout masks, so that their prompts do.
     """
     import numpy as np
     import torch
 
-    lengths = np.array([len(example) for example in examples])
+    lengths = np.array([length for example in examples for length in example.lengths])
     bounds = np.concatenate(([0], np.cumsum(lengths)))
     ids = np.concatenate([example.input_ids for example in examples])
     is_target = np.concatenate([example.loss_mask for example in examples])
     is_target[bounds[:-1]] = False  # nothing predicts a document's first token, least of all the document before it
     targets = np.flatnonzero(is_target)
     positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
-    height, width = (1, len(ids)) if packing else (len(examples), int(lengths.max()))
+    height, width = (1, len(ids)) if packing else (len(lengths), int(lengths.max()))
     if widen:
         width = widen(width)
     mask: np.ndarray | None = None
@@ -187,7 +188,7 @@ def make_batch(
     numbers: np.ndarray | None = None
     own_lengths: np.ndarray | None = None
     if dropout_rows:
-        keys = np.array([_mask_key(example) for example in examples], dtype=np.int64)
+        keys = np.array([_mask_key(example) for example in examples for _ in example.lengths], dtype=np.int64)
         numbers = np.zeros(height * width, dtype=np.int64)
         numbers[slots] = np.repeat(keys << 32, lengths) | positions
         own_lengths = np.zeros(height * width, dtype=np.int64)
@@ -213,6 +214,31 @@ def make_batch(
         rows=tuple(example.where for example in examples),
         dropout_rows=None if numbers is None else on_device(numbers),
         document_lengths=None if own_lengths is None else on_device(own_lengths),
+        compared=_sequences(examples, np.searchsorted(bounds, targets, side="right") - 1, spare, on_device),
+    )
+
+
+def _sequences(
+    examples: Sequence[TokenizedExample],
+    of_supervised: np.ndarray,
+    spare: int,
+    on_device: Callable[[np.ndarray], torch.Tensor],
+) -> BatchSequences | None:
+    """The sequences of a batch, given that of each supervised position; None for examples that nothing compares."""
+    import numpy as np
+
+    if not isinstance(examples[0], TokenizedPair) and examples[0].desirable is None:
+        return None
+    count = sum(len(example.lengths) for example in examples)
+    supervised = np.bincount(of_supervised, minlength=count)
+    reference = [value for example in examples for value in example.reference or ()]
+    desirable = [example.desirable is not False for example in examples]
+    return BatchSequences(
+        on_device(np.pad(of_supervised.astype(np.int64), (0, spare))),
+        on_device(supervised.astype(np.float32)),
+        int(supervised[0::2].sum()),
+        on_device(np.array(reference, dtype=np.float32)) if len(reference) == count else None,
+        on_device(np.array(desirable, dtype=np.float32)),
     )
 
 

@@ -1,4 +1,4 @@
-"""How many rows of logits exist at once. Imports no PyTorch: the planner asks too."""
+"""How much of something large exists at once: rows of logits, weights in fp32. Imports no PyTorch: the planner asks too."""
 
 from __future__ import annotations
 
@@ -12,6 +12,13 @@ CHUNK_MULTIPLE = 128
 
 ROW_MULTIPLE = 64
 """Rows of the logits' buffer are padded to this many values: an odd vocabulary keeps 16-byte loads and stores."""
+
+STEPPED_VALUES = 2**24
+"""Values of bf16 weights that the optimizer steps at once (training/rounding.py). One pass over so many in
+fp32 is 64 MB, 25 us on an H100: longer than its launch."""
+
+STEPPED_BYTES = 9
+"""Of the workspace for each of them: weight and gradient in fp32, and whether it is NaN."""
 
 
 def chunk_rows(num_rows: int, vocabulary: int, bytes_per_value: int = 2) -> int:

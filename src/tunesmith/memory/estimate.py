@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from tunesmith.kernels.chunks import chunk_rows, padded
+from tunesmith.kernels.chunks import STEPPED_BYTES, STEPPED_VALUES, chunk_rows, padded
 from tunesmith.memory.shape import Layer, ModelShape
 from tunesmith.types import GB, LAYER_TENSORS, LayerPolicy
 
@@ -43,6 +43,7 @@ class Setup:
     `value_bytes` is the compute type's size. `r` is 0 without an adapter, `targets` is `adapter.target_modules`. `scheme` is
     the quantization of the base (None: none). `grouped` says whether the card's attention takes keys that several queries
     share (models/attention.py); where not, the reference engine repeats them. `dora` is the reference engine's alone.
+    `weights_dtype` is that of weights and gradients in full fine-tuning.
     `modules_to_save` train in full beside an adapter, and so many rows of `new_tokens`.
     """
 
@@ -56,12 +57,30 @@ class Setup:
     double_quant: bool = True
     grouped: bool = True
     dora: bool = False
+    weights_dtype: Literal["fp32", "bf16"] = "fp32"
     modules_to_save: tuple[str, ...] = ()
     new_tokens: int = 0
 
+    @property
+    def rounds(self) -> bool:
+        """Whether weights are kept in bf16, and rounded by each step (training/rounding.py)."""
+        return self.method == "full" and self.weights_dtype == "bf16"
+
+    @property
+    def trained_bytes(self) -> int:
+        """Bytes of a trainable value, and of its gradient."""
+        return 2 if self.rounds else 4
+
+    @property
+    def casts(self) -> bool:
+        """Whether weights are trained in another type than products are computed in."""
+        return self.method == "full" and self.trained_bytes != self.value_bytes
+
     def hidden_bytes(self, shape: ModelShape) -> int:
-        """Bytes of a value of the hidden states: an fp32 embedding, as one that trains is, keeps them in fp32."""
-        return 4 if self.method == "full" or shape.saved(self.modules_to_save).embeddings else self.value_bytes
+        """Bytes of a value of the hidden states, which are in the embedding's type: fp32 where that is trained in fp32."""
+        if self.method == "full":
+            return self.trained_bytes
+        return 4 if shape.saved(self.modules_to_save).embeddings else self.value_bytes
 
     def trains_head(self, shape: ModelShape) -> bool:
         """Whether the loss makes a gradient of the head: of all of it, or of a copy with the rows of new tokens."""
@@ -109,11 +128,11 @@ class Breakdown:
 def weight_bytes(shape: ModelShape, setup: Setup) -> float:
     """Bytes of the base model as it is stored for training.
 
-    Trainable weights are fp32. bitsandbytes quantizes the decoder's linear layers: 4 bits a value with a scale for each 64
+    Trainable weights are fp32, or bf16. bitsandbytes quantizes the decoder's linear layers: 4 bits a value with a scale for each 64
     (8 bits with double quantization, and fp32 for each 256 of those), or 8 bits with an fp32 scale a row.
     """
     if setup.method == "full":
-        return 4.0 * shape.num_parameters
+        return float(setup.trained_bytes * shape.num_parameters)
     if setup.scheme is None:
         return float(setup.value_bytes * shape.num_parameters)
     linear = shape.linear_values
@@ -158,7 +177,8 @@ def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int
 
     Each norm keeps its input in fp32, and for its readers its output; attention keeps q, k, v and its
     result; the MLP keeps gate, act(gate), up and their product. With trainable weights norms keep the normed
-    input too, in fp32, and autocast casts it once for each matrix that reads it. Norms of heads keep their input in fp32.
+    input too, in the weight's type (Gemma: in fp32); in fp32 autocast casts it once for each matrix that reads it. Norms of heads
+    keep their input in fp32.
     Eager attention (soft-capped scores) keeps rows of scores. With a mask, over rows of `masked` tokens, sdpa has each layer
     make one of its own in the compute type, and keys and values are repeated for each query head.
     """
@@ -166,8 +186,9 @@ def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int
     norms = 4 if shape.post_norms else 2
     full = setup.method == "full"
     readers = 2 if shape.model_type == "phi3" else 5
-    copies = readers if full and b < 4 else 2
-    found = norms * hidden * 4 * (2 if full else 1) + copies * hidden * b
+    copies = readers if setup.casts else 2
+    normed = 0 if not full else 4 if shape.post_norms else setup.trained_bytes
+    found = norms * hidden * (4 + normed) + copies * hidden * b
     keys = shape.num_kv_heads * shape.head_dim
     if shape.head_norms:
         weighted = 4 if shape.post_norms else b  # Gemma multiplies by the weight in fp32
@@ -224,12 +245,11 @@ class Estimate:
         self.static = Breakdown(
             weights_gb=weight_bytes(shape, setup) / GB if weights_gb is None else weights_gb,
             adapter_gb=adapter / GB,
-            gradients_gb=4 * waiting / GB,
+            gradients_gb=setup.trained_bytes * waiting / GB,
             optimizer_gb=STATE_BYTES[setup.optimizer] * values / GB,
             workspace_gb=WORKSPACE_GB,
             context_gb=CONTEXT_GB,
         )
-        self.values = values
 
     def _with(self, activations: float, logits: float = 0.0, gradients: float = 0.0) -> Breakdown:
         return replace(
@@ -246,25 +266,37 @@ class Estimate:
         rows = chunk_rows(load.supervised, shape.vocab_size, setup.value_bytes) if loss_rows is None else loss_rows
         logits = min(rows, load.supervised) * padded(shape.vocab_size) * setup.value_bytes
         ends = 2 * load.tokens * wide  # the last layer's output, and that normed
-        head_gradient = head_copy = 0.0
+        at_head = stored + ends + 2 * load.supervised * wide
+        if not self.whole and not setup.new_tokens:
+            return max(self._with(at_head, logits), self._with(backward), key=lambda moment: moment.peak_gb)
+        trained, embedding = setup.trained_bytes, shape.embedding_values
+        head_sum = head_copy = head_gradient = 0.0
         if setup.trains_head(shape):
-            head_gradient = 4.0 * shape.embedding_values  # made in the forward (kernels/linear_cross_entropy.py)
-            head_copy = shape.embedding_values * (setup.value_bytes % 4)
+            # Made in the forward, in fp32 whatever the weight is (kernels/linear_cross_entropy.py).
+            head_sum, head_gradient = 4.0 * embedding, float(trained * embedding)
+            head_copy = embedding * setup.value_bytes if setup.value_bytes != trained else 0.0
         if setup.new_tokens:  # PEFT copies the head to put the rows of new tokens in
-            head_copy = shape.embedding_values * setup.value_bytes
-        moments = [
-            self._with(stored + ends + 2 * load.supervised * wide, logits + head_copy, head_gradient),
-            self._with(backward, gradients=head_gradient),
-        ]
+            head_copy = embedding * setup.value_bytes
         saved = shape.saved(setup.modules_to_save)
-        if self.whole or setup.new_tokens:
-            new = 0.0 if load.accumulates else 4.0 * self.whole
-            again = 0.0
-            if (setup.method == "full" or saved.embeddings) and (shape.tied or load.accumulates):
-                again = 4.0 * shape.embedding_values  # before it is added
-            elif setup.new_tokens and not saved.embeddings:
-                again = float(setup.value_bytes * shape.embedding_values)  # of the copy, of which rows are taken
-            moments.append(self._with(2.0 * load.tokens * wide, gradients=new + again))
+        new = 0.0 if load.accumulates else float(trained * self.whole)
+        again = 0.0
+        if (setup.method == "full" or saved.embeddings) and (shape.tied or load.accumulates):
+            again = float(trained * embedding)  # before it is added
+        elif setup.new_tokens and not saved.embeddings:
+            again = float(setup.value_bytes * embedding)  # of the copy, of which rows are taken
+        layer_gradient = 0.0
+        if setup.rounds and setup.engine == "fused":  # of all its matrices, before they are added
+            layer_gradient = trained * max(layer.values for layer in self.layers)
+        moments = [
+            self._with(at_head, logits + head_copy, head_sum),
+            self._with(backward, gradients=head_gradient + layer_gradient),
+            self._with(2.0 * load.tokens * wide, gradients=new + again),
+        ]
+        if setup.rounds:
+            moments.append(self._with(at_head, gradients=head_sum + head_gradient))  # the sum, rounded
+            stepping = self._with(0.0, gradients=new)
+            workspace = STEPPED_BYTES * min(self.whole, STEPPED_VALUES) / GB
+            moments.append(replace(stepping, workspace_gb=stepping.workspace_gb + workspace))
         return max(moments, key=lambda moment: moment.peak_gb)
 
     # -- the reference engine -------------------------------------------------------------------------------------------
@@ -274,7 +306,7 @@ class Estimate:
         shape, setup, load = self.shape, self.setup, self.load
         wide = shape.hidden_size * setup.hidden_bytes(shape)
         copies = 0.0
-        if setup.method == "full" and setup.value_bytes < 4:  # autocast's copies of the weights that layers read
+        if setup.casts:  # autocast's copies of the weights that layers read
             copies = float(setup.value_bytes * (shape.num_parameters - shape.embedding_values))
         stored, backward = copies, 0.0
         for index, layer in enumerate(self.layers):
@@ -344,7 +376,7 @@ class Estimate:
         """Bytes of an MLP's backward: gate and up if they are computed again, and the largest of its three stages."""
         b, width, tokens = self.setup.value_bytes, layer.mlp_width, self.load.tokens
         rows = tokens if mlp_rows is None or not gate_up else min(mlp_rows, tokens)
-        matrix = width * hidden * b if self.setup.method != "lora" else 0
+        matrix = width * hidden * b if self.setup.method != "lora" and not self.setup.rounds else 0
         parts = self._partial_sums(width, rows, slot)
         if rows < tokens:  # pieces hold both operands
             return rows * (gate_up + b * width) + parts + 3 * matrix

@@ -74,6 +74,11 @@ RANK_PASSES = 1.7
 FULL_PASSES = {"fused": 1.25, "reference": 0.9}
 """`passes` in full fine-tuning, as a share: hidden states in fp32, but no adapters beside the products."""
 
+ROUNDED_BYTES = 82
+"""Read and written for a bf16 weight in an optimizer step, beside its moments (training/rounding.py): the norm 2, weight and
+gradient to fp32 12, clipping 8, the update 12, noise 4, looking for NaN 9, rounding 20, keeping NaN 9, the copy back 6. What Python
+takes to launch the step is not in the prediction: docs/planner.md has steps that wait for it."""
+
 HOST_LINK = 20e9
 """Bytes a second to host memory and back, for layer inputs that wait there: PCIe 4 x16. They travel beside the work."""
 
@@ -164,14 +169,14 @@ def _layer_seconds(
     reads = rates.passes * (1 + (0.5 if again else 0.25) * share)
     if setup.r and not full:
         reads += RANK_PASSES * (setup.r / RANK - 1)
-    if full:
+    if full and not setup.rounds:
         reads *= FULL_PASSES[setup.engine]
     seconds += reads * b * tokens * features / card.bandwidth
     if setup.method != "lora":
         stored = 0.5 if setup.scheme in ("nf4", "fp4") else 1.0 if setup.scheme == "int8" else 4.0
-        made = (2 + share) * sum(values.values()) * (stored + b)
-        if full:
-            made += (5 if load.accumulates else 3) * 4.0 * sum(values.values())  # gradients: written, read, added
+        made = 0.0 if setup.rounds else (2 + share) * sum(values.values()) * (stored + b)
+        if full:  # gradients: written, read, added
+            made += (5 if load.accumulates else 3) * setup.trained_bytes * sum(values.values())
         seconds += rates.makes * made / card.bandwidth
     return seconds + rates.layer_ms / 1e3
 
@@ -201,6 +206,8 @@ def optimizer_seconds(shape: ModelShape, setup: Setup, card: Card, host: float =
     # bitsandbytes' 8-bit kernel looks its codes up: it takes as long as if its 4 bytes of moments were 30.
     state = 30 if "8bit" in setup.optimizer else 16
     a_value = 4 + 8 + 4 + 8 + state  # the norm, the clipping, the gradient, the weight, its two moments
+    if setup.rounds:
+        return (ROUNDED_BYTES + state) * trainable_values(shape, setup) / (card.bandwidth * BANDWIDTH)
     tensors = 1
     if setup.method == "full":
         tensors = 2 + sum(count * (len(layer.linears) + 2) for count, layer in shape.layers)

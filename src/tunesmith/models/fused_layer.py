@@ -426,10 +426,12 @@ class MlpRun:
         if len(pieces) == 1:
             self._backward_piece(g, h, self._noise(pieces[0]), kept, grads, out)
             return
+        grads.in_pieces = True
         with self.gate_up.held(), self.down.held():
             for piece, found in self._with_kept(pieces, kept):
                 self._backward_piece(g[piece], h[piece], self._noise(piece), found, grads, out[piece])
                 found.clear()
+        grads.in_pieces = False
 
     def _backward_piece(
         self,

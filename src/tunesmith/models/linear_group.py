@@ -408,7 +408,7 @@ class GroupState:
                 grads.add(base.bias, part.sum(0, dtype=wide_dtype(part.dtype)))
             if base.weight.requires_grad:
                 assert x is not None
-                grads.add(base.weight, mm_wide(part.T, x))
+                grads.add_product(base.weight, part.T, x)
 
     def _adapter_gradients(
         self,
@@ -494,10 +494,14 @@ Sink = Callable[[torch.Tensor, torch.Tensor, float], bool]
 
 
 class Gradients:
-    """Gradients by parameter, summed where a layer is done in pieces. `sinks` are asked first, and keep what they take."""
+    """Gradients by parameter, summed where a layer is done in pieces. `sinks` are asked first, and keep what they take.
+
+    `in_pieces` says that what is added now is a part of a sum.
+    """
 
     def __init__(self, sinks: Sequence[Sink] = ()) -> None:
         self._sinks = sinks
+        self.in_pieces = False
         self._found: dict[int, torch.Tensor] = {}
 
     def add(self, parameter: torch.Tensor, value: torch.Tensor, scale: float = 1.0) -> None:
@@ -507,6 +511,13 @@ class Gradients:
         value = value if scale == 1.0 else value * scale
         found = self._found.get(id(parameter))
         self._found[id(parameter)] = value if found is None else found + value
+
+    def add_product(self, weight: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Add a @ b to the gradient of `weight`: in fp32, unless it is all of it and rounded to the weight's type in any case.
+
+        In fp32 the gradients of an 8B model's layer would be 0.8 GB beside their rounded copies.
+        """
+        self.add(weight, a @ b if weight.dtype == a.dtype and not self.in_pieces else mm_wide(a, b))
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor | None:
         """The gradient of `parameter` in its own type and shape; None if there is none."""

@@ -132,7 +132,7 @@ def key_numbers(events: Sequence[Event], metrics: Mapping[str, Any]) -> list[tup
         train_loss, train_label = as_number(steps[-1].get("loss")), "Training loss (last step)"
     eval_loss = as_number(metrics.get("eval_loss"))
     if eval_loss is None:
-        eval_loss = next((loss for _, loss in reversed(eval_losses(events))), None)
+        eval_loss = next((loss for _, loss in reversed(eval_metric(events, "eval_loss"))), None)
     return [
         ("Examples per second", rate("examples")),
         ("Tokens per second", rate("tokens")),
@@ -163,19 +163,28 @@ def _parameters(trainable: float | None, total: float | None) -> str:
     return f"{count(trainable)} of {count(total)} ({percent(trainable / total)})"
 
 
-def eval_losses(events: Sequence[Event]) -> list[tuple[float, float]]:
-    """(step, eval_loss) of the evaluations during training."""
+def eval_metric(events: Sequence[Event], name: str) -> list[tuple[float, float]]:
+    """(step, value) of a metric of the evaluations during training."""
     points = []
     for event in events_of(events, "eval"):
-        step, loss = as_number(event.get("step")), as_number(_metrics(event).get("eval_loss"))
-        if step is not None and loss is not None:
-            points.append((step, loss))
+        step, value = as_number(event.get("step")), as_number(_metrics(event).get(name))
+        if step is not None and value is not None:
+            points.append((step, value))
     return points
 
 
 def _metrics(event: Event) -> dict[str, Any]:
     metrics = event.get("metrics")
     return metrics if isinstance(metrics, dict) else {}
+
+
+def samples(events: Sequence[Event]) -> list[tuple[str, ...]]:
+    """(line, step, prompt, expected, answer) of the answers that were logged in training: each question's, step by step."""
+    found = events_of(events, "sample")[-MAX_EVALUATION_ROWS:]
+    order = sorted(found, key=lambda event: (as_number(event.get("line")) or 0, as_number(event.get("step")) or 0))
+    return [
+        tuple(as_text(event.get(key)) for key in ("line", "step", "prompt", "expected", "answer")) for event in order
+    ]
 
 
 def evaluation_table(events: Sequence[Event]) -> EvaluationTable | None:

@@ -29,7 +29,14 @@ from tunesmith.version import __version__
 REPORT_FILE = "report.html"
 
 METHODS = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
-OBJECTIVES = {"sft": "supervised fine-tuning", "cpt": "continued pre-training"}
+OBJECTIVES = {
+    "sft": "supervised fine-tuning",
+    "cpt": "continued pre-training",
+    "dpo": "direct preference optimization (DPO)",
+    "orpo": "odds ratio preference optimization (ORPO)",
+    "simpo": "simple preference optimization (SimPO)",
+    "kto": "Kahneman-Tversky optimization (KTO)",
+}
 
 T = TypeVar("T")
 
@@ -70,6 +77,7 @@ def _collect(run: RunFolder) -> dict[str, Any]:
         "numbers": facts.key_numbers(events, metrics),
         "plots": training_plots(events, clip, limit_gb),
         "evaluated": facts.evaluation_table(events),
+        "samples": facts.samples(events),
         "notices": notices,
         "notices_left_out": notices_left_out,
         "settings": _settings(run, config),
@@ -110,7 +118,7 @@ def _model_name(config: RunConfig | None, metadata: dict[str, Any]) -> str:
 def _subtitle(config: RunConfig | None) -> str:
     if config is None:
         return ""
-    return f"{METHODS[config.method]} · {OBJECTIVES.get(config.objective.name, config.objective.name)}"
+    return f"{METHODS[config.method]} · {OBJECTIVES[config.objective.name]}"
 
 
 def _settings(run: RunFolder, config: RunConfig | None) -> list[facts.SettingLine]:

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
-from tunesmith.report.facts import eval_losses
+from tunesmith.report.facts import eval_metric
 from tunesmith.report.text import as_number, number, percent, plural
 from tunesmith.types import Event
 
@@ -74,7 +74,8 @@ class Plot:
 
 
 def training_plots(events: Sequence[Event], clip: float | None = None, limit_gb: float | None = None) -> list[Plot]:
-    """Loss, learning rate, gradient norm, throughput and memory by step. Empty if no step was logged.
+    """Loss, of preferences their rewards, learning rate, gradient norm, throughput and memory by step. Empty if no step was
+    logged.
 
     `clip` is the gradient norm that steps are clipped to, `limit_gb` the memory cap in GB.
     """
@@ -84,7 +85,8 @@ def training_plots(events: Sequence[Event], clip: float | None = None, limit_gb:
     x = _column(steps, "step")
     norm, memory = _column(steps, "grad_norm"), _column(steps, "memory_gb")
     return [
-        _loss_plot(x, _column(steps, "loss"), eval_losses(events)),
+        _loss_plot(x, _column(steps, "loss"), eval_metric(events, "eval_loss")),
+        *_reward_plots(x, steps, events),
         _rate_plot(x, _column(steps, "lr")),
         _plot("grad-norm", "Gradient norm", _curve(x, norm), _clip_caption(norm, clip), clip),
         _tokens_plot(x, _column(steps, "tokens_per_second"), _column(steps, "supervised_tokens_per_second")),
@@ -141,6 +143,25 @@ def _loss_plot(x: Values, loss: Values, evaluated: Sequence[tuple[float, float]]
         caption = f"Evaluation loss {number(points[0, 1])}"
         caption += f" at first, {number(points[:, 1].min())} at best." if len(points) > 1 else "."
     return _plot("loss", "Training loss", series, caption)
+
+
+def _reward_plots(x: Values, steps: Sequence[Event], events: Sequence[Event]) -> list[Plot]:
+    """What an objective that compares answers gives them, and how often it is right; nothing for other objectives."""
+    plots = []
+    chosen, rejected = _column(steps, "rewards/chosen"), _column(steps, "rewards/rejected")
+    if np.isfinite(chosen).any():
+        series = _curve(x, chosen, "chosen")
+        series.append(Series("rejected", "dashed", x, rejected if len(x) <= FEW_POINTS else smoothed(rejected)))
+        plots.append(_plot("rewards", "Rewards", series))
+    accuracy = _column(steps, "rewards/accuracies")
+    if np.isfinite(accuracy).any():
+        series, caption = _curve(x, accuracy), ""
+        if evaluated := eval_metric(events, "eval_rewards/accuracies"):
+            points = np.array(evaluated)
+            series.append(Series("evaluation", "points", points[:, 0], points[:, 1]))
+            caption = f"Evaluation pairs: {percent(float(points[-1, 1]))} at last."
+        plots.append(_plot("reward-accuracy", "Share of pairs that are right", series, caption))
+    return plots
 
 
 def _rate_plot(x: Values, rate: Values) -> Plot:
@@ -239,7 +260,7 @@ def _draw(name: str, label: str, series: Sequence[Series], tick_unit: float) -> 
         for item in series:
             _draw_series(axes, item)
         axes.margins(x=0.02, y=0.08)
-        _set_scale(axes, series[0].y)
+        _set_scale(axes, series[0].y, min(float(np.nanmin(item.y)) for item in series))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value / tick_unit)))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
@@ -276,13 +297,14 @@ def _draw_series(axes: Axes, series: Series) -> None:
             axes.plot(x, y, color=COLOURS["second"], linewidth=1, linestyle=(0, (5, 2)), marker="D", markersize=5)
 
 
-def _set_scale(axes: Axes, y: Values) -> None:
+def _set_scale(axes: Axes, y: Values, least: float) -> None:
+    """By the first series, `y`; `least` is the lowest value of all."""
     if _has_outlier(y):
         axes.set_yscale("log")
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        if np.nanmin(y) >= 0:
+        if least >= 0:
             axes.set_ylim(0, None if np.nanmax(y) > 0 else 1)
 
 

@@ -30,7 +30,8 @@ class TrainState:
     supervised_tokens: int = 0
     seconds: float = 0.0  # in steps
     wall_seconds: float = 0.0  # with evaluations and checkpoints, over all processes that worked on the run
-    loss_sum: float = 0.0
+    loss_sum: float = 0.0  # of the steps' losses, each times its units
+    loss_units: int = 0  # supervised tokens, or examples
     best_value: float | None = None
     best_step: int = 0
     best_eval_loss: float | None = None

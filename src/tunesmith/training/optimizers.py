@@ -14,20 +14,28 @@ from tunesmith.config import OptimizerConfig
 from tunesmith.errors import MachineError
 from tunesmith.models.fuse import Engine
 from tunesmith.training.flat import FlatParameter, flatten
+from tunesmith.training.rounding import RoundedWeights
 
 Judge = Callable[[torch.Tensor], torch.Tensor]
 """Given the gradient norm, 1.0 on the device for a step that must not be taken, else 0.0."""
 
 
 class Optimizer:
-    """A PyTorch optimizer over the trainable parameters, which may be laid end to end first (training/flat.py).
+    """A PyTorch optimizer over the trainable parameters, which may be laid end to end first (training/flat.py), or be bf16 weights
+    that are rounded stochastically (training/rounding.py).
 
     `inner` is the optimizer; GradScaler wants it. `parameters` are those whose gradients it reads.
     """
 
-    def __init__(self, inner: torch.optim.Optimizer, flats: Sequence[FlatParameter] = ()):
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        flats: Sequence[FlatParameter] = (),
+        rounded: RoundedWeights | None = None,
+    ):
         self.inner = inner
         self.flats = list(flats)
+        self.rounded = rounded
         self.keeps_gradients = False
         self._unscaled = False
 
@@ -38,7 +46,14 @@ class Optimizer:
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """What the inner optimizer trains."""
+        """What is trained. Rounded weights have stand-ins in the inner optimizer."""
+        if self.rounded is not None:
+            return self.rounded.weights
+        return self._known
+
+    @property
+    def _known(self) -> list[torch.nn.Parameter]:
+        """The inner optimizer's parameters."""
         return [parameter for group in self.inner.param_groups for parameter in group["params"]]
 
     def collect(self) -> None:
@@ -64,7 +79,7 @@ class Optimizer:
         """Make the optimizer's states now, as its first step would: after that a step allocates next to nothing."""
         state = self.inner.state
         if isinstance(self.inner, torch.optim.AdamW):
-            for parameter in self.parameters:
+            for parameter in self._known:
                 if not state[parameter]:
                     state[parameter] = {
                         "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
@@ -84,18 +99,43 @@ class Optimizer:
         states = [value for state in self.inner.state.values() for value in state.values()]
         return sum(value.nbytes for value in states if getattr(value, "is_paged", False))
 
-    def step(self, scaler: torch.amp.GradScaler, max_grad_norm: float, judge: Judge | None = None) -> torch.Tensor:
+    def step(
+        self,
+        scaler: torch.amp.GradScaler,
+        max_grad_norm: float,
+        judge: Judge | None = None,
+        rounding_seed: int | None = None,
+    ) -> torch.Tensor:
         """The end of an optimizer step: unscale the gradients, clip their norm, update, and forget them.
 
         Returns the norm before clipping, a scalar on the device. The parameters and their states stay as they are if `judge`
-        says 1 of the norm, and with a gradient that is not finite if `scaler` is enabled.
+        says 1 of the norm, and with a gradient that is not finite if `scaler` is enabled. `rounding_seed` must be another in
+        every step: bf16 weights are rounded by it. Raises ValueError without it for these.
         """
         self.collect()
+        if self.rounded is not None:
+            if rounding_seed is None:
+                raise ValueError("weights in bf16 are rounded at random: pass rounding_seed, another one in every step")
+            return self._step_rounded(self.rounded, max_grad_norm, judge, rounding_seed)
         scaler.unscale_(self.inner)
         self._unscaled = scaler.is_enabled()
         grad_norm = torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
         self._update(scaler, None if judge is None else judge(grad_norm))
         self._unscaled = False
+        self.zero_grad()
+        return grad_norm
+
+    def _step_rounded(
+        self, rounded: RoundedWeights, max_grad_norm: float, judge: Judge | None, seed: int
+    ) -> torch.Tensor:
+        """`step` for bf16 weights, whose gradients need no scaler: the gradients are clipped in fp32, on their way to the optimizer."""
+        self.allocate()
+        work = rounded.workspace()
+        grad_norm = rounded.gradient_norm()
+        bad = None if judge is None else judge(grad_norm)
+        scale = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
+        if bad is None or isinstance(self.inner, torch.optim.AdamW) or not bad.item():
+            rounded.step(self.inner, work, seed, scale, bad)
         self.zero_grad()
         return grad_norm
 
@@ -137,7 +177,8 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Forget the gradients. Where fused layers or a graph write to them they stay in place, as zeros."""
         kept = {id(flat.value) for flat in self.flats} if self.keeps_gradients else set()
-        for parameter in self.parameters:
+        weights = [] if self.rounded is None else self.rounded.weights
+        for parameter in [*self.parameters, *weights]:
             if id(parameter) in kept and parameter.grad is not None:
                 parameter.grad.zero_()
             else:
@@ -157,21 +198,28 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -
 
     A group's rate is `lr` times its `lr_ratio`, which is LoRA+'s for B matrices. The tensors of an adapter become views of
     one parameter for each group; modules that train in full beside them stay as they are, which saves a copy of their
-    gradients. Raises MachineError when bitsandbytes is needed and missing.
+    gradients. With `config.weights_dtype` bf16 the weights are stepped by training/rounding.py: moments are those of the
+    optimizer's name, in fp32 (`adamw`, `paged_adamw_32bit`) or 8 bits. Raises MachineError when bitsandbytes is needed and
+    missing.
     """
-    alike: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    alike: dict[tuple[float, float], dict[str, torch.nn.Parameter]] = {}
     whole: set[int] = set()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            alike.setdefault(_settings_of(name, parameter, config), []).append(parameter)
+            alike.setdefault(_settings_of(name, parameter, config), {})[name] = parameter
             if ".modules_to_save." in name:
                 whole.add(id(parameter))
+    by_settings = sorted(alike.items(), key=lambda item: (-item[0][0], item[0][1]))
     groups: list[dict[str, Any]] = [
-        {"params": parameters, "weight_decay": weight_decay, "lr_ratio": lr_ratio, "lr": lr * lr_ratio}
-        for (weight_decay, lr_ratio), parameters in sorted(alike.items(), key=lambda item: (-item[0][0], item[0][1]))
+        {"params": list(named.values()), "weight_decay": weight_decay, "lr_ratio": lr_ratio, "lr": lr * lr_ratio}
+        for (weight_decay, lr_ratio), named in by_settings
     ]
-    flats = []
-    if hasattr(model, "peft_config"):
+    flats, rounded = [], None
+    if config.weights_dtype == "bf16":
+        rounded = RoundedWeights([named for _, named in by_settings])
+        for number, group in enumerate(groups):
+            group["params"] = rounded.stand_ins(number)
+    elif hasattr(model, "peft_config"):
         for group in groups:
             small = [parameter for parameter in group["params"] if id(parameter) not in whole]
             if flat := flatten(small):
@@ -179,7 +227,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -
                 group["params"] = [flat.value, *(other for other in group["params"] if id(other) in whole)]
     options: dict[str, Any] = {"lr": lr, "betas": tuple(config.betas), "eps": config.eps}
     if config.name == "adamw":
-        return Optimizer(torch.optim.AdamW(groups, fused=True, **options), flats)
+        return Optimizer(torch.optim.AdamW(groups, fused=True, **options), flats, rounded)
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MachineError(
             f"optimizer.name {config.name} needs bitsandbytes; install it with: pip install 'tunesmith[quantization]'"
@@ -192,7 +240,7 @@ def make_optimizer(model: torch.nn.Module, config: OptimizerConfig, lr: float) -
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
     }
-    return Optimizer(classes[config.name](groups, **options), flats)
+    return Optimizer(classes[config.name](groups, **options), flats, rounded)
 
 
 def _settings_of(name: str, parameter: torch.nn.Parameter, config: OptimizerConfig) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,16 +23,18 @@ class Taken:
     tokens: int
     supervised: int
     rows: tuple[str, ...]
-    scalars: torch.Tensor  # (3,): loss, gradient norm, bad
+    scalars: torch.Tensor  # (3 + metrics,): loss, gradient norm, bad, and what the objective measured
 
 
 @dataclass
 class Window:
-    """The steps since the last log line, of all ranks together."""
+    """The steps since the last log line, of all ranks together. Losses are means `by_tokens`, or by examples."""
 
     device: str
+    by_tokens: bool = True
     started: float = 0.0
     steps: list[Taken] = field(default_factory=list)
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.restart()
@@ -48,8 +50,11 @@ class Window:
         loss: torch.Tensor,
         grad_norm: torch.Tensor,
         bad: torch.Tensor,
+        metrics: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         """Count one step in, given as the examples of its micro-batches."""
+        metrics = metrics or {}
+        self.names = tuple(metrics)
         examples = [example for part in parts for example in part]
         self.steps.append(
             Taken(
@@ -58,29 +63,34 @@ class Window:
                 sum(len(example) for example in examples),
                 sum(example.supervised for example in examples),
                 tuple(example.where for example in examples),
-                torch.stack((loss.float(), grad_norm.float(), bad.float())),
+                torch.stack(
+                    (loss.float(), grad_norm.float(), bad.float(), *(value.float() for value in metrics.values()))
+                ),
             )
         )
 
     def close(self, state: TrainState, lr: float, steps_per_epoch: int) -> tuple[StepMetrics, list[SkippedStep]]:
         """Wait for the device, report the window, add it to `state` and begin the next one.
 
-        The loss is the mean over the supervised tokens of the steps that were taken; NaN if none was.
+        The loss is the mean over the supervised tokens (or the examples) of the steps that were taken, and so are the
+        objective's metrics; NaN if none was.
         """
         scalars = torch.stack([taken.scalars for taken in self.steps]).tolist()
         seconds = time.perf_counter() - self.started
-        loss_sum, supervised, skipped = 0.0, 0, []
-        for taken, (loss, norm, bad) in zip(self.steps, scalars, strict=True):
+        sums, units, supervised, skipped = [0.0] * (1 + len(self.names)), 0, 0, []
+        for taken, (loss, norm, bad, *values) in zip(self.steps, scalars, strict=True):
             if bad:
                 skipped.append(SkippedStep(taken.step, loss, norm, taken.rows))
             else:
-                loss_sum += loss * taken.supervised
+                weight = taken.supervised if self.by_tokens else taken.examples
+                sums = [total + weight * value for total, value in zip(sums, (loss, *values), strict=True)]
+                units += weight
                 supervised += taken.supervised
-        last_loss, last_norm, _ = scalars[-1]
+        last_loss, last_norm = scalars[-1][:2]
         metrics = StepMetrics(
             step=state.step,
             epoch=state.step / steps_per_epoch,
-            loss=loss_sum / supervised if supervised else last_loss,
+            loss=sums[0] / units if units else last_loss,
             lr=lr,
             grad_norm=last_norm,
             examples=sum(taken.examples for taken in self.steps),
@@ -88,12 +98,14 @@ class Window:
             supervised_tokens=sum(taken.supervised for taken in self.steps),
             seconds=seconds,
             memory_gb=memory_in_use_gb(self.device),
+            metrics=dict(zip(self.names, (total / units for total in sums[1:]), strict=True)) if units else {},
         )
         state.examples += metrics.examples
         state.tokens += metrics.tokens
         state.supervised_tokens += supervised
         state.seconds += seconds
-        state.loss_sum += loss_sum
+        state.loss_sum += sums[0]
+        state.loss_units += units
         state.skipped += len(skipped)
         self.steps = []
         self.restart()

@@ -113,7 +113,7 @@ def read_facts(config: RunConfig, progress: Progress = no_progress) -> DataFacts
     """Read and check `data.path`; with a model folder, count tokens in its tokenizer and chat template.
 
     Raises DataError with what `data check` finds wrong (with `data.skip_bad_rows` those rows are left out), and for
-    preferences, which no setting here would train on; ModelError for a model that cannot be there.
+    preferences, which tell nothing about prompting or retrieval; ModelError for a model that cannot be there.
     """
     settings = config.data.model_copy(update={"max_seq_length": sys.maxsize, "cache": False})  # no limit is decided yet
     source = _local_model(config)

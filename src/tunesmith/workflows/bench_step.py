@@ -34,7 +34,7 @@ from tunesmith.models.forward import ModelForward
 from tunesmith.models.fuse import engine_of
 from tunesmith.training.graphs import GraphedMicroBatches, micro_batch_graphs
 from tunesmith.training.loop import accumulate_gradients
-from tunesmith.training.objectives import OBJECTIVES, Objective
+from tunesmith.training.objectives import Objective, SupervisedFineTuning
 from tunesmith.training.optimizers import Optimizer, make_optimizer
 from tunesmith.training.prepare import prepare
 from tunesmith.types import GB, IGNORE_INDEX, Event, MemoryPlan, TokenizedExample
@@ -217,7 +217,7 @@ def build(row: Row, hardware: Hardware, dtype: ComputeDType) -> Trainee:
         check_s = time.perf_counter() - began
     optimizer = make_optimizer(model, config.optimizer, config.lr)
     scaler = torch.amp.GradScaler(hardware.type, enabled=dtype == "fp16")
-    objective = OBJECTIVES[config.objective.name]()
+    objective = SupervisedFineTuning()
 
     def note(event: Event) -> None:
         engine_notes.append(event["message"])
@@ -241,7 +241,7 @@ def adapter_gradients(row: Row, forward: ModelForward) -> dict[str, torch.Tensor
         for name, parameter in tensors.items():
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.02, generator=generator)
-    accumulate_gradients(forward, OBJECTIVES["sft"](), [examples], row.packed, 0, scaler)
+    accumulate_gradients(forward, SupervisedFineTuning(), [examples], row.packed, 0, scaler)
     gradients = {}
     with torch.no_grad():
         for name, parameter in tensors.items():

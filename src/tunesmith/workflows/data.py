@@ -10,11 +10,11 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import DataConfig, RunConfig
+from tunesmith.config import PAIR_OBJECTIVES, DataConfig, ObjectiveName, RunConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.data.checks import check_rows, labels_of
 from tunesmith.data.fingerprints import supervised_turns
@@ -28,6 +28,7 @@ from tunesmith.data.lengths import (
     recommended_max_seq_length,
     rows_longer_than,
 )
+from tunesmith.data.pairs import sequences
 from tunesmith.data.splits import refuse_existing, split_rows, write_split
 from tunesmith.data.tokens import Tokenized, changed_since_kept, tokenize
 from tunesmith.errors import ConfigError, DataError
@@ -54,7 +55,7 @@ def check_data(config: RunConfig, progress: Progress = no_progress) -> dict[str,
     """Read and check `data.path` and `data.eval_path`: every problem of both.
 
     `ok` says that the data is usable: there are no errors, or `data.skip_bad_rows` leaves the rows with errors out and
-    some remain. `trainable` says that `tunesmith train` takes it: it is usable, and its rows are no preferences.
+    some remain. `trainable` says that `tunesmith train` takes it: it is usable, and all its files are for one of the `objectives`.
     `skippable` says that `data.skip_bad_rows` would make it usable. Problems stand in the order of their files and lines,
     those of a whole file first. Raises ConfigError and ModelError; what is wrong with the data is in the result.
     """
@@ -92,9 +93,11 @@ def check_data(config: RunConfig, progress: Progress = no_progress) -> dict[str,
     whole = [error for error in errors if error.line is None and error.check not in COVERED]
     usable = not errors or (not whole and all(left))
     ok = usable if settings.skip_bad_rows else not errors
+    objectives = [name for name in _objectives(files[0]) if all(name in _objectives(file) for file in files)]
     return {
         "ok": ok,
-        "trainable": ok and not any(_is_preference(file) for file in files),
+        "trainable": ok and bool(objectives),
+        "objectives": objectives,
         "skippable": usable and not ok,
         "file": data.path,
         "files": data.files,
@@ -257,20 +260,6 @@ def split_data(config: RunConfig, out: Path, shares: Mapping[str, float]) -> dic
     }
 
 
-def sequences(rows: Sequence[Example | PreferenceExample]) -> list[Example]:
-    """Rows as what is tokenized: of a preference pair two conversations, chosen first, in which only those turns count."""
-    examples: list[Example] = []
-    for row in rows:
-        if isinstance(row, Example):
-            examples.append(row)
-            continue
-        prompt = tuple(replace(message, train=False) for message in row.prompt)
-        examples += [
-            Example(prompt + turns, None, row.file, row.line, row.tools) for turns in (row.chosen, row.rejected)
-        ]
-    return examples
-
-
 def _rows_to_read(settings: DataConfig) -> int | None:
     """A streamed data set is read as far as `data.max_rows`; of a file that samples rows for training, all are looked at."""
     return settings.max_rows if settings.streaming else None
@@ -305,9 +294,14 @@ def _chat_of(config: RunConfig) -> tuple[ChatFormat | None, int | None]:
     return chat, source.context_length
 
 
-def _is_preference(file: DataFile) -> bool:
+def _objectives(file: DataFile) -> tuple[ObjectiveName, ...]:
+    """What can be trained on a file's rows, the usual one first."""
     first = file.examples[0] if file.examples else None
-    return isinstance(first, PreferenceExample) or (first is not None and first.desirable is not None)
+    if isinstance(first, PreferenceExample):
+        return PAIR_OBJECTIVES
+    if first is not None and first.desirable is not None:
+        return ("kto",)
+    return ("sft", "cpt") if file.form == "text" else ("sft",)
 
 
 def _lines_of(findings: Iterable[Finding]) -> dict[str, list[int]]:

@@ -88,11 +88,14 @@ def _steps(
 
 def _optimizer(config: RunConfig, plan: MemoryPlan) -> str:
     name, held = config.optimizer.name, plan.breakdown.get("optimizer_gb", 0.0)
+    weights = ""
+    if config.method == "full" and config.model.dtype == "bf16" and config.optimizer.weights_dtype == "fp32":
+        weights = "; optimizer.weights_dtype: bf16 halves weights and gradients"
     if "8bit" in name:
-        return f"optimizer: {name} has its states in 8 bits already ({held:.1f} GB)"
+        return f"optimizer: {name} has its states in 8 bits already ({held:.1f} GB){weights}"
     return (
         f"optimizer: the states of {name} take {held:.1f} GB; optimizer.name: paged_adamw_8bit takes a quarter of that, and "
-        "waits in host memory where the card is full"
+        f"waits in host memory where the card is full{weights}"
     )
 
 

@@ -6,7 +6,6 @@ Nothing of it stays: gradients are forgotten, random generators are put back, no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -17,6 +16,7 @@ from tunesmith.hardware import Hardware
 from tunesmith.memory.calibrate import Measured, calibrate
 from tunesmith.models.forward import ModelForward
 from tunesmith.out_of_memory import is_out_of_memory, release_memory
+from tunesmith.training.loop import step_tools
 from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer
 from tunesmith.training.prepare import apply_plan
@@ -72,9 +72,10 @@ class DryStep:
         return None
 
     def _forward_backward(self, widen: bool) -> None:
-        batch = make_batch(
-            self.examples, self.config.data.packed, self.pad_id, self.forward.device, few_lengths if widen else None
-        )
+        packing = self.config.data.packed
+        tools = step_tools(self.forward, packing, self.pad_id)
+        (examples,) = self.objective.begin_step(self.forward, [self.examples], tools)
+        batch = make_batch(examples, packing, self.pad_id, self.forward.device, few_lengths if widen else None)
         with self.forward.autocast():
             terms = self.objective.terms(self.forward, batch)
             loss = torch.stack([term.weight * term.sum / max(1, term.count) for term in terms]).sum()
@@ -91,16 +92,18 @@ def _largest(examples: Sequence[TokenizedExample], config: RunConfig) -> list[To
     lengths = [len(example) for example in examples]
     longest_first = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     if training.micro_batch_tokens is None:
-        return [examples[index] for index in longest_first[: training.micro_batch]]
+        longest = [examples[index] for index in longest_first[: training.micro_batch]]
+        return [example.tail(len(example)) for example in longest]
     found: list[TokenizedExample] = []
     room = training.micro_batch_tokens
     for index in longest_first[: None if training.batch_tokens is not None else training.batch_size]:
         if room == 0:
             break
         example = examples[index]
-        ids, mask = example.input_ids[-room:], example.loss_mask[-room:]  # answers are at the end
-        found.append(replace(example, input_ids=ids, loss_mask=mask))
-        room -= len(ids)
+        if room < len(example.lengths):  # a pair has at least two tokens
+            break
+        found.append(example.tail(room))  # answers are at the end
+        room -= len(found[-1])
     return found
 
 

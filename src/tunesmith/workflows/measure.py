@@ -106,5 +106,5 @@ def _measured_peak(config: RunConfig, plan: MemoryPlan, calibration: Sequence[Ev
     last = calibration[-1] if calibration else {"measured_gb": None}
     if last["measured_gb"] is None or last["predicted_gb"] != plan.predicted_peak_gb:
         return None
-    alone = not config.evaluation.generate
+    alone = not (config.evaluation.generate or config.evaluation.samples)
     return float(max(last["measured_gb"], peak_gb) if alone else last["measured_gb"])

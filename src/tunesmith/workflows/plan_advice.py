@@ -31,6 +31,9 @@ from tunesmith.workflows.plan_options import (
 WORTHWHILE = 1.05
 """A change is said to be faster from this many times the speed on."""
 
+WEIGHTS = "optimizer__weights_dtype"
+"""Saves memory in full fine-tuning alone, and is refused for adapters."""
+
 Way = tuple[Method, str]
 """A method with its scheme, as in plan_options.WAYS."""
 
@@ -78,7 +81,8 @@ def _to_fit(
     config: RunConfig, name: str, shape: ModelShape, target: Target, data: Data, ways: Sequence[Way]
 ) -> Iterator[str]:
     """The least change of settings that fits, and the first other method; else fewer tokens, a card and a model."""
-    savings = _savings(config)
+    savings = _savings(config, target, ways)
+    adapters = {key: value for key, value in savings.items() if key != WEIGHTS}  # theirs are in fp32
     steps: list[dict[str, Any]] = [{key: value} for key, value in savings.items()]
     steps += [savings] if len(savings) > 1 else []
     others: list[Way] = [way for way in (("lora", "nf4"), ("qlora", "nf4")) if way[0] not in dict(ways)]
@@ -94,7 +98,7 @@ def _to_fit(
             None,
         )
 
-    same, other = first(ways, steps), first(others, [{}, *steps])
+    same, other = first(ways, steps), first(others, [{}, *({key: value} for key, value in adapters.items()), adapters])
     if same:
         yield f"settings: {label_of(same[0])} trains here with {_flags(same[1])}"
     if other:
@@ -106,6 +110,7 @@ def _to_fit(
         lengths = {way: longest_that_trains(by_way(changed, way), shape, target) or 0 for way in (*ways, *others)}
         way = max(lengths, key=lambda way: lengths[way])
         if lengths[way]:
+            step = step if way in ways else {key: value for key, value in step.items() if key in adapters}
             flags = _flags(step, None if way in ways else way, lengths[way])
             yield f"shorter: {label_of(way)} trains here with {flags}"
             break
@@ -116,7 +121,7 @@ def _to_fit(
         yield f"model: the largest known one that trains here is {smaller[0]} ({smaller[1]})"
 
 
-def _savings(config: RunConfig) -> dict[str, Any]:
+def _savings(config: RunConfig, target: Target, ways: Sequence[Way]) -> dict[str, Any]:
     """Settings that would need less, as `with_settings` takes them; without those that save already."""
     found: dict[str, Any] = {}
     if config.memory.limit_gb is not None:
@@ -127,6 +132,9 @@ def _savings(config: RunConfig) -> dict[str, Any]:
         found["training__micro_batch_size"] = "auto"
     if "8bit" not in config.optimizer.name:
         found["optimizer__name"] = "adamw_8bit"
+    computes_in_bf16 = config.model.dtype in ("auto", "bf16") and (target.card is None or target.card.bf16)
+    if computes_in_bf16 and config.optimizer.weights_dtype == "fp32" and all(way[0] == "full" for way in ways):
+        found[WEIGHTS] = "bf16"
     return found
 
 
@@ -155,9 +163,7 @@ def smallest_card(
 
 def _larger_cards(config: RunConfig, target: Target) -> list[Card]:
     """Known cards with more memory, the least first. Cards without bf16 do not train in it."""
-    found = [
-        card for card in CARDS if card.memory_gb > target.memory_gb and (card.bf16 or config.model.dtype != "bf16")
-    ]
+    found = [card for card in CARDS if card.memory_gb > target.memory_gb and (card.bf16 or not config.needs_bf16)]
     return sorted(found, key=lambda card: (card.memory_gb, card.flops))
 
 

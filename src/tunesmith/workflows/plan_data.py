@@ -19,7 +19,7 @@ from tunesmith.types import Example, Progress, no_progress
 from tunesmith.workflows.advise_data import supervised_tokens
 from tunesmith.workflows.plan import find_shape, full_name
 from tunesmith.workflows.plan_options import Data
-from tunesmith.workflows.rows import RunRows, read_rows, tokenize_rows
+from tunesmith.workflows.rows import RunRows, read_rows, sequences_of, tokenize_rows
 
 
 def read_data(config: RunConfig, sequence: int | None, progress: Progress = no_progress) -> tuple[Data, bool]:
@@ -59,22 +59,23 @@ def _tokenized(config: RunConfig, rows: RunRows, context: int | None, progress: 
 
 def _estimated(config: RunConfig, rows: RunRows, context: int | None) -> Data:
     """The examples in about as many tokens as they have; each has its share of what is supervised of all."""
-    _refuse_unanswered(config, [*rows.train, *rows.eval])
-    train = [row for row in rows.train if _teaches(config, row)]
+    given, held = sequences_of(config, rows.train), sequences_of(config, rows.eval)
+    _refuse_unanswered(config, [*given, *held])
+    train = [row for row in given if _teaches(config, row)]
     if not train:
         raise DataError(f"{_place(config)}: no row is left to train on")
     lengths = [estimate_row(row) for row in train]
     limit = config.data.max_seq_length
     if limit == "auto":
-        limits = [most for most in (context, config.training.micro_batch_tokens) if most]
+        budget = config.training.micro_batch_tokens
+        limits = [most for most in (context, budget // 2 if budget and config.pairs else budget) if most]
         limit = recommended_max_seq_length(lengths, min(limits, default=None))
     config.data.max_seq_length = limit
-    _refuse_overlong(config, [*train, *rows.eval], [*lengths, *map(estimate_row, rows.eval)], limit)
-    pieces = [
-        piece
-        for row, length in zip(train, lengths, strict=True)
-        for piece in fitted_pieces(length, limit, _overlong(config, row))
-    ]
+    _refuse_overlong(config, [*train, *held], [*lengths, *map(estimate_row, held)], limit)
+    fitted = [fitted_pieces(length, limit, _overlong(config, row)) for row, length in zip(train, lengths, strict=True)]
+    if config.pairs:  # one example of two sequences, if neither is left out
+        fitted = [[*map(sum, zip(*pair, strict=False))] for pair in zip(fitted[0::2], fitted[1::2], strict=True)]
+    pieces = [piece for pieces in fitted for piece in pieces]
     if not pieces:
         raise DataError(f"{_place(config)}: no row is left; all are longer than {limit:,} tokens")
     supervised = sum(

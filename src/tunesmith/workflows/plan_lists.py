@@ -109,14 +109,14 @@ def plan_cards(
 ) -> tuple[str, list[dict[str, Any]]]:
     """The model's name, and for each known card the option of each method, smallest card first.
 
-    Cards without bf16 are left out where `model.dtype` asks for it.
+    Cards without bf16 are left out where `model.dtype` or `optimizer.weights_dtype` asks for it.
     """
     name, shape = find_shape(config.model.name)
     length = _length(config, shape, sequence)
     measured = read_measured()
     rows = []
     for card in sorted(CARDS, key=lambda card: (card.memory_gb, card.flops)):
-        if config.model.dtype == "bf16" and not card.bf16:
+        if config.needs_bf16 and not card.bf16:
             continue
         target = Target(card.name, card.memory_gb, card, measured=measured)
         rows.append(

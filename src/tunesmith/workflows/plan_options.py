@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from tunesmith.cards import Card
 from tunesmith.config import Method, RunConfig
-from tunesmith.hardware import Hardware, compute_dtype
+from tunesmith.hardware import Hardware
 from tunesmith.measurements import ARITHMETIC, Calibration, Measurement, calibration
 from tunesmith.memory.choose import Candidate, Choice, best
 from tunesmith.memory.estimate import CONTEXT_GB, Estimate, Setup, trainable_values, weight_bytes
 from tunesmith.memory.policy import HEADROOM, Mode, plan_memory
 from tunesmith.memory.shape import ModelShape
 from tunesmith.types import GB
-from tunesmith.workflows.setups import candidates_of, choices_of, engine_on_gpu, packings, setup_of
+from tunesmith.workflows.setups import candidates_of, choices_of, engine_on_gpu, packings, setup_of, training_dtype
 
 PARALLEL = 0.95
 """What each card of several reaches of one alone: the ranks wait for each other's gradients."""
@@ -197,7 +197,7 @@ def _setup(config: RunConfig, shape: ModelShape, card: Card | None) -> Setup:
     """The compute type and the engine that `train` takes on this card. Raises ConfigError for what it does not have."""
     newest = Card("", 0.0, (9, 0), 0.0, 0.0)  # memory alone, of a card that is not known
     of = card or newest
-    dtype = compute_dtype(config.model.dtype, Hardware("cuda:0", of.name, of.memory_gb, of.bf16, of.capability))
+    dtype = training_dtype(config, Hardware("cuda:0", of.name, of.memory_gb, of.bf16, of.capability))
     return setup_of(config, engine_on_gpu(config, shape), dtype, of.capability)
 
 

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from tunesmith.cards import Card
 from tunesmith.config import RunConfig, TrainingConfig
+from tunesmith.contradictions import bf16_weights_need_bf16
 from tunesmith.data.batches import largest_micro_batch, num_steps
 from tunesmith.data.typical import typical_step
 from tunesmith.data.widening import few_lengths, room_for
 from tunesmith.errors import ConfigError
-from tunesmith.hardware import ComputeDType
+from tunesmith.hardware import ComputeDType, Hardware, compute_dtype
 from tunesmith.memory.choose import Candidate, Choice, even_sizes, graphs_may_gain, options
 from tunesmith.memory.estimate import Load, Setup
 from tunesmith.memory.replays import replayed
@@ -39,6 +40,14 @@ def engine_on_gpu(config: RunConfig, shape: ModelShape) -> Literal["reference", 
     if config.model.engine == "fused" and what:
         raise ConfigError(f"model.engine is fused, which does not run {what}; use auto")
     return "reference" if what or config.model.engine == "reference" else "fused"
+
+
+def training_dtype(config: RunConfig, hardware: Hardware) -> ComputeDType:
+    """The type that training computes in on this device. Raises ConfigError where the device or the weights' type cannot have it."""
+    dtype = compute_dtype(config.model.dtype, hardware)
+    if config.method == "full" and config.optimizer.weights_dtype == "bf16" and dtype != "bf16":
+        raise ConfigError(bf16_weights_need_bf16(f"{config.model.dtype}, which is {dtype} on {hardware.name}"))
+    return dtype
 
 
 def setup_of(
@@ -67,6 +76,7 @@ def setup_of(
         r=0 if config.method == "full" else r,
         targets=targets if isinstance(targets, str) else tuple(targets),
         optimizer=config.optimizer.name,
+        weights_dtype=config.optimizer.weights_dtype,
         scheme=config.quantization.scheme if config.method == "qlora" else None,
         double_quant=config.quantization.double_quant,
         dora=config.method != "full" and adapter.dora,
@@ -119,11 +129,12 @@ def choices_of(
 def uses_graphs(config: RunConfig, engine: Literal["reference", "fused"], shape: ModelShape) -> bool:
     """Whether CUDA graphs can replay micro-batches on a GPU, whose rows are widened for that (training/graphs.py).
 
-    They need gradients that stay in place, as those of LoRA's tensors do and no others, and layers that draw no random numbers.
+    They need gradients that stay in place, as those of LoRA's tensors do and no others, layers that draw no random numbers, and an
+    objective that looks at tokens: which sequence each is in changes with every batch.
     """
     adapter = config.adapter
     fixed = config.method != "full" and adapter.dropout == 0 and not adapter.modules_to_save and not adapter.new_tokens
-    fixed = fixed and not config.training.neftune_alpha
+    fixed = fixed and not config.training.neftune_alpha and not config.pairs
     return config.training.cuda_graphs and engine == "fused" and shape.can_fuse and shape.capturable and fixed
 
 

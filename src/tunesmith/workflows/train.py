@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import torch
 from tunesmith.config import RunConfig
 from tunesmith.data.batches import StepOrder, num_steps
 from tunesmith.data.chat import ChatFormat
+from tunesmith.data.pairs import PairStore
 from tunesmith.errors import ConfigError, MachineError, RunError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
 from tunesmith.evaluation.metrics import score
@@ -33,7 +34,6 @@ from tunesmith.files import atomic_folder, disk_errors, sha256_file, sha256_text
 from tunesmith.hardware import (
     ComputeDType,
     Hardware,
-    compute_dtype,
     memory_in_use_gb,
     probe,
     torch_dtype,
@@ -54,8 +54,9 @@ from tunesmith.runs import RunFolder, default_run_path
 from tunesmith.training.checkpoint import TrainState
 from tunesmith.training.guards import stop_on_signal
 from tunesmith.training.loop import evaluate_loss, train_loop
-from tunesmith.training.objectives import OBJECTIVES, Objective
+from tunesmith.training.objectives import Objective, SupervisedFineTuning
 from tunesmith.training.optimizers import Optimizer, make_optimizer
+from tunesmith.training.preferences import METRICS, objective_of, reference_log_probabilities
 from tunesmith.training.prepare import apply_plan, check_forward, check_fused, prepare
 from tunesmith.training.trackers import trackers_of, tracking
 from tunesmith.types import (
@@ -75,6 +76,7 @@ from tunesmith.workflows.measure import StepTimes, keep_measured
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 from tunesmith.workflows.rules import settings_warnings
 from tunesmith.workflows.run_plan import RunPlan, limit_memory, plan_run, refuse_what_cannot_fit
+from tunesmith.workflows.setups import training_dtype
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "triton")
 
@@ -131,6 +133,8 @@ class TrainingSession:
                 log({"event": "decision", "message": note})
             for event in self.calibration:
                 log(event)
+            if self.objective.needs_reference:
+                self._refer(log, progress)
             state = train_loop(
                 config=self.config,
                 run=self.run,
@@ -162,6 +166,33 @@ class TrainingSession:
         supervised = sum(example.supervised for example in examples)
         return settings_warnings(self.config, len(examples), tokens, supervised)
 
+    def _refer(self, log: EventSink, progress: Progress) -> None:
+        """What the model says of every pair before training: from the run folder, or computed and kept there."""
+        stores = {
+            name: store
+            for name, store in (("train", self.data.train), ("eval", self.data.eval))
+            if isinstance(store, PairStore)
+        }
+        kept = self.run.read_reference() if self.resumed else None
+        if kept is None:
+            began = time.perf_counter()
+            kept = {
+                name: reference_log_probabilities(
+                    self.forward,
+                    store,
+                    self.config,
+                    pad_token(self.tokenizer),
+                    progress,
+                    f"reference of the {name} pairs",
+                )
+                for name, store in stores.items()
+            }
+            self.run.write_reference(kept)
+            pairs, seconds = sum(map(len, stores.values())), time.perf_counter() - began
+            log({"event": "decision", "message": f"reference: log-probabilities of {pairs:,} pairs, {seconds:.1f} s"})
+        for name, store in stores.items():
+            store.reference = kept[name]
+
     def _least_memory(self) -> bool:
         """Compute everything again that can be; whether that is less than before."""
         least = self.plan.least()
@@ -180,7 +211,8 @@ class TrainingSession:
     def _evaluation(self, log: EventSink, progress: Progress) -> Any:
         """Evaluation during training: the losses, and scored answers if the config asks for them."""
         config = self.config
-        questions = sample_rows(self.data.eval_rows, config.evaluation.max_rows)
+        asked = config.evaluation.max_rows if config.evaluation.generate else config.evaluation.samples
+        questions = sample_rows(self.data.eval_rows, asked)
         now, crowded = 0, False
 
         def warn(text: str) -> None:
@@ -188,8 +220,11 @@ class TrainingSession:
 
         for_loss, for_answers = Halving(warn), Halving(warn)
 
-        def loss_on(examples: Sequence[TokenizedExample]) -> float:
-            return evaluate_loss(self.forward, self.objective, examples, config, pad_token(self.tokenizer), for_loss)
+        def loss_on(
+            examples: Sequence[TokenizedExample], objective: Objective, metrics: dict[str, float] | None = None
+        ) -> float:
+            pad_id = pad_token(self.tokenizer)
+            return evaluate_loss(self.forward, objective, examples, config, pad_id, for_loss, metrics)
 
         def evaluate(step: int, drop_graphs: Callable[[], bool]) -> Mapping[str, float]:
             nonlocal now
@@ -208,13 +243,15 @@ class TrainingSession:
             for_loss.give_way = for_answers.give_way = give_way
             values: dict[str, float] = {}
             if self.data.eval:
-                values["eval_loss"] = loss_on(self.data.eval)
+                measured: dict[str, float] = {}
+                values["eval_loss"] = loss_on(self.data.eval, self.objective, measured)
+                values |= {f"eval_{name}": value for name, value in measured.items()}
                 if config.objective.name == "cpt":
                     values["perplexity"] = perplexity(values["eval_loss"])
             if self.data.general:
-                values["general_loss"] = loss_on(self.data.general)
+                values["general_loss"] = loss_on(self.data.general, SupervisedFineTuning())
                 values["general_perplexity"] = perplexity(values["general_loss"])
-            if config.evaluation.generate:
+            if questions and (config.evaluation.generate or config.evaluation.samples):
                 rows = generate_answers(
                     self.forward,
                     self.tokenizer,
@@ -225,7 +262,10 @@ class TrainingSession:
                     f"evaluating step {step}",
                     for_answers,
                 )
-                values |= {name: result.value for name, result in score("eval", rows).items()}
+                if config.evaluation.generate:
+                    values |= {name: result.value for name, result in score("eval", rows).items()}
+                for row in rows[: config.evaluation.samples]:
+                    log({"event": "sample", "step": step, **asdict(row)})
             return values
 
         return evaluate
@@ -289,7 +329,7 @@ class TrainingSession:
             "supervised_tokens_per_second": state.supervised_tokens * rate,
             "examples_per_second": state.examples * rate,
             "peak_memory_gb": memory_in_use_gb(self.hardware.device),
-            "train_loss": state.loss_sum / state.supervised_tokens if state.supervised_tokens else None,
+            "train_loss": state.loss_sum / state.loss_units if state.loss_units else None,
             "eval_loss": state.eval_loss,
             "best_step": state.best_step or None,
             "supervised_tokens": state.supervised_tokens,
@@ -320,7 +360,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     _check_settings(config)
     trackers_of(config)
     hardware = probe(config.model.device)
-    dtype = compute_dtype(config.model.dtype, hardware)
+    dtype = config.model.dtype = training_dtype(config, hardware)  # what `auto` means here
     progress("reading the data", 0, 1)
     rows = read_rows(config)
     source = find_model(config.model)
@@ -333,7 +373,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     data.notes.extend(_never_seen(config.adapter.new_tokens, new_ids, data.train))
     refuse_what_cannot_fit(config, source.config, hardware, dtype, data.train)
     source = fetch_weights(source, config.model)
-    config.model.dtype, config.model.revision = dtype, source.revision  # what `auto` and a branch meant when it began
+    config.model.revision = source.revision  # what a branch meant when it began
     base_hash = weight_hash(source)
     if existing:
         _refuse_changed(existing, base_hash, data.facts)
@@ -395,7 +435,7 @@ def make_ready(
     if plan.memory.engine == "fused":
         check_fused(forward)
     optimizer = make_optimizer(forward.model, config.optimizer, config.lr)
-    objective = OBJECTIVES[config.objective.name]()
+    objective = objective_of(config)
     dry = DryStep(config, forward, objective, optimizer, hardware, examples, pad_id)
     plan, calibration = calibrated(plan, dry)
     return Ready(plan, objective, optimizer, notes, calibration)
@@ -441,6 +481,7 @@ def _check_settings(config: RunConfig) -> None:
     metric = config.training.early_stopping.metric
     held_out = config.data.eval_path or config.data.eval_fraction
     known = ["eval_loss", *(["perplexity"] if config.objective.name == "cpt" else [])] if held_out else []
+    known += [f"eval_{name}" for name in METRICS[config.objective.name]] if held_out else []
     known += ["general_loss", "general_perplexity"] if config.data.general_path else []
     known += ["accuracy", "exact_match"] if config.evaluation.generate else []
     if metric is not None and metric not in known:
@@ -453,7 +494,9 @@ def _check_settings(config: RunConfig) -> None:
 def _load_trainable(
     config: RunConfig, source: ModelSource, hardware: Hardware, dtype: ComputeDType, new_ids: Sequence[int]
 ) -> Any:
-    """The model with its trainable weights in fp32: an adapter over a frozen base, or the whole model."""
+    """The model with its trainable weights in fp32: an adapter over a frozen base, or the whole model, which may be in bf16."""
+    if config.method == "full" and config.optimizer.weights_dtype == "bf16":
+        return load_model(source, config.model, hardware, "bf16")
     if config.method == "full":
         model = load_model(source, config.model, hardware, "fp32")
         keep_trainable_in_fp32(model)
@@ -484,9 +527,10 @@ def _never_seen(tokens: Sequence[str], ids: Sequence[int], examples: Sequence[To
 def _check_disk(path: Path, model: Any, config: RunConfig) -> None:
     """Raise MachineError unless the checkpoints that will stand side by side, and the result, have room."""
     trainable, _ = count_parameters(model)
-    checkpoint = trainable * (4 + STATE_BYTES[config.optimizer.name])
+    weight = 2 if config.optimizer.weights_dtype == "bf16" else 4
+    checkpoint = trainable * (weight + STATE_BYTES[config.optimizer.name])
     kept = (config.training.save_total_limit or 1) + 2  # the best one, and the one being written
-    needed = (kept * checkpoint + 4 * trainable) / GB
+    needed = (kept * checkpoint + weight * trainable) / GB
     free = shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free / GB
     if free < needed:
         raise MachineError(
