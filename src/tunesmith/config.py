@@ -194,8 +194,10 @@ class AdapterConfig(Section):
     """`all-linear`, `attention`, `mlp`, `qv`, or a list of module names."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023)."""
-    init_lora_weights: Annotated[str, Field(pattern=r"^(default|olora|pissa(_niter_[1-9][0-9]*)?)$")] = "default"
-    """How A and B begin. `default`: A at random, B at zero. `pissa` (Meng et al. 2024, arXiv:2404.02948): the largest singular values of the weights, exactly or, faster, by `pissa_niter_16` iterations; `olora` (Büyükakyüz 2024, arXiv:2406.01775): from their QR decomposition. Both take their part out of the frozen weights, which must not be quantized; the finished run's adapter is written as a plain one of twice the rank."""
+    init_lora_weights: Annotated[str, Field(pattern=r"^(default|olora|(pissa|loftq)(_niter_[1-9][0-9]*)?)$")] = (
+        "default"
+    )
+    """How A and B begin. `default`: A at random, B at zero. `pissa` (Meng et al. 2024, arXiv:2404.02948): the largest singular values of the weights, exactly or, faster, by `pissa_niter_16` iterations; `olora` (Büyükakyüz 2024, arXiv:2406.01775): from their QR decomposition. Both take their part out of the frozen weights, which must not be quantized. `loftq` (Li et al. 2023, arXiv:2310.08659): the largest singular values of what 4-bit quantization lost (`method: qlora`); `loftq_niter_5` quantizes what is left anew, and so on five times. The finished run's adapter is written as a plain one of twice the rank, for the base as it was."""
     dora: bool = False
     """DoRA (Liu et al. 2024, arXiv:2402.09353): the magnitude of each output's weights trains apart from their direction. Runs in the reference engine."""
     rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = Field(default_factory=dict)

@@ -33,6 +33,22 @@ def contradictions(config: RunConfig) -> dict[str, str]:
         found["optimizer.loraplus_lr_ratio"] = (
             "optimizer.loraplus_lr_ratio has no effect with method: full, which has no adapter; remove it, or set method: lora"
         )
+    loftq = config.adapter.init_lora_weights.startswith("loftq")
+    if loftq and config.method == "lora":
+        found["adapter.init_lora_weights"] = (
+            f"adapter.init_lora_weights {config.adapter.init_lora_weights} begins with what quantization lost, and method: lora quantizes "
+            "nothing; set method: qlora, or remove it"
+        )
+    elif loftq and config.quantization.scheme == "int8":
+        found["adapter.init_lora_weights"] = (
+            f"adapter.init_lora_weights {config.adapter.init_lora_weights} is for 4-bit weights; set quantization.scheme: nf4, or "
+            "remove it"
+        )
+    elif loftq and config.adapter.dora:
+        found["adapter.dora"] = (
+            f"adapter.dora cannot be written as a plain adapter with init_lora_weights {config.adapter.init_lora_weights}; remove one of "
+            "the two"
+        )
     if config.optimizer.weights_dtype == "bf16":
         if config.method != "full":
             found["optimizer.weights_dtype"] = (
@@ -41,7 +57,7 @@ def contradictions(config: RunConfig) -> dict[str, str]:
             )
         elif config.model.dtype in ("fp16", "fp32"):
             found["optimizer.weights_dtype"] = bf16_weights_need_bf16(config.model.dtype)
-    if config.method == "qlora" and config.adapter.init_lora_weights != "default":
+    if config.method == "qlora" and config.adapter.init_lora_weights != "default" and not loftq:
         found["adapter.init_lora_weights"] = (
             f"adapter.init_lora_weights {config.adapter.init_lora_weights} changes the frozen weights, which method: qlora holds "
             "quantized; set method: lora, or remove it"

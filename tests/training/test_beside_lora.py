@@ -324,6 +324,18 @@ def test_a_token_that_the_data_lacks_is_warned_of(ready: Callable[..., tuple[Run
     )
 
 
+def test_tokens_that_the_data_never_holds_are_refused(
+    ready: Callable[..., tuple[RunConfig, Path]], tmp_path: Path
+) -> None:
+    config, _ = ready("tokens", "adapter.new_tokens=['<|one|>', '<|two|>']")
+    with pytest.raises(ConfigError) as caught:
+        start(config, tmp_path / "run")
+    assert str(caught.value) == (
+        "adapter.new_tokens: no training example holds '<|one|>', '<|two|>', so that nothing would be learnt of them; write them "
+        "into the data as they are here, or remove the setting"
+    )
+
+
 ENDINGS = (
     "down_proj, embed_tokens, gate_proj, input_layernorm, k_proj, lm_head, norm, o_proj, post_attention_layernorm, q_proj, "
     "up_proj, v_proj"

@@ -180,7 +180,7 @@ def test_families_that_scale_their_embeddings_take_them_too(configure: Configure
         ("training.neftune_alpha=0", True),
         (NOISE, False),
         ("adapter.modules_to_save=[norm]", False),
-        ("adapter.new_tokens=['<|tool|>']", False),
+        ("adapter.new_tokens=[kitchen]", False),
     ],
 )
 def test_no_graph_repeats_a_steps_noise(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import AdapterConfig
 from tunesmith.errors import ModelError
+from tunesmith.models import loftq
 from tunesmith.types import GB
 
 if TYPE_CHECKING:
@@ -181,11 +182,15 @@ def _new_token_rows(model: PreTrainedModel, ids: Sequence[int], saved: Sequence[
 
 
 def add_adapter(
-    model: PreTrainedModel, config: AdapterConfig, base_name: str, new_ids: Sequence[int] = ()
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    base_name: str,
+    new_ids: Sequence[int] = (),
+    weights: Path | None = None,
 ) -> PeftModel:
     """Put a fresh LoRA adapter on `model`, drawn from torch's global generator, or the one at `adapter.init_from`.
 
-    `new_ids` are the ids of `adapter.new_tokens` (`add_tokens`). Only the adapter is trainable afterwards, in fp32, with the
+    `new_ids` are the ids of `adapter.new_tokens` (`add_tokens`), `weights` is the folder of the base's files, which LoftQ reads. Only the adapter is trainable afterwards, in fp32, with the
     modules that it trains in full. Raises ModelError.
     """
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -193,13 +198,14 @@ def add_adapter(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if config.init_from:
-        adapted = load_adapter(model, Path(config.init_from), trainable=True)
-        how = adapted.peft_config["default"].init_lora_weights
-        if isinstance(how, str) and how.startswith(("pissa", "olora")):
+        saved_config = find_adapter(Path(config.init_from)) / "adapter_config.json"
+        how = _json_object(saved_config).get("init_lora_weights")
+        if isinstance(how, str) and how.startswith(("pissa", "olora", "loftq")):
             raise ModelError(
                 f"adapter.init_from {config.init_from}: an adapter that {how} began, as a checkpoint has it, counts over weights "
                 "that it changed; take the finished run's own adapter, which was converted"
             )
+        adapted = load_adapter(model, Path(config.init_from), trainable=True)
     else:
         begin_tokens(model, new_ids)
         targets = target_modules(model, config.target_modules)
@@ -213,7 +219,9 @@ def add_adapter(
             trainable_token_indices=_new_token_rows(model, new_ids, saved),
             ensure_weight_tying=_saves_tied(model, saved),
             use_rslora=config.rslora,
-            init_lora_weights=True if config.init_lora_weights == "default" else config.init_lora_weights,
+            init_lora_weights=config.init_lora_weights
+            if config.init_lora_weights.startswith(("pissa", "olora"))
+            else True,
             use_dora=config.dora,
             rank_pattern=dict(config.rank_pattern),
             alpha_pattern=dict(config.alpha_pattern),
@@ -230,6 +238,11 @@ def add_adapter(
             ) from error
         _refuse_redirected(adapted, wanted, config)
         _refuse_unmatched(adapted, config)
+        _refuse_ranks_above(adapted, config)
+        if iterations := loftq.iterations_of(config.init_lora_weights):
+            assert weights is not None  # who quantizes knows where they are
+            loftq.begin(adapted, weights, iterations)
+            adapted.peft_config["default"].init_lora_weights = "loftq"  # in checkpoints: PEFT refuses it without more
         if config.init_lora_weights != "default":
             adapted.beginning = {
                 name: value.cpu().clone() for name, value in get_peft_model_state_dict(adapted).items()
@@ -326,6 +339,24 @@ def _refuse_unmatched(adapted: PeftModel, config: AdapterConfig) -> None:
                 )
 
 
+def _refuse_ranks_above(adapted: PeftModel, config: AdapterConfig) -> None:
+    """Raise ModelError where PiSSA or OLoRA would find fewer directions than the rank: PEFT makes the adapter as small without
+    a word, and cannot convert it when the run is finished.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    if not config.init_lora_weights.startswith(("pissa", "olora")):
+        return
+    for name, module in adapted.get_base_model().named_modules():
+        if isinstance(module, LoraLayer) and module.r["default"] > (
+            most := min(module.in_features, module.out_features)
+        ):
+            raise ModelError(
+                f"adapter.r: {name} has {most} singular values, and adapter.init_lora_weights {config.init_lora_weights} takes "
+                f"{module.r['default']} of them; lower adapter.r, or set adapter.rank_pattern: {{{name.rpartition('.')[2]}: {most}}}"
+            )
+
+
 def load_adapter(model: PreTrainedModel, path: Path, trainable: bool = False) -> PeftModel:
     """Put a saved adapter (a PEFT folder, or a run that has one) on `model`. Raises ModelError."""
     from peft import PeftModel
@@ -386,14 +417,19 @@ def find_adapter(path: Path) -> Path:
 def base_of_adapter(path: Path) -> str:
     """The base model's name as the adapter's config records it. Raises ModelError."""
     config = find_adapter(path) / "adapter_config.json"
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{config}: not valid JSON: {error}") from None
-    name = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    name = _json_object(config).get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{config}: names no base model; pass it with --model")
     return str(name)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where that is no object. Raises ModelError for one that is no JSON."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON: {error}") from None
+    return values if isinstance(values, dict) else {}
 
 
 def keep_trainable_in_fp32(model: torch.nn.Module) -> None:

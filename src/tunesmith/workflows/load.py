@@ -12,6 +12,7 @@ from tunesmith.config import ModelConfig, QuantizationConfig, RunConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, probe
+from tunesmith.models import loftq
 from tunesmith.models.adapters import base_of_adapter, load_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
@@ -100,6 +101,9 @@ def load(
     loaded: Any = load_model(source, settings, hardware, computes, quantization)
     if adapter:
         loaded = load_adapter(loaded, adapter)
+        iterations = loftq.iterations_of(config.adapter.init_lora_weights)
+        if iterations and quantization is not None:
+            loftq.restore(loaded, source.path, iterations)
     loaded.eval()
     progress("loading the model", 1, 1)
     forward = ModelForward(loaded, hardware.device, computes)

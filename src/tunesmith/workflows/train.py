@@ -508,17 +508,22 @@ def _load_trainable(
     model = load_model(source, config.model, hardware, dtype, quantization)
     # A hub id stays one; a folder is recorded by its absolute path (for a GGUF file, where its safetensors are).
     base_name = source.name if source.revision else str(source.path.absolute())
-    return add_adapter(model, config.adapter, base_name, new_ids)
+    return add_adapter(model, config.adapter, base_name, new_ids, source.path)
 
 
 def _never_seen(tokens: Sequence[str], ids: Sequence[int], examples: Sequence[TokenizedExample]) -> list[str]:
-    """What to say of new tokens that no example has: nothing teaches their embeddings."""
+    """What to say of new tokens that no example has: nothing teaches their embeddings. Raises ConfigError if none has any."""
     found = (
         {number for example in examples for number in np.intersect1d(example.input_ids, ids).tolist()} if ids else set()
     )
     missing = [repr(token) for token, number in zip(tokens, ids, strict=True) if number not in found]
     if not missing:
         return []
+    if not found:
+        raise ConfigError(
+            f"adapter.new_tokens: no training example holds {', '.join(missing)}, so that nothing would be learnt of them; write them "
+            "into the data as they are here, or remove the setting"
+        )
     return [f"adapter.new_tokens: no training example holds {', '.join(missing)}; nothing teaches what they mean"]
 
 
