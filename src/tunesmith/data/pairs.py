@@ -97,10 +97,10 @@ class PairStore(Sequence[TokenizedPair]):
         if self._kto:
             self._places = self._with_others([first for first, _ in self._places], seed)
         else:
-            equal = [places for places in self._places if self._same(*places)]
-            for first, _ in equal:
-                self._leave_out(examples[int(store.rows[first])], "same_answers", SAME)
-            self._places = [places for places in self._places if places not in equal]
+            for first, second in self._places:
+                if self._same(first, second):
+                    self._leave_out(examples[int(store.rows[first])], "same_answers", SAME)
+            self._places = [places for places in self._places if not self._same(*places)]
         self.lengths = np.array([sum(self._lengths(*places)) for places in self._places], dtype=np.int32)
         self.rows = np.array([store.rows[first] // step for first, _ in self._places], dtype=np.int32)
 
