@@ -179,7 +179,7 @@ def summary(result: dict[str, Any]) -> str:
         f"{len(rows)} runs of `memory: auto` on one {result['hardware']} ({versions}), the allocator held to the cap, `python "
         f"benchmarks/caps.py OUT.json`: {retries or 'no'} step{'' if retries == 1 else 's'} out of memory. `used` is the larger "
         "of the dry step's peak, which has the largest micro-batch that the data can give, and the run's. "
-        f"{len(rows) - len(low)} use at least 85% of the cap; of the other {len(low)} {slower} would be slower with more."
+        f"{len(rows) - len(low)} use at least 85% of the cap; of the other {len(low)}, {slower} would be slower with more."
     )
 
 
