@@ -60,7 +60,7 @@ PAIR_OBJECTIVES: tuple[ObjectiveName, ...] = ("dpo", "orpo", "simpo", "kto")
 
 DEFAULT_BETA: dict[ObjectiveName, float] = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
 
-_PREFERENCES: dict[str, dict[str, Any]] = {
+_ONE_PACKED_EPOCH: dict[str, dict[str, Any]] = {
     "data": {"packing": True},
     "optimizer": {"warmup_ratio": 0.1},
     "training": {"epochs": 1},
@@ -68,8 +68,7 @@ _PREFERENCES: dict[str, dict[str, Any]] = {
 
 OBJECTIVE_DEFAULTS: dict[ObjectiveName, dict[str, dict[str, Any]]] = {
     "sft": {},
-    "cpt": {"data": {"packing": True}, "optimizer": {"warmup_ratio": 0.1}, "training": {"epochs": 1}},
-    **dict.fromkeys(PAIR_OBJECTIVES, _PREFERENCES),
+    **dict.fromkeys(("cpt", *PAIR_OBJECTIVES), _ONE_PACKED_EPOCH),
 }
 """Defaults, by section and key, that an objective has for itself."""
 

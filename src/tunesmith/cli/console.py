@@ -31,7 +31,6 @@ from tunesmith.types import Event
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal, a running stage says where it is this often."""
 
-
 SAMPLE_WIDTH = 90
 """Characters of a sample's question, and of its answer; events.jsonl has all of them."""
 

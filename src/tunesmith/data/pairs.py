@@ -68,7 +68,7 @@ def pair_sequences(rows: Sequence[Row], objective: ObjectiveName) -> list[Exampl
 
 
 class PairStore(Sequence[TokenizedPair]):
-    """The pairs that tokenized sequences make, in flat arrays.
+    """The pairs that tokenized sequences make, put together as they are asked for.
 
     Preferences: the sequences of `pair_sequences` two by two, where both are there. `kto`: each sequence and, as its second,
     its prompt with the answer of the next one in an order that `seed` shuffles, cut to `limit` tokens; of the next one with another
@@ -115,11 +115,11 @@ class PairStore(Sequence[TokenizedPair]):
         order = list(firsts)
         random.Random(f"{seed}/kto").shuffle(order)
         prompts = {first: self.store[first].input_ids[: self._starts[first]].tobytes() for first in firsts}
+        several = len(set(prompts.values())) > 1
         found = {}
         for place, first in enumerate(order):
-            after = order[place + 1 :] + order[:place]
-            other = next((each for each in after if prompts[each] != prompts[first]), after[0] if after else first)
-            found[first] = other
+            after = (order[(place + step) % len(order)] for step in range(1, len(order) + 1))
+            found[first] = next(each for each in after if not several or prompts[each] != prompts[first])
         return [(first, found[first]) for first in firsts]
 
     def _lengths(self, first: int, second: int) -> tuple[int, int]:

@@ -86,43 +86,41 @@ def rows_at(hidden_BTD: torch.Tensor, positions_N: torch.Tensor) -> torch.Tensor
 def cross_entropy_sum(forward: ModelForward, rows_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
     """Σ cross-entropy of head(rows) against labels, a scalar in fp32.
 
-    A head that is a plain matrix (`ModelForward.head_matrix`) goes through `linear_cross_entropy`, which computes its gradient
-    in the forward: it can be differentiated once. Any other head (quantized, with an adapter) is a module to be called: more than LOSS_ROWS rows
-    are done in chunks under activation checkpointing, so that at most LOSS_ROWS x vocabulary logits exist at a time, for
-    one more product with the head in the backward.
+    `linear_cross_entropy` computes its gradient in the forward: it can be differentiated once.
     """
-    matrix = forward.head_matrix()
-    if matrix is not None:
-        weight_VD, bias_V = matrix
-        return linear_cross_entropy(
-            rows_ND,
-            weight_VD,
-            labels_N,
-            bias_V=bias_V,
-            scale=forward.scale,
-            softcap=forward.softcap,
-            ignore_index=IGNORE_INDEX,
-            chunk_rows=forward.loss_rows,
-        )
 
-    def chunk_sum(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(forward.logits(rows), labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    def of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
 
-    if len(rows_ND) <= LOSS_ROWS:
-        return chunk_sum(rows_ND, labels_N)
-    sums = [
-        checkpoint(chunk_sum, rows, labels, use_reentrant=False)
-        for rows, labels in zip(rows_ND.split(LOSS_ROWS), labels_N.split(LOSS_ROWS), strict=True)
-    ]
-    return torch.stack(sums).sum()
+    return torch.stack(_through_head(forward, rows_ND, labels_N, linear_cross_entropy, of_logits)).sum()
 
 
 def log_probabilities(forward: ModelForward, rows_ND: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
-    """log p(label) of each row, (N,) in fp32; 0 where the label is IGNORE_INDEX. Memory as in `cross_entropy_sum`."""
-    matrix = forward.head_matrix()
-    if matrix is not None:
+    """log p(label) of each row, (N,) in fp32; 0 where the label is IGNORE_INDEX."""
+
+    def of_logits(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return -F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+
+    return torch.cat(_through_head(forward, rows_ND, labels_N, linear_log_probabilities, of_logits))
+
+
+def _through_head(
+    forward: ModelForward,
+    rows_ND: torch.Tensor,
+    labels_N: torch.Tensor,
+    of_matrix: Callable[..., torch.Tensor],
+    of_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> list[torch.Tensor]:
+    """What the head makes of rows and labels, in one part or several.
+
+    A head that is a plain matrix (`ModelForward.head_matrix`) goes through `of_matrix`, a function of
+    kernels/linear_cross_entropy.py. Any other head (quantized, with an adapter) is a module to be called: more than LOSS_ROWS
+    rows are done in chunks under activation checkpointing, so that at most LOSS_ROWS x vocabulary logits exist at a time, for
+    one more product with the head in the backward.
+    """
+    if (matrix := forward.head_matrix()) is not None:
         weight_VD, bias_V = matrix
-        return linear_log_probabilities(
+        found = of_matrix(
             rows_ND,
             weight_VD,
             labels_N,
@@ -132,14 +130,14 @@ def log_probabilities(forward: ModelForward, rows_ND: torch.Tensor, labels_N: to
             ignore_index=IGNORE_INDEX,
             chunk_rows=forward.loss_rows,
         )
+        return [found]
 
     def chunk(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return -F.cross_entropy(forward.logits(rows), labels, ignore_index=IGNORE_INDEX, reduction="none")
+        return of_logits(forward.logits(rows), labels)
 
     if len(rows_ND) <= LOSS_ROWS:
-        return chunk(rows_ND, labels_N)
-    parts = [
+        return [chunk(rows_ND, labels_N)]
+    return [
         checkpoint(chunk, rows, labels, use_reentrant=False)
         for rows, labels in zip(rows_ND.split(LOSS_ROWS), labels_N.split(LOSS_ROWS), strict=True)
     ]
-    return torch.cat(parts)

@@ -227,7 +227,8 @@ class KahnemanTversky(Objective):
     def terms(self, forward: ModelForward, batch: Batch) -> list[Term]:
         """The term `kto`, and metrics. Rewards are β log ρ."""
         compared = _compared(batch)
-        kl = torch.zeros((), device=forward.device) if self._kl is None else self._kl
+        assert self._kl is not None, "begin_step has not been called"
+        kl = self._kl
         logps_S = sequence_log_probabilities(forward, batch)
         ratios_S = logps_S - _reference(compared, batch)
         good_S = compared.desirable
