@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from tunesmith.contradictions import CAUSES, contradictions
 from tunesmith.errors import ConfigError
+from tunesmith.yaml_files import Loader, read_yaml, string_keys
 
 Method = Literal["lora", "qlora", "full"]
 ObjectiveName = Literal["sft", "cpt", "dpo", "orpo", "simpo", "kto"]
@@ -458,7 +459,7 @@ def load_config(
     lines: dict[tuple[str, ...], int] = {}
     problems: list[str] = []
     if path is not None:
-        raw, lines = _read_yaml(Path(path))
+        raw, lines = read_yaml(Path(path))
     origin = {key: f"{path}:{line}" for key, line in lines.items()}
     if path is not None:
         origin[()] = str(path)
@@ -472,7 +473,7 @@ def load_config(
             problems.append(f"--set {override}: expected section.key=value, e.g. --set adapter.r=8")
             continue
         try:
-            value = _string_keys(yaml.load(text, _Loader)) if text.strip() else None
+            value = string_keys(yaml.load(text, Loader)) if text.strip() else None
         except (yaml.YAMLError, RecursionError):
             value = text
         _assign(raw, keys, value, problems, f"--set {override}")
@@ -623,64 +624,3 @@ def _assign(raw: dict[str, Any], keys: tuple[str, ...], value: Any, problems: li
             return
         target = child
     target[keys[-1]] = value
-
-
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """The YAML mapping in `path` and the line of every key. Raises ConfigError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, _Loader)
-        raw = _string_keys(yaml.load(text, _Loader))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; a YAML file was expected") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply, or an alias inside its own anchor") from None
-    if raw is None:
-        return {}, {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, found {type(raw).__name__}")
-    lines: dict[tuple[str, ...], int] = {}
-    duplicates: list[str] = []
-
-    def walk(mapping: yaml.Node | None, prefix: tuple[str, ...]) -> None:
-        if not isinstance(mapping, yaml.MappingNode):
-            return
-        for key_node, value_node in mapping.value:
-            key = (*prefix, str(key_node.value))
-            line = key_node.start_mark.line + 1
-            if key in lines:
-                duplicates.append(f"{path}:{line}: `{'.'.join(key)}` is set twice (first on line {lines[key]})")
-            lines[key] = line
-            walk(value_node, key)
-
-    walk(node, ())
-    if duplicates:
-        raise ConfigError(duplicates)
-    return raw, lines
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader, but a scalar of the wrong form (the date 2020-13-45, `!!int x`) is an error of the YAML, with its place."""
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError, OverflowError):
-            kind = node.tag.rpartition(":")[2]
-            problem = f"{str(node.value)[:40]!r} is no valid {kind}; put it in quotes if it is text"
-            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
-
-
-def _string_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _string_keys(item) for key, item in value.items()}
-    return [_string_keys(item) for item in value] if isinstance(value, list) else value

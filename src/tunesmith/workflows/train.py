@@ -8,7 +8,6 @@ tokens, then the weights.
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from tunesmith.data.pairs import PairStore
 from tunesmith.errors import ConfigError, MachineError, RunError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
 from tunesmith.evaluation.metrics import score
-from tunesmith.files import atomic_folder, disk_errors, sha256_file, sha256_text, write_atomic, write_json
+from tunesmith.files import atomic_folder, disk_errors, write_atomic, write_json
 from tunesmith.hardware import (
     ComputeDType,
     Hardware,
@@ -68,17 +67,15 @@ from tunesmith.types import (
     TrainResult,
     no_progress,
 )
-from tunesmith.version import __version__
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.dry_step import DryStep, calibrated
+from tunesmith.workflows.lineage import refuse_changed, run_metadata
 from tunesmith.workflows.load import TEMPLATE_NAME, chat_format, tokenizer_source
 from tunesmith.workflows.measure import StepTimes, keep_measured
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 from tunesmith.workflows.rules import settings_warnings
 from tunesmith.workflows.run_plan import RunPlan, limit_memory, plan_run, refuse_what_cannot_fit
 from tunesmith.workflows.setups import training_dtype
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "triton")
 
 
 def no_event(event: Event) -> None:
@@ -379,7 +376,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     config.model.revision = source.revision  # what a branch meant when it began
     base_hash = weight_hash(source)
     if existing:
-        _refuse_changed(existing, base_hash, data.facts)
+        refuse_changed(existing, base_hash, data.facts)
 
     progress("loading the model", 0, 1)
     limit_memory(config, hardware)
@@ -390,7 +387,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     _check_disk(path, model, config)
     ready = make_ready(config, forward, hardware, data.train, pad_token(tokenizer))
     run = existing or RunFolder.create(
-        path, config, _metadata(config, source, base_hash, chat, data, hardware, forward), chat.raw_template
+        path, config, run_metadata(config, source, base_hash, chat, data, hardware, forward), chat.raw_template
     )
     return TrainingSession(
         config=config,
@@ -540,78 +537,6 @@ def _check_disk(path: Path, model: Any, config: RunConfig) -> None:
             f"{path}: the run needs about {needed:.2f} GB for {kept} checkpoints and its result, {free:.2f} GB are free; "
             "free some space, choose another --out, or lower training.save_total_limit"
         )
-
-
-def _refuse_changed(run: RunFolder, base_hash: str, facts: dict[str, Any]) -> None:
-    """A resumed run must see the same base and the same data, or its losses would not be what they would have been."""
-    metadata = run.metadata
-    if metadata["model"]["weight_hash"] != base_hash:
-        raise RunError(f"{run.path}: the base model's weights have changed since this run started; it cannot go on")
-    for key, path in (("sha256", "path"), ("eval_sha256", "eval_path"), ("general_sha256", "general_path")):
-        if metadata["data"].get(key) != facts.get(key):
-            name = facts.get(path)
-            raise RunError(f"{run.path}: {name} has changed since this run started; start a new run")
-    if metadata["data"].get("tokens_sha256") != facts["tokens_sha256"]:
-        raise RunError(
-            f"{run.path}: the same rows give other tokens than when this run started: the tokenizer has changed, or how "
-            "this version of tunesmith makes tokens; start a new run"
-        )
-
-
-def _metadata(
-    config: RunConfig,
-    source: ModelSource,
-    base_hash: str,
-    chat: ChatFormat,
-    data: RunData,
-    hardware: Hardware,
-    forward: ModelForward,
-) -> dict[str, Any]:
-    trainable, total = count_parameters(forward.model)
-    return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "tunesmith": __version__,
-        "method": config.method,
-        "objective": config.objective.name,
-        "model": {
-            "name": source.name,
-            "path": str(source.path.absolute()),
-            "revision": source.revision,
-            "weight_hash": base_hash,
-            "architecture": type(forward.base).__name__,
-            "model_type": source.config.get("model_type"),
-        },
-        "tokenizer": {"hash": _tokenizer_hash(source)},
-        "chat_template": {
-            "name": chat.name,
-            "hash": chat.hash,
-            "variables": chat.variables,
-            "now": chat.now.isoformat() if chat.now else None,
-        },
-        "data": data.facts,
-        "packages": _versions(),
-        "hardware": hardware.describe(),
-        "dtype": forward.dtype,
-        "seed": config.training.seed,
-        "trainable_parameters": trainable,
-        "total_parameters": total,
-        "parent": config.adapter.init_from,
-    }
-
-
-def _tokenizer_hash(source: ModelSource) -> str:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
-    return sha256_text(f"{name} {sha256_file(source.path / name)}" for name in names if (source.path / name).is_file())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @contextmanager
