@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from transformers import GPT2Config
 
 from measured import RUN
 from tiny import chat_rows, make_tiny_model, write_jsonl
 from tunesmith.cards import find_card
-from tunesmith.config import RunConfig, load_config
+from tunesmith.config import RunConfig, config_from_dict, load_config
 from tunesmith.data.batches import StepOrder
 from tunesmith.errors import MachineError
 from tunesmith.hardware import Hardware, probe
@@ -955,3 +956,16 @@ def test_pairs_have_no_graphs(name: str) -> None:
     shape = ModelShape.of(CATALOGUE["Qwen/Qwen2.5-0.5B"])
     assert uses_graphs(config_of("tiny", "objective.name=cpt"), "fused", shape)
     assert not uses_graphs(config_of("tiny", f"objective.name={name}"), "fused", shape)
+
+
+@pytest.mark.parametrize("name", ["sft", "cpt", "dpo", "kto"])
+def test_a_planned_budget_is_one_that_the_runs_own_settings_allow(name: str) -> None:
+    """config.yaml is read again by resume, eval and report: a budget must hold two sequences of a pair of data.max_seq_length."""
+    for length in ("auto", "512"):
+        config = config_of("tiny", f"objective.name={name}", f"data.max_seq_length={length}", "data.packing=true")
+        found = candidates_of(config, [90, 120, 200, 40] * 100, [9] * 400, False, "cuda", True)
+        assert len(found) > 3
+        for each in found:
+            planned = config.model_copy(deep=True)
+            set_micro_batch(planned, each)
+            assert config_from_dict(yaml.safe_load(planned.to_yaml())) == planned

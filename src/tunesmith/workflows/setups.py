@@ -224,7 +224,8 @@ def candidates_of(
         return [candidate(training.model_copy(update={"micro_batch_size": size})) for size in sizes]
     longest = max(lengths)
     if config.data.max_seq_length != "auto":
-        longest = max(longest, config.data.max_seq_length)  # a budget below it would be refused
+        # A budget that could not hold the longest example that is allowed would be refused (contradictions.py).
+        longest = max(longest, config.data.max_seq_length * (2 if config.pairs else 1))
     budgets = [longest]
     most = min(MOST_OF_A_STEP * batch * whole / len(lengths), largest_step, max(64 * longest, 2**17))
     while budgets[-1] < most:  # longest times 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 3.5, 4, 5 ...
