@@ -28,9 +28,9 @@ from tunesmith.config import RunConfig, load_config
 SEEDS = (0, 1, 2)
 LORA_RATE = "optimizer.lr=1e-3"
 SETTINGS: dict[str, list[str]] = {
-    "full": ["method=full", "optimizer.lr=1e-4"],
+    "full": ["method=full", "optimizer.lr=1e-4", "training.epochs=4"],
     "LoRA": [LORA_RATE],
-    "rsLoRA": ["optimizer.lr=5e-4", "adapter.rslora=true"],
+    "rsLoRA": [LORA_RATE, "adapter.rslora=true"],
     "DoRA": [LORA_RATE, "adapter.dora=true"],
     "QLoRA": [LORA_RATE, "method=qlora"],
     "LoRA, rank 8": [LORA_RATE, "adapter.r=8", "adapter.alpha=16"],
@@ -49,7 +49,7 @@ def configuration(model: str, data: Path, seed: int, changes: list[str]) -> RunC
         "data.packing": True,
         "adapter.r": 16,
         "adapter.alpha": 32,
-        "training.epochs": 5,
+        "training.epochs": 8,
         "training.batch_size": BATCH,
         "training.micro_batch_tokens": 2048,  # holds any 32 of the questions: one shape for all steps
         "training.log_every": 50,

@@ -23,13 +23,13 @@ from tunesmith.config import RunConfig, load_config
 
 SEEDS = (0, 1, 2)
 SETTINGS: dict[str, list[str]] = {
-    "dpo": ["objective.name=dpo", "optimizer.lr=1e-4"],
-    "dpo, hinge": ["objective.name=dpo", "objective.loss=hinge", "optimizer.lr=1e-4"],
-    "dpo, ipo": ["objective.name=dpo", "objective.loss=ipo", "optimizer.lr=1e-4"],
-    "dpo, cross-entropy": ["objective.name=dpo", "objective.nll_weight=1", "optimizer.lr=1e-4"],
-    "orpo": ["objective.name=orpo", "optimizer.lr=1e-4"],
-    "simpo": ["objective.name=simpo", "optimizer.lr=1e-4"],
-    "kto": ["objective.name=kto", "optimizer.lr=1e-4"],
+    "dpo": ["objective.name=dpo", "optimizer.lr=2e-4"],
+    "dpo, hinge": ["objective.name=dpo", "objective.loss=hinge", "optimizer.lr=2e-4"],
+    "dpo, ipo": ["objective.name=dpo", "objective.loss=ipo", "optimizer.lr=2e-4"],
+    "dpo, cross-entropy": ["objective.name=dpo", "objective.nll_weight=1", "optimizer.lr=2e-4"],
+    "orpo": ["objective.name=orpo", "optimizer.lr=2e-4"],
+    "simpo": ["objective.name=simpo", "optimizer.lr=2e-4"],
+    "kto": ["objective.name=kto", "optimizer.lr=2e-4"],
 }
 
 

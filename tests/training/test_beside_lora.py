@@ -265,7 +265,7 @@ def test_new_tokens_begin_as_the_mean_and_nothing_else_moves(
     ours = session.forward.base
     assert ours.config.vocab_size == VOCABULARY + 2
     for end in ("get_input_embeddings", "get_output_embeddings"):
-        weight, own = getattr(ours, end)().weight, getattr(plain, end)().weight
+        weight, own = getattr(ours, end)().weight.cpu(), getattr(plain, end)().weight.cpu()
         torch.testing.assert_close(weight[VOCABULARY:], own.mean(0).expand(2, -1))
         assert torch.equal(weight[:VOCABULARY], own)
     names = [n for n, p in session.forward.model.named_parameters() if p.requires_grad and ".lora_" not in n]
@@ -274,8 +274,8 @@ def test_new_tokens_begin_as_the_mean_and_nothing_else_moves(
         "lm_head.token_adapter.trainable_tokens_delta.default",
     ]
     session.train()
-    weight = ours.get_input_embeddings().weight
-    assert torch.equal(weight[:VOCABULARY], plain.get_input_embeddings().weight)
+    weight = ours.get_input_embeddings().weight.cpu()
+    assert torch.equal(weight[:VOCABULARY], plain.get_input_embeddings().weight.cpu())
     assert (weight[VOCABULARY:] - weight[:VOCABULARY].mean(0)).abs().max() > 1e-3
 
 

@@ -185,6 +185,13 @@ DPO = {
 }
 
 
+TRL_ON_CPU = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="beside a GPU TRL's kernels take no tensors of the CPU; it is compared where there is none",
+)
+
+
+@TRL_ON_CPU
 @pytest.mark.parametrize("kind", DPO)
 def test_dpo_equals_trl(run: TrainingSession, tmp_path: Path, kind: str) -> None:
     """TRL 1.16's DPOTrainer, padded, the adapter switched off as its reference, on the same tokens and weights."""
@@ -322,6 +329,7 @@ def test_kto_equals_its_formula(run: TrainingSession, desirable: tuple[bool, ...
     assert run.forward.model.training
 
 
+@TRL_ON_CPU
 def test_kto_equals_trl(run: TrainingSession, tmp_path: Path) -> None:
     from datasets import Dataset
     from trl import KTOConfig, KTOTrainer
@@ -705,8 +713,11 @@ def test_a_step_that_is_done_again_measures_once(
         session.train()
         found.append([event for event in session.run.events() if event["event"] == "step"])
         assert [event["event"] for event in session.run.events()].count("out_of_memory") == len(found) - 1
-    for clean, repeated in zip(*found, strict=True):
-        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+    for step, (clean, repeated) in enumerate(zip(*found, strict=True)):
+        names = ["loss", "rewards/margins", "logps/chosen"]
+        if step:  # before the first update every margin is 0 but for rounding, and rounding has no sign to count
+            names.append("rewards/accuracies")
+        for name in names:
             assert repeated[name] == pytest.approx(clean[name], rel=1e-4, abs=1e-6)
 
 

@@ -239,8 +239,8 @@ def test_small_updates_arrive_on_average(name: str) -> None:
 def test_steps_repeat_by_seed_and_draw_from_no_other_generator(name: str, device: str) -> None:
     def run(seed: int, noise: int, first_name: str = "0") -> list[torch.Tensor]:
         torch.manual_seed(noise)
-        before = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device == "cuda" else [])
         model = nn.ModuleDict({first_name: network(device=device)})
+        before = torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if device == "cuda" else [])
         optimizer = bf16_optimizer(model, name)
         for step in range(3):
             set_gradients(model, step)

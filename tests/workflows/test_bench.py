@@ -79,6 +79,14 @@ def test_a_workload_has_our_modes_the_reference_and_the_installed_peers(monkeypa
         ("tunesmith-min", "min", None),
         ("tunesmith-auto-7.5gb", "auto", 7.5),
     ]
+    chosen = plan_rows(
+        model="tiny", method="lora", batch=1, seq=32, only=["reference", "transformers"], memory=["min", "7"]
+    )
+    assert [(row.name, row.label, row.memory) for row in chosen] == [
+        ("reference-min", "reference engine min", "min"),
+        ("reference-auto-7gb", "reference engine, 7 GB", "auto"),
+        ("transformers-default", "transformers + PEFT", "auto"),
+    ]
 
 
 def test_on_the_cpu_the_defaults_are_tiny() -> None:

@@ -217,7 +217,7 @@ class KahnemanTversky(Objective):
             return (sequence_log_probabilities(forward, batch) - _reference(_compared(batch), batch)).sum()
 
         total = torch.zeros(2, device=forward.device)
-        total[1] = sum(map(len, parts))
+        total[1].fill_(sum(map(len, parts)))  # assigning would wait for the device
         for found in tools.passes([[_pair(example).sequence(1) for example in part] for part in parts], ratios):
             total[0] += found
         total = tools.total(total)

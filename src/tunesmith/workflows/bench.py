@@ -145,7 +145,7 @@ class Row:
     @property
     def label(self) -> str:
         """What the table calls it."""
-        modes = {"tunesmith": f" {self.memory}", "reference": ""}
+        modes = {"tunesmith": f" {self.memory}", "reference": "" if self.memory == "auto" else f" {self.memory}"}
         peer = {"default": "", "none": ", keeps all", "auto": ", auto"}[self.checkpointing]
         cap = "" if self.limit_gb is None else f", {self.limit_gb:g} GB"
         return RUNNERS[self.runner] + modes.get(self.runner, peer) + cap
@@ -316,8 +316,9 @@ def _workload_rows(
     rows = []
     for runner in runners:
         row = Row(runner, model, cast(Method, method), chosen, packed=bool(lengths or documents))
-        if runner == "tunesmith":
-            rows += [_with_memory(row, setting) for setting in memory or get_args(MemoryMode)]
+        if row.is_ours:
+            modes = memory or (get_args(MemoryMode) if runner == "tunesmith" else ["auto"])
+            rows += [_with_memory(row, setting) for setting in modes]
         elif runner == "unsloth":
             rows += [replace(row, checkpointing=kind) for kind in get_args(Checkpointing)]
         else:
