@@ -21,8 +21,8 @@ from tunesmith.files import atomic_folder
 from tunesmith.hardware import ComputeDType, torch_dtype
 from tunesmith.types import Message
 
-PEFT_PARTS = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)\.")
-"""What PEFT puts into the name of a base weight."""
+PEFT_PARTS = re.compile(r"(\.token_adapter)?(\.(base_layer|original_module))+\.")
+"""What PEFT puts into the name of a base weight, for experts once for each parameter that it adapts."""
 
 PROMPTS = (
     "What is the capital of France?",

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,11 @@ SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 DUPLICATES = ["*/*.safetensors", "consolidated*.safetensors"]
 """Weights that transformers does not read: the maker's own format (original/, consolidated), or for other programs."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+TEXT_TOWERS = {"gemma3": {r"^(model\.language_model|language_model\.model)\.": "model."}}
+"""Multimodal `model_type`s of which the text tower alone is loaded, as the text model that it is: pictures are no training data here,
+and adapters on the vision tower would never move. For each the names of its tensors, as its makers and transformers write them, to
+those of the text model."""
 
 CONVERSION = 2
 """Of GGUF files: part of the converted folder's name, so raise it when what is written changes."""
@@ -142,24 +147,33 @@ def load_model(
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    own = AutoConfig.from_pretrained(source.path, trust_remote_code=config.trust_remote_code, local_files_only=True)
     options: dict[str, Any] = {}
+    quiet: AbstractContextManager[None] = nullcontext()
+    if own.model_type in TEXT_TOWERS:
+        options |= {"config": own.get_text_config(), "key_mapping": TEXT_TOWERS[own.model_type]}
+        quiet = _quiet_transformers()  # it lists every tensor of the vision tower as unexpected
+    stored = _stored_quantization(source, own, quantization)
+    if stored is not None:
+        options["quantization_config"] = stored
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            dtype=torch_dtype(dtype),
-            device_map={"": hardware.device},
-            attn_implementation=attention.implementation(_attention(source, config), hardware, dtype),
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, where the message can say which
-            **options,
-        )
+        with quiet:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                dtype=torch_dtype(dtype),
+                device_map={"": hardware.device},
+                attn_implementation=attention.implementation(_attention(own, config), hardware, dtype),
+                use_safetensors=True,
+                trust_remote_code=config.trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, where the message can say which
+                **options,
+            )
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"{source.name} in {dtype} does not fit in the {hardware.memory_gb:.1f} GB of {hardware.name}; "
@@ -184,17 +198,51 @@ def load_model(
     return model
 
 
-def _attention(source: ModelSource, config: ModelConfig) -> str:
-    """transformers' attention implementation for this model: `model.attention`, unless that would compute something else.
+def _attention(own: Any, config: ModelConfig) -> str:
+    """transformers' attention implementation for a model of this config: `model.attention`, unless that would compute something
+    else or is not there.
 
-    Its sdpa ignores `attn_logit_softcapping` without a word (Gemma 2: c · tanh(scores / c), arXiv 2408.00118).
+    Its sdpa ignores `attn_logit_softcapping` without a word (Gemma 2: c · tanh(scores / c), arXiv 2408.00118), and models whose
+    scores have a sink beside them (gpt-oss) have none.
     """
-    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
 
-    own = AutoConfig.from_pretrained(
-        source.path, trust_remote_code=config.trust_remote_code, local_files_only=True
-    ).get_text_config()
-    return config.attention if getattr(own, "attn_logit_softcapping", None) is None else "eager"
+    if getattr(own.get_text_config(), "attn_logit_softcapping", None) is not None:
+        return "eager"
+    classes = AutoModelForCausalLM._model_mapping
+    known = classes.get(type(own), None)
+    return config.attention if getattr(known, "_supports_sdpa", True) else "eager"
+
+
+def _stored_quantization(source: ModelSource, own: Any, quantization: QuantizationConfig | None) -> Any:
+    """How to read weights that are stored in MXFP4 (gpt-oss): as 16-bit ones, which can be adapted. Raises ModelError for qlora.
+
+    transformers would keep them where it has kernels for it, which have no backward.
+    """
+    stored = getattr(own, "quantization_config", None) or {}
+    if not isinstance(stored, dict) or stored.get("quant_method") != "mxfp4":
+        return None
+    if quantization is not None:
+        raise ModelError(
+            f"{source.name}: its weights are stored in MXFP4, which bitsandbytes cannot quantize again, and its experts would stay in "
+            "16 bits anyway; set method: lora, which reads them as 16-bit weights"
+        )
+    from transformers import Mxfp4Config
+
+    return Mxfp4Config(dequantize=True)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No warnings from transformers' logger for the length of the block."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def weight_hash(source: ModelSource) -> str:

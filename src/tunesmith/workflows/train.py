@@ -45,6 +45,7 @@ from tunesmith.models.adapters import (
     find_adapter,
     keep_trainable_in_fp32,
     save_adapter,
+    unquantized_experts,
 )
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
@@ -382,6 +383,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     limit_memory(config, hardware)
     torch.manual_seed(config.training.seed)
     model = _load_trainable(config, source, hardware, dtype, new_ids)
+    data.notes.extend(filter(None, [unquantized_experts(model)]))
     progress("loading the model", 1, 1)
     forward = ModelForward(model, hardware.device, dtype)
     _check_disk(path, model, config)
