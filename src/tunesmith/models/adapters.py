@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.config import AdapterConfig
 from tunesmith.errors import ModelError
 from tunesmith.models import loftq
+from tunesmith.models.families import TAKEN_FOR_EXPERTS, taken_for_experts
 from tunesmith.types import GB
 
 if TYPE_CHECKING:
@@ -41,8 +42,8 @@ def target_modules(model: PreTrainedModel, setting: str | list[str]) -> list[str
     """The module-name endings that `adapter.target_modules` means for this model, e.g. ['down_proj', 'q_proj', ...].
 
     Presets are read off the model's own linear layers, so they fit any architecture: `all-linear` is every linear layer
-    but the head and the routers of experts, `attention` and `mlp` its two parts, `qv` the query and value projections (the fused
-    one where query, key and value are one matrix). A list may hold presets too, and names of experts' parameters, which are
+    but the head, the routers of experts and those that PEFT cannot adapt (`left_out`), `attention` and `mlp` its two parts, `qv` the
+    query and value projections (the fused one where query, key and value are one matrix). A list may hold presets too, and names of experts' parameters, which are
     `expert_parameters`' part. Raises ModelError if a preset or a name matches nothing.
     """
     linear = dict(_linear_layers(model))
@@ -59,7 +60,7 @@ def target_modules(model: PreTrainedModel, setting: str | list[str]) -> list[str
         return sorted({*own, *(name for each in presets for name in each)})
     attention = {path.rsplit(".", 1)[-1] for path in linear if "attn" in path or "attention" in path}
     chosen = {
-        "all-linear": names,
+        "all-linear": names.difference(TAKEN_FOR_EXPERTS.get(model.config.model_type, ())) or names,
         "attention": attention,
         "mlp": names - attention,
         "qv": (names & QUERY_VALUE) or (names & FUSED_QKV),
@@ -74,6 +75,17 @@ def target_modules(model: PreTrainedModel, setting: str | list[str]) -> list[str
             f"it has {', '.join(sorted(names)) or 'none (its layers are of another type)'}{_and_experts(model)}"
         )
     return sorted(chosen)
+
+
+def left_out(model_type: str, setting: str | list[str]) -> str | None:
+    """What to say where `all-linear` means fewer linear layers than there are."""
+    taken = TAKEN_FOR_EXPERTS.get(model_type)
+    if taken is None or (setting != "all-linear" and "all-linear" not in setting):
+        return None
+    return (
+        f"adapter.target_modules all-linear leaves {', '.join(sorted(taken))} of {model_type} out: PEFT takes these names for its "
+        "experts' parameters; the linear layers of attention have adapters"
+    )
 
 
 def expert_parameters(model: PreTrainedModel, setting: str | list[str], layers: Sequence[int] | None) -> list[str]:
@@ -293,7 +305,9 @@ def add_adapter(
         )
         wanted = _wanted(model, lora)
         try:
-            adapted = get_peft_model(model, lora)
+            with warnings.catch_warnings():  # of patterns that match experts, which it looks for among modules
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+                adapted = get_peft_model(model, lora)
         except ValueError as error:
             said = " ".join(str(error).split())
             raise ModelError(
@@ -395,14 +409,8 @@ def _refuse_redirected(adapted: PeftModel, wanted: set[str], config: AdapterConf
     from peft.tuners.lora import LoraLayer
 
     have = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
-    missing = sorted(wanted - have)
-    if missing:
-        names = ", ".join(sorted({path.rpartition(".")[2] for path in missing}))
-        raise ModelError(
-            f"adapter.target_modules {config.target_modules}: PEFT takes {names} of this family for its experts' parameters, so "
-            f"that {len(missing)} linear layers would have no adapter ({missing[0]}), and all experts one; set "
-            "adapter.target_modules: attention"
-        )
+    if missing := wanted - have:
+        raise ModelError(taken_for_experts(config.target_modules, missing))
 
 
 def _refuse_unmatched(adapted: PeftModel, config: AdapterConfig) -> None:
@@ -451,6 +459,7 @@ def load_adapter(model: PreTrainedModel, path: Path, trainable: bool = False) ->
         make_room(model, _rows_of(folder, model))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
             # Once more, for its report: `from_pretrained` returns none.
             report = adapted.load_adapter(str(folder), "default", is_trainable=trainable)

@@ -44,6 +44,7 @@ from tunesmith.models.adapters import (
     count_parameters,
     find_adapter,
     keep_trainable_in_fp32,
+    left_out,
     save_adapter,
     unquantized_experts,
 )
@@ -383,7 +384,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     limit_memory(config, hardware)
     torch.manual_seed(config.training.seed)
     model = _load_trainable(config, source, hardware, dtype, new_ids)
-    data.notes.extend(filter(None, [unquantized_experts(model)]))
+    data.notes.extend(filter(None, [unquantized_experts(model), _left_out(config, model)]))
     progress("loading the model", 1, 1)
     forward = ModelForward(model, hardware.device, dtype)
     _check_disk(path, model, config)
@@ -508,6 +509,13 @@ def _load_trainable(
     # A hub id stays one; a folder is recorded by its absolute path (for a GGUF file, where its safetensors are).
     base_name = source.name if source.revision else str(source.path.absolute())
     return add_adapter(model, config.adapter, base_name, new_ids, source.path)
+
+
+def _left_out(config: RunConfig, model: Any) -> str | None:
+    """What to say of linear layers that a fresh adapter is not on, though its preset seems to mean them."""
+    if config.method == "full" or config.adapter.init_from:
+        return None
+    return left_out(model.config.model_type, config.adapter.target_modules)
 
 
 def _never_seen(tokens: Sequence[str], ids: Sequence[int], examples: Sequence[TokenizedExample]) -> list[str]:
