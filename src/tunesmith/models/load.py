@@ -195,6 +195,11 @@ def load_model(
         )
     if quantization is not None:
         _keep_unpacked(model)
+    if stored is not None:
+        for parameter in model.parameters():  # transformers reads them as bf16, whatever it was asked for
+            parameter.data = parameter.data.to(torch_dtype(dtype))
+    if stored is not None or own.model_type in TEXT_TOWERS:
+        model._weight_conversions = []  # save under the text model's own names: these cannot be turned back
     return model
 
 
