@@ -49,7 +49,15 @@ from tunesmith.models.adapters import (
     unquantized_experts,
 )
 from tunesmith.models.forward import ModelForward
-from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
+from tunesmith.models.load import (
+    ModelSource,
+    fetch_weights,
+    find_model,
+    load_model,
+    load_tokenizer,
+    misread_on_cpu,
+    weight_hash,
+)
 from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder, default_run_path
 from tunesmith.training.checkpoint import TrainState
@@ -384,7 +392,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     limit_memory(config, hardware)
     torch.manual_seed(config.training.seed)
     model = _load_trainable(config, source, hardware, dtype, new_ids)
-    data.notes.extend(filter(None, [unquantized_experts(model), _left_out(config, model)]))
+    data.notes.extend(filter(None, [unquantized_experts(model), misread_on_cpu(model), _left_out(config, model)]))
     progress("loading the model", 1, 1)
     forward = ModelForward(model, hardware.device, dtype)
     _check_disk(path, model, config)
