@@ -15,7 +15,7 @@ from trained import copy_run, tiny_base, tiny_run
 from tunesmith.config import AdapterConfig, ModelConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ModelError, RunError, VerificationError
-from tunesmith.export.safetensors import NOISE, TOLERANCE, MergeCheck, compare_logits, merge_adapter
+from tunesmith.export.safetensors import NOISE, PEFT_PARTS, TOLERANCE, MergeCheck, compare_logits, merge_adapter
 from tunesmith.hardware import ComputeDType, probe
 from tunesmith.models.adapters import add_adapter
 from tunesmith.models.load import find_model, load_model, load_tokenizer
@@ -301,3 +301,18 @@ def test_what_passes(dtype: ComputeDType) -> None:
     assert not passed(noise, 1.5 * noise)  # visible, but not in the merged model
     assert not passed(math.nan, 1.0)
     assert not passed(0.0, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "own"),
+    [
+        ("model.layers.0.mlp.up_proj.base_layer.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.embed_tokens.token_adapter.base_layer.weight", "model.embed_tokens.weight"),
+        ("lm_head.original_module.weight", "lm_head.weight"),
+        ("model.layers.0.mlp.experts.base_layer.base_layer.down_proj", "model.layers.0.mlp.experts.down_proj"),
+        ("model.norm.weight", "model.norm.weight"),
+    ],
+)
+def test_the_own_name_of_a_weight_in_pefts_wrappers(wrapped: str, own: str) -> None:
+    """By it the merged model's weights get back the types that they were stored in."""
+    assert PEFT_PARTS.sub(".", wrapped) == own

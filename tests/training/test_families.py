@@ -16,11 +16,12 @@ import pytest
 import torch
 
 from tiny import GEMMA3_LAYERS, make_tiny_gemma3, make_tiny_model, store_as_mxfp4
-from tunesmith.config import RunConfig
+from tunesmith.config import AdapterConfig, RunConfig
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.memory.estimate import Setup, weight_bytes
+from tunesmith.memory.estimate import Estimate, Load, Setup, expert_copies, weight_bytes
 from tunesmith.memory.shape import ModelShape
-from tunesmith.models.adapters import target_modules, weights_gb
+from tunesmith.models.adapters import add_adapter, target_modules, weights_gb
+from tunesmith.models.catalogue import find_model_config
 from tunesmith.models.families import SPECS, LayerSpec, layer_spec
 from tunesmith.models.load import TEXT_TOWERS
 from tunesmith.runs import RunFolder
@@ -390,6 +391,57 @@ def test_qlora_leaves_experts_and_says_so_and_the_plan_counts_them(
     assert experts_gb > 0.1 * measured
 
 
+def kept_bytes(model: Any, tokens: int) -> int:
+    """What autograd keeps of a forward, each storage once, parameters and buffers not counted."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(input_ids=IDS[:, :tokens], use_cache=False).logits
+    del logits
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("named", ["experts", "experts.down_proj"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_the_plan_counts_the_copies_of_adapted_experts(folder_of: Callable[[str], Path], name: str, named: str) -> None:
+    """W + s·B·A of all experts of each layer: what does not grow with the tokens."""
+    kept, setups = [], []
+    for targets in (["attention"], ["attention", named]):
+        base = load(folder_of(name), dtype="fp32").forward.base
+        model = add_adapter(base, AdapterConfig(r=4, target_modules=targets), "base").train()
+        kept.append(2 * kept_bytes(model, 48) - kept_bytes(model, 96))
+        setups.append(Setup("lora", value_bytes=4, r=4, targets=tuple(targets)))
+    shape = ModelShape.of(base.config.to_dict())
+    layers = [layer for count, layer in shape.layers for _ in range(count)]
+    planned = [sum(expert_copies(shape, layer, setup) for layer in layers) for setup in setups]
+    assert planned[0] == 0
+    assert kept[1] - kept[0] == pytest.approx(planned[1], rel=0.1)
+
+
+def test_planned_experts_make_the_peak_higher() -> None:
+    """Mixtral 8x7B: 84 GB of copies where they are kept, one layer's and its gradient where layers are recomputed."""
+    found = find_model_config("mixtral-8x7b")
+    assert found is not None
+    shape, load_of = ModelShape.of(found[1]), Load(2048, 2048, 2048)
+    ((count, layer),) = shape.layers
+
+    def activations_gb(targets: str | tuple[str, ...], recomputed: int) -> float:
+        return Estimate(shape, Setup("lora", targets=targets), load_of).reference(recomputed).activations_gb
+
+    of_a_layer = expert_copies(shape, layer, Setup("lora", targets=("experts",))) / GB
+    assert count * of_a_layer == pytest.approx(84.0)
+    for recomputed, copies in ((0, count + 1), (count, 2)):
+        more = activations_gb(("attention", "experts"), recomputed) - activations_gb("attention", recomputed)
+        assert more == pytest.approx(copies * of_a_layer, rel=0.01)
+
+
 def test_all_linear_says_what_peft_cannot_adapt(
     configure: Configure, tmp_path: Path, folder_of: Callable[[str], Path]
 ) -> None:
@@ -434,3 +486,34 @@ def test_the_text_tower_of_a_multimodal_gemma_is_the_text_model(
     text = plain(folder.parent / "text")
     assert logits(tower).equal(logits(text))
     assert [name for name, _ in tower.named_parameters()] == [name for name, _ in text.named_parameters()]
+
+
+def test_loftq_does_not_find_the_weights_of_a_text_tower(
+    configure: Configure, tmp_path: Path, folder_of: Callable[[str], Path]
+) -> None:
+    config = configure("method=qlora", "adapter.init_lora_weights=loftq", model=folder_of("gemma 3, multimodal"))
+    with pytest.raises(
+        ModelError, match=r"has no tensor model\.layers\.0\..*, whose quantization error LoftQ begins with"
+    ):
+        start(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("hidden", "method", "warned"), [(32, "qlora", True), (64, "qlora", False), (32, "lora", False)]
+)
+def test_4_bit_rows_that_bitsandbytes_misreads_on_a_cpu_are_named(
+    configure: Configure, tmp_path: Path, hidden: int, method: str, warned: bool
+) -> None:
+    """Its own dequantization is off by half where a block of scales holds two rows; where that is mended, the warning can go."""
+    import bitsandbytes.functional as bnb
+
+    folder = make_tiny_model(tmp_path / "model", hidden=hidden)
+    session = start(configure(f"method={method}", "training.max_steps=1", model=folder), tmp_path / "run")
+    session.train()
+    said = [note for note in notes(session.run) if note.startswith("4-bit weights of this model are wrong on a CPU")]
+    assert bool(said) == warned
+    if warned:
+        assert said[0].endswith("(gate_proj: 32); train it on a GPU, or set method: lora")
+    weight = torch.randn(32, hidden, generator=torch.Generator().manual_seed(0))
+    again = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4"))
+    assert ((again - weight).norm() > 0.2 * weight.norm()) == (hidden == 32)

@@ -395,7 +395,7 @@ def misread_on_cpu(model: Any) -> str | None:
     error of 0.49 of its norm, where quantization costs 0.09.
     """
     wrong = {
-        module.in_features: name
+        name.replace(".base_layer", "").rpartition(".")[2]: module.in_features
         for name, module in model.named_modules()
         if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None
         and module.weight.device.type == "cpu"
@@ -403,7 +403,7 @@ def misread_on_cpu(model: Any) -> str | None:
     }
     if not wrong:
         return None
-    width, name = next(iter(wrong.items()))
+    name, width = min(wrong.items())
     return (
         f"4-bit weights of this model are wrong on a CPU: bitsandbytes reads rows that are no multiple of 64 wide from other scales "
         f"than it wrote ({name}: {width}); train it on a GPU, or set method: lora"
