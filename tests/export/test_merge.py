@@ -288,6 +288,21 @@ def test_the_comparison_to_the_last_digit() -> None:
     assert (check.top1, check.tokens) == (0.5, 2)
 
 
+def test_a_mixtures_router_may_choose_otherwise_for_a_token_in_twenty() -> None:
+    tuned = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    merged, base = 1.001 * tuned, 2 * tuned
+    merged[[3, 30]] = -tuned[[3, 30]]
+    assert not compare_logits(merged, tuned, base).passed("bf16")
+    check = compare_logits(merged, tuned, base, spared=0.05)
+    assert check.difference > 0.2
+    assert check.judged == pytest.approx(0.001, rel=1e-3)
+    assert check.passed("bf16")
+    merged[5] = -tuned[5]
+    assert not compare_logits(merged, tuned, base, spared=0.05).passed("bf16"), "a third one"
+    merged[5], merged[3] = tuned[5], math.nan
+    assert not compare_logits(merged, tuned, base, spared=0.05).passed("bf16")
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_what_passes(dtype: ComputeDType) -> None:
     def passed(difference: float, effect: float) -> bool:

@@ -25,6 +25,7 @@ from tunesmith.models.catalogue import find_model_config
 from tunesmith.models.families import SPECS, LayerSpec, layer_spec
 from tunesmith.models.load import TEXT_TOWERS
 from tunesmith.runs import RunFolder
+from tunesmith.training.prepare import check_forward
 from tunesmith.types import GB
 from tunesmith.workflows.load import load
 from tunesmith.workflows.merge import merge
@@ -454,6 +455,43 @@ def test_all_linear_says_what_peft_cannot_adapt(
         "adapter.target_modules all-linear leaves down_proj, gate_proj, up_proj of deepseek_v2 out: PEFT takes these names for its "
         "experts' parameters; the linear layers of attention have adapters"
     ) in notes(session.run)
+
+
+def test_packed_documents_touch_each_other_by_rounding_alone(tmp_path: Path) -> None:
+    """An expert's product has as many rows as tokens were sent to it. A model that does not isolate them is refused all the same."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "hidden": 256}
+    forward = load(make_tiny_model(tmp_path / "model", family="qwen3_moe", **sizes), dtype="fp32").forward
+    forward.base.set_experts_implementation("eager")
+    check_forward(forward, packing=True)
+    own = forward.base.model.forward
+    forward.base.model.forward = lambda **given: own(**{**given, "position_ids": None})
+    with pytest.raises(
+        ModelError, match=r"Qwen3MoeForCausalLM lets packed documents see each other; set data\.packing: false"
+    ):
+        check_forward(forward, packing=True)
+
+
+def test_gpt_oss_is_not_packed(configure: Configure, tmp_path: Path, folder_of: Callable[[str], Path]) -> None:
+    """transformers 5.17 makes its masks without a look at the positions."""
+    with pytest.raises(
+        ModelError, match=r"GptOssForCausalLM lets packed documents see each other; set data\.packing: false"
+    ):
+        start(configure("data.packing=true", model=folder_of("gpt-oss")), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_a_mixture_in_bf16_is_merged(
+    configure: Configure, tmp_path: Path, folder_of: Callable[[str], Path], name: str
+) -> None:
+    """Rounding the weights sends a token to another expert here and there."""
+    settings = ("method=qlora", "adapter.target_modules=[attention, experts]", "training.epochs=5", "memory.mode=min")
+    session = start(configure(*settings, "model.dtype=bf16", model=folder_of(name)), tmp_path / "run")
+    assert session.plan.memory.recompute_layers == 2
+    session.train()
+    assert {p.dtype for p in session.forward.model.parameters() if p.requires_grad} == {torch.float32}
+    merged = merge(session.run.path)
+    assert merged["top1"] > 0.95
+    assert merged["effect"] > 0.5
 
 
 # -- checkpoints that are stored in another way --------------------------------------------------------------------------

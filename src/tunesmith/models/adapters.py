@@ -101,14 +101,14 @@ def expert_parameters(model: PreTrainedModel, setting: str | list[str], layers: 
     return sorted(p for p, number in numbers.items() if layers is None or (number and int(number[1]) in layers))
 
 
-def _experts(model: PreTrainedModel) -> list[str]:
+def expert_paths(model: torch.nn.Module) -> list[str]:
     """Paths of all parameters that hold the matrices of several experts."""
     return [name for name, p in model.named_parameters() if p.ndim == 3 and f".{EXPERTS}." in name]
 
 
 def _experts_by_name(model: PreTrainedModel, name: str) -> list[str]:
     """Experts' parameters that a name means: all by `experts`, else those it is the ending of, if no linear layer has it too."""
-    paths = _experts(model)
+    paths = expert_paths(model)
     if name == EXPERTS or name.endswith(f".{EXPERTS}"):
         return [path for path in paths if _ends_in(path.rpartition(".")[0], name)]
     if any(_ends_in(path, name) for path, _ in _linear_layers(model)):
@@ -117,14 +117,14 @@ def _experts_by_name(model: PreTrainedModel, name: str) -> list[str]:
 
 
 def _and_experts(model: PreTrainedModel) -> str:
-    names = sorted({path.rpartition(".")[2] for path in _experts(model)})
+    names = sorted({path.rpartition(".")[2] for path in expert_paths(model)})
     return f", and {EXPERTS} ({', '.join(names)}), which no preset means: name them in a list" if names else ""
 
 
 def unquantized_experts(model: PreTrainedModel) -> str | None:
     """What to say of experts under a quantized base: bitsandbytes quantizes linear layers, and they are none."""
     found = dict(model.named_parameters())
-    experts = [found[path] for path in _experts(model)]
+    experts = [found[path] for path in expert_paths(model)]
     if not experts or not getattr(model, "is_quantized", False):
         return None
     size = sum(p.numel() * p.element_size() for p in experts) / GB
