@@ -16,14 +16,15 @@ import pytest
 import torch
 
 from tiny import GEMMA3_LAYERS, make_tiny_gemma3, make_tiny_model, store_as_mxfp4
-from tunesmith.config import AdapterConfig, RunConfig
+from tunesmith.config import AdapterConfig, ModelConfig, QuantizationConfig, RunConfig
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.hardware import probe
 from tunesmith.memory.estimate import Estimate, Load, Setup, expert_copies, weight_bytes
 from tunesmith.memory.shape import ModelShape
 from tunesmith.models.adapters import add_adapter, target_modules, weights_gb
 from tunesmith.models.catalogue import find_model_config
 from tunesmith.models.families import SPECS, LayerSpec, layer_spec
-from tunesmith.models.load import TEXT_TOWERS
+from tunesmith.models.load import TEXT_TOWERS, find_model, load_model
 from tunesmith.runs import RunFolder
 from tunesmith.training.prepare import check_forward
 from tunesmith.types import GB
@@ -513,6 +514,11 @@ def test_gpt_oss_in_mxfp4_is_read_as_floats_and_written_so(configure: Configure,
     torch.testing.assert_close(logits(plain(session.run.path / "merged")), ours, rtol=1e-3, atol=1e-3)
     with pytest.raises(ModelError, match="its weights are stored in MXFP4, which bitsandbytes cannot quantize again"):
         start(configure("method=qlora", model=folder), tmp_path / "quantized")
+    with pytest.raises(ModelError, match="its weights are stored in MXFP4"):
+        load_model(find_model(ModelConfig(name=str(folder))), ModelConfig(), probe("cpu"), "fp32", QuantizationConfig())
+    (folder / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ModelError, match="its weights are stored in MXFP4"):
+        start(configure("method=qlora", model=folder), tmp_path / "before it is read")
 
 
 def test_the_text_tower_of_a_multimodal_gemma_is_the_text_model(

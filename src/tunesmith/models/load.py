@@ -147,7 +147,7 @@ def load_model(
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
     own = AutoConfig.from_pretrained(source.path, trust_remote_code=config.trust_remote_code, local_files_only=True)
     options: dict[str, Any] = {}
@@ -155,10 +155,11 @@ def load_model(
     if own.model_type in TEXT_TOWERS:
         options |= {"config": own.get_text_config(), "key_mapping": TEXT_TOWERS[own.model_type]}
         quiet = _quiet_transformers()  # it lists every tensor of the vision tower as unexpected
-    stored = _stored_quantization(source, own, quantization)
-    if stored is not None:
-        options["quantization_config"] = stored
+    dequantized = _is_mxfp4(source)
+    if dequantized:
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     if quantization is not None:
+        refuse_quantizing_again(source)
         options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     try:
         with quiet:
@@ -195,10 +196,10 @@ def load_model(
         )
     if quantization is not None:
         _keep_unpacked(model)
-    if stored is not None:
+    if dequantized:
         for parameter in model.parameters():  # transformers reads them as bf16, whatever it was asked for
             parameter.data = parameter.data.to(torch_dtype(dtype))
-    if stored is not None or own.model_type in TEXT_TOWERS:
+    if dequantized or own.model_type in TEXT_TOWERS:
         model._weight_conversions = []  # save under the text model's own names: these cannot be turned back
     return model
 
@@ -219,22 +220,19 @@ def _attention(own: Any, config: ModelConfig) -> str:
     return config.attention if getattr(known, "_supports_sdpa", True) else "eager"
 
 
-def _stored_quantization(source: ModelSource, own: Any, quantization: QuantizationConfig | None) -> Any:
-    """How to read weights that are stored in MXFP4 (gpt-oss): as 16-bit ones, which can be adapted. Raises ModelError for qlora.
+def _is_mxfp4(source: ModelSource) -> bool:
+    """Whether weights are stored in MXFP4 (gpt-oss), which transformers would keep where it has kernels; they have no backward."""
+    stored = source.config.get("quantization_config")
+    return isinstance(stored, dict) and stored.get("quant_method") == "mxfp4"
 
-    transformers would keep them where it has kernels for it, which have no backward.
-    """
-    stored = getattr(own, "quantization_config", None) or {}
-    if not isinstance(stored, dict) or stored.get("quant_method") != "mxfp4":
-        return None
-    if quantization is not None:
+
+def refuse_quantizing_again(source: ModelSource) -> None:
+    """Raise ModelError for `method: qlora` of weights that are stored quantized in a way that bitsandbytes cannot start from."""
+    if _is_mxfp4(source):
         raise ModelError(
             f"{source.name}: its weights are stored in MXFP4, which bitsandbytes cannot quantize again, and its experts would stay in "
             "16 bits anyway; set method: lora, which reads them as 16-bit weights"
         )
-    from transformers import Mxfp4Config
-
-    return Mxfp4Config(dequantize=True)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ from tunesmith.models.load import (
     load_model,
     load_tokenizer,
     misread_on_cpu,
+    refuse_quantizing_again,
     weight_hash,
 )
 from tunesmith.out_of_memory import Halving
@@ -374,6 +375,8 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     progress("reading the data", 0, 1)
     rows = read_rows(config)
     source = find_model(config.model)
+    if config.method == "qlora":
+        refuse_quantizing_again(source)
     beginning = find_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
     with_tokenizer = tokenizer_source(source, beginning)
     tokenizer = load_tokenizer(with_tokenizer, config.model)
