@@ -498,7 +498,9 @@ def test_a_mixture_in_bf16_is_merged(
 # -- checkpoints that are stored in another way --------------------------------------------------------------------------
 
 
-def test_gpt_oss_in_mxfp4_is_read_as_floats_and_written_so(configure: Configure, tmp_path: Path) -> None:
+def test_gpt_oss_in_mxfp4_is_read_as_floats_and_written_so(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As its makers store it. transformers would write it back under names that nothing reads."""
     folder = make_tiny_model(tmp_path / "model", family="gpt_oss", hidden=64, **SPARSE, sliding_window=16)
     store_as_mxfp4(folder)
@@ -516,7 +518,9 @@ def test_gpt_oss_in_mxfp4_is_read_as_floats_and_written_so(configure: Configure,
         start(configure("method=qlora", model=folder), tmp_path / "quantized")
     with pytest.raises(ModelError, match="its weights are stored in MXFP4"):
         load_model(find_model(ModelConfig(name=str(folder))), ModelConfig(), probe("cpu"), "fp32", QuantizationConfig())
-    (folder / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(
+        "tunesmith.workflows.train.fetch_weights", lambda *given: pytest.fail("40 GB were fetched first")
+    )
     with pytest.raises(ModelError, match="its weights are stored in MXFP4"):
         start(configure("method=qlora", model=folder), tmp_path / "before it is read")
 
