@@ -154,3 +154,51 @@ def chat_rows(n: int, seed: int = 0) -> list[dict[str, Any]]:
             {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": BINS[thing]}]}
         )
     return rows
+
+
+def make_tiny_gemma3(folder: Path) -> Path:
+    """Save a random multimodal Gemma 3 as its makers do: a vision tower, a projector, and a text tower in `language_model`."""
+    import torch
+    from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
+
+    text = make_tiny_model(
+        folder / "text", family="gemma3_text", hidden=64, sliding_window=16, layer_types=GEMMA3_LAYERS
+    )
+    vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    values = json.loads((text / "config.json").read_text())
+    config = Gemma3Config(text_config=values, vision_config=vision, mm_tokens_per_image=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Gemma3ForConditionalGeneration(config)
+    tower = Gemma3ForCausalLM.from_pretrained(text)
+    model.model.language_model.load_state_dict(tower.model.state_dict())
+    whole = folder / "whole"
+    model.save_pretrained(whole)
+    make_tokenizer().save_pretrained(whole)
+    return whole
+
+
+GEMMA3_LAYERS = ["sliding_attention", "full_attention"]
+
+
+def store_as_mxfp4(folder: Path, seed: int = 0) -> Path:
+    """Give a gpt-oss model random experts in MXFP4 (blocks of 32 fp4 values, two a byte, with a scale of 2^(s - 127)), as its
+    makers store them.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = (experts, outputs, inputs // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*blocks, 16), dtype=torch.uint8, generator=generator)
+        tensors[f"{name}_scales"] = torch.full(blocks, 122, dtype=torch.uint8)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": kept}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

@@ -96,7 +96,7 @@ class ModelConfig(Section):
     engine: Literal["auto", "reference", "fused"] = "auto"
     """`reference` runs the model's own modules, `fused` our decoder layers; `auto` is `fused` on an NVIDIA GPU for the families that it knows."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention implementation of the reference engine. `sdpa` means `eager` for models that soft-cap attention scores (Gemma 2), which transformers' `sdpa` would leave out."""
+    """Attention implementation of the reference engine. `sdpa` means `eager` for models that soft-cap attention scores (Gemma 2), which transformers' `sdpa` would leave out, and for those that have no `sdpa` (gpt-oss)."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off: a model that needs it is refused."""
 
@@ -191,7 +191,7 @@ class AdapterConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
-    """`all-linear`, `attention`, `mlp`, `qv`, or a list of module names."""
+    """`all-linear`, `attention`, `mlp`, `qv`, or a list of module names and of these. `experts` in a list means a mixture's experts, which no preset does: `[attention, experts]`."""
     rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023)."""
     init_lora_weights: Annotated[str, Field(pattern=r"^(default|olora|(pissa|loftq)(_niter_[1-9][0-9]*)?)$")] = (

@@ -15,7 +15,7 @@ from trained import copy_run, tiny_base, tiny_run
 from tunesmith.config import AdapterConfig, ModelConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ModelError, RunError, VerificationError
-from tunesmith.export.safetensors import NOISE, TOLERANCE, MergeCheck, compare_logits, merge_adapter
+from tunesmith.export.safetensors import NOISE, PEFT_PARTS, TOLERANCE, MergeCheck, compare_logits, merge_adapter
 from tunesmith.hardware import ComputeDType, probe
 from tunesmith.models.adapters import add_adapter
 from tunesmith.models.load import find_model, load_model, load_tokenizer
@@ -288,6 +288,21 @@ def test_the_comparison_to_the_last_digit() -> None:
     assert (check.top1, check.tokens) == (0.5, 2)
 
 
+def test_a_mixtures_router_may_choose_otherwise_for_a_token_in_twenty() -> None:
+    tuned = torch.randn(40, 7, generator=torch.Generator().manual_seed(0))
+    merged, base = 1.001 * tuned, 2 * tuned
+    merged[[3, 30]] = -tuned[[3, 30]]
+    assert not compare_logits(merged, tuned, base).passed("bf16")
+    check = compare_logits(merged, tuned, base, spared=0.05)
+    assert check.difference > 0.2
+    assert check.judged == pytest.approx(0.001, rel=1e-3)
+    assert check.passed("bf16")
+    merged[5] = -tuned[5]
+    assert not compare_logits(merged, tuned, base, spared=0.05).passed("bf16"), "a third one"
+    merged[5], merged[3] = tuned[5], math.nan
+    assert not compare_logits(merged, tuned, base, spared=0.05).passed("bf16")
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_what_passes(dtype: ComputeDType) -> None:
     def passed(difference: float, effect: float) -> bool:
@@ -301,3 +316,18 @@ def test_what_passes(dtype: ComputeDType) -> None:
     assert not passed(noise, 1.5 * noise)  # visible, but not in the merged model
     assert not passed(math.nan, 1.0)
     assert not passed(0.0, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "own"),
+    [
+        ("model.layers.0.mlp.up_proj.base_layer.weight", "model.layers.0.mlp.up_proj.weight"),
+        ("model.embed_tokens.token_adapter.base_layer.weight", "model.embed_tokens.weight"),
+        ("lm_head.original_module.weight", "lm_head.weight"),
+        ("model.layers.0.mlp.experts.base_layer.base_layer.down_proj", "model.layers.0.mlp.experts.down_proj"),
+        ("model.norm.weight", "model.norm.weight"),
+    ],
+)
+def test_the_own_name_of_a_weight_in_pefts_wrappers(wrapped: str, own: str) -> None:
+    """By it the merged model's weights get back the types that they were stored in."""
+    assert PEFT_PARTS.sub(".", wrapped) == own

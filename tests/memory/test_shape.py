@@ -60,6 +60,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2, all dense": {**LATENT, "q_lora_rank": 8, "first_k_dense_replace": 3},
     "qwen2_moe": {**EXPERTS, "head_dim": 6, "shared_expert_intermediate_size": 22},
     "qwen3_moe": EXPERTS,
+    "gpt_oss": {"num_local_experts": 5, "num_experts_per_tok": 2, "head_dim": 12},
     "smollm3": {},
 }
 
@@ -141,10 +142,12 @@ def test_attention_has_the_models_sizes(family: str) -> None:
 
 
 PRESETS: list[Any] = ["all-linear", "attention", "mlp", "qv", ["o_proj"], ["self_attn.o_proj", "k_proj"]]
+MIXTURES: list[Any] = [["experts"], ["attention", "mlp.experts"], ["o_proj", "experts.down_proj"]]
 
 REFUSED = [
     ("mixtral", "mlp"),
     ("qwen3_moe", "mlp"),
+    ("gpt_oss", "mlp"),
     *((f"deepseek_v2{which}", "qv") for which in (" with latent queries", " with biases", ", all dense")),
 ]
 """Experts are no linear layers, and latent queries have no q_proj."""
@@ -158,7 +161,7 @@ REFUSED = [
         for setting in PRESETS
         if (family, setting) not in REFUSED
         and not ("k_proj" in setting and family.startswith(("phi3", "deepseek")))
-        and not ("deepseek" in family and setting in ("all-linear", "mlp"))
+        and not ("deepseek" in family and setting == "mlp")
     ],
 )
 def test_adapters_are_as_large_as_pefts(family: str, setting: str | list[str]) -> None:
@@ -170,24 +173,33 @@ def test_adapters_are_as_large_as_pefts(family: str, setting: str | list[str]) -
     assert shape_of(family).adapter_values(4 * r, given) == 4 * theirs
 
 
-@pytest.mark.parametrize("setting", ["all-linear", "mlp", ["down_proj", "o_proj"]])
+@pytest.mark.parametrize("setting", MIXTURES)
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "qwen2_moe", "qwen3_moe", "gpt_oss"])
+def test_adapters_of_experts_are_as_large_as_pefts(family: str, setting: list[str]) -> None:
+    """Each expert has an A and a B of its own."""
+    adapted = add_adapter(model_of(family), AdapterConfig(r=3, target_modules=setting), "base")
+    theirs = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    assert shape_of(family).adapter_values(3, setting) == theirs
+    assert any("experts" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("setting", ["mlp", ["down_proj", "o_proj"], ["all-linear", "up_proj", "gate_proj"]])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if "deepseek" in family])
 def test_layers_whose_names_peft_takes_for_experts_are_refused(family: str, setting: str | list[str]) -> None:
     """PEFT 0.21 adapts all of DeepSeek's routed experts for them, and neither the shared ones nor a dense MLP."""
     with pytest.raises(ModelError) as caught:
         add_adapter(model_of(family), AdapterConfig(r=3, target_modules=setting), "base")
     text = str(caught.value)
-    if isinstance(setting, list):
-        assert "PEFT takes down_proj of this family for its experts' parameters" in text
-    elif (family, setting) == ("deepseek_v2, all dense", "mlp"):
+    if (family, setting) == ("deepseek_v2, all dense", "mlp"):
         assert text.startswith(
             "adapter.target_modules mlp: PEFT cannot put this adapter on the model: No `target_modules`"
         )
-    else:
-        assert text.startswith(
-            f"adapter.target_modules {setting}: PEFT takes down_proj, gate_proj, up_proj of this family"
-        )
-        assert text.endswith("and all experts one; set adapter.target_modules: attention")
+        return
+    assert " of this family for its experts' parameters, so that " in text
+    assert text.endswith("and all experts one; set adapter.target_modules: attention")
+    with pytest.raises(ModelError) as planned:
+        shape_of(family).adapter_values(3, setting)
+    assert str(planned.value) == text
 
 
 @pytest.mark.parametrize(("family", "preset"), REFUSED)

@@ -710,6 +710,15 @@ def test_each_figure_says_what_it_rests_on(
     assert planned(QWEN, gpu, memory)["basis"] == {"memory": memory_basis, "speed": speed_basis}
 
 
+@pytest.mark.parametrize("model", ["mixtral-8x7b", "deepseek-v2-lite", QWEN])
+def test_a_plan_says_that_qlora_leaves_experts(model: str) -> None:
+    said = "; QLoRA leaves the experts in 16 bits, as bitsandbytes quantizes linear layers alone"
+    target = target_of("H200")
+    for methods, named in ((("qlora",), model != QWEN), (("lora",), False)):
+        found = plan(config_of(model), target, methods=methods)
+        assert found["basis"]["memory"].endswith(said) == named
+
+
 SHARES = "arithmetic with shares of the data sheet that were fitted on an H100, within 15% there where the GPU does not wait for Python"
 SHAPE = "arithmetic on the model's config.json, within 5% of what was measured on an H100"
 

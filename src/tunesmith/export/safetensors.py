@@ -19,10 +19,11 @@ from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import VerificationError
 from tunesmith.files import atomic_folder
 from tunesmith.hardware import ComputeDType, torch_dtype
+from tunesmith.models.adapters import expert_paths
 from tunesmith.types import Message
 
-PEFT_PARTS = re.compile(r"\.(token_adapter\.)?(base_layer|original_module)\.")
-"""What PEFT puts into the name of a base weight."""
+PEFT_PARTS = re.compile(r"(\.token_adapter)?(\.(base_layer|original_module))+\.")
+"""What PEFT puts into the name of a base weight, for experts once for each parameter that it adapts."""
 
 PROMPTS = (
     "What is the capital of France?",
@@ -38,12 +39,19 @@ NOISE: dict[ComputeDType, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
 """An adapter that moves the logits by more than this must be visible in the merged model."""
 
 
+SPARED = 0.05
+"""Share of the tokens of a mixture of experts that may differ as they will: a router between two experts chooses by the rounding. One of
+259 tokens of a tiny Mixtral in bf16 differed by 0.86, its 99th percentile by 0.01, and no difference over all tokens told that from a
+wrong merge."""
+
+
 @dataclass(frozen=True, slots=True)
 class MergeCheck:
     """How the merged model compares with base + adapter on the fixed prompts.
 
     `difference` is ‖merged - tuned‖ / ‖tuned‖ and `effect` ‖tuned - base‖ / ‖tuned‖ over all logits; `kl` the mean
-    KL(tuned ‖ merged) in nats a token; `top1` the share of positions with the same most likely token.
+    KL(tuned ‖ merged) in nats a token; `top1` the share of positions with the same most likely token. `judged` is the difference without
+    the tokens that are spared (None: there are none).
     """
 
     difference: float
@@ -51,11 +59,13 @@ class MergeCheck:
     kl: float
     top1: float
     tokens: int
+    judged: float | None = None
 
     def passed(self, dtype: ComputeDType) -> bool:
         """Within rounding of base + adapter, and, where the adapter does anything, nearer to it than to the base."""
-        visible = self.effect <= NOISE[dtype] or self.difference < 0.5 * self.effect
-        return self.difference <= TOLERANCE[dtype] and visible
+        difference = self.difference if self.judged is None else self.judged
+        visible = self.effect <= NOISE[dtype] or difference < 0.5 * self.effect
+        return difference <= TOLERANCE[dtype] and visible
 
 
 def merge_adapter(
@@ -73,6 +83,7 @@ def merge_adapter(
     """
     prompts = [chat.encode_prompt([Message("user", text)]) for text in PROMPTS]
     stored = {PEFT_PARTS.sub(".", name): p.dtype for name, p in model.get_base_model().named_parameters()}
+    spared = SPARED if expert_paths(model) else 0.0
     model.float()
     tuned = _logits(model, prompts)
     with model.disable_adapter():
@@ -84,7 +95,7 @@ def merge_adapter(
         merged.save_pretrained(folder)
         tokenizer.chat_template = chat.template  # what it was trained with, which need not be the base's own
         tokenizer.save_pretrained(folder)
-        check = compare_logits(_logits(reload(folder).float(), prompts), tuned, base)
+        check = compare_logits(_logits(reload(folder).float(), prompts), tuned, base, spared)
         if not check.passed(dtype):
             raise VerificationError(
                 f"the merged model does not compute what base + adapter do: logits differ by {check.difference:.2%} "
@@ -94,8 +105,8 @@ def merge_adapter(
     return check
 
 
-def compare_logits(merged: torch.Tensor, tuned: torch.Tensor, base: torch.Tensor) -> MergeCheck:
-    """Compare logits (tokens, vocabulary), all fp32."""
+def compare_logits(merged: torch.Tensor, tuned: torch.Tensor, base: torch.Tensor, spared: float = 0.0) -> MergeCheck:
+    """Compare logits (tokens, vocabulary), all fp32; `spared` is the share of tokens that need not agree."""
     log_tuned, log_merged = tuned.log_softmax(-1), merged.log_softmax(-1)
     return MergeCheck(
         difference=float((merged - tuned).norm() / tuned.norm()),
@@ -103,7 +114,17 @@ def compare_logits(merged: torch.Tensor, tuned: torch.Tensor, base: torch.Tensor
         kl=float((log_tuned.exp() * (log_tuned - log_merged)).sum(-1).mean()),
         top1=float((merged.argmax(-1) == tuned.argmax(-1)).float().mean()),
         tokens=len(tuned),
+        judged=_difference_of_most(merged, tuned, spared) if spared else None,
     )
+
+
+def _difference_of_most(merged: torch.Tensor, tuned: torch.Tensor, spared: float) -> float:
+    """‖merged - tuned‖ / ‖tuned‖ without the share `spared` of tokens that differ most; not a number where any is none."""
+    differences = (merged - tuned).norm(dim=-1)
+    if not bool(differences.isfinite().all()):
+        return float("nan")
+    kept = differences.argsort()[: len(tuned) - int(spared * len(tuned))]
+    return float(differences[kept].norm() / tuned[kept].norm())
 
 
 def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:

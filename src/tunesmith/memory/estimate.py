@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from tunesmith.kernels.chunks import STEPPED_BYTES, STEPPED_VALUES, chunk_rows, padded
-from tunesmith.memory.shape import Layer, ModelShape
+from tunesmith.memory.shape import EAGER, Layer, ModelShape
 from tunesmith.types import GB, LAYER_TENSORS, LayerPolicy
 
 STATE_BYTES = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256}
@@ -194,7 +194,7 @@ def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int
         weighted = 4 if shape.post_norms else b  # Gemma multiplies by the weight in fp32
         found += (shape.query_size + keys) * (4 + (weighted if full else 0))
     found += b * (shape.query_size + shape.kv_size + shape.attention_size)
-    eager = shape.model_type == "gemma2"
+    eager = shape.model_type in EAGER
     # One head for all is repeated without a copy.
     repeated = 1 < shape.num_kv_heads < shape.num_heads and (eager or bool(masked) or not setup.grouped)
     if shape.model_type == "phi3":  # values are a view of the joint projection, which stays whole; the result is copied
@@ -212,6 +212,16 @@ def reference_bytes(shape: ModelShape, layer: Layer, setup: Setup, sequence: int
     if setup.dora:  # each layer's own output and the adapter's, which the magnitudes multiply
         found += 2 * b * sum(linear.outputs for linear in layer.linears)
     return found
+
+
+def expert_copies(shape: ModelShape, layer: Layer, setup: Setup) -> float:
+    """Bytes of W + s·B·A of all adapted experts of a layer: PEFT makes them whole, whichever experts the tokens meet, and autograd
+    keeps them for the inputs' gradients.
+    """
+    if setup.method == "full" or not setup.r:
+        return 0.0
+    values = sum(expert.values for expert in shape.adapted_experts(layer, setup.targets))
+    return float(setup.value_bytes * layer.num_experts * values)
 
 
 class Estimate:
@@ -310,9 +320,12 @@ class Estimate:
             copies = float(setup.value_bytes * (shape.num_parameters - shape.embedding_values))
         stored, backward = copies, 0.0
         for index, layer in enumerate(self.layers):
-            kept = load.tokens * reference_bytes(shape, layer, setup, load.sequence, load.masked)
+            kept: float = load.tokens * reference_bytes(shape, layer, setup, load.sequence, load.masked)
             inner = load.tokens * (layer.mlp_width * setup.value_bytes + wide)
             operand = self._largest_operand(layer)
+            copied = expert_copies(shape, layer, setup)
+            kept += copied
+            operand += copied  # their gradient, before it is B's and A's
             if index < recompute_layers:
                 stored += load.tokens * wide
                 backward = max(backward, stored - copies + kept + inner + operand)
@@ -349,7 +362,9 @@ class Estimate:
             if key not in known:
                 sizes = self.sizes[id(layer)]
                 kept = sum(sizes.get(name, 0) for name in policy.keep) + sizes["slots"]
-                known[key] = (tokens * kept, tokens * sizes["hidden"], self._backward_bytes(layer, policy))
+                copied = expert_copies(self.shape, layer, self.setup)  # and their gradient, before it is B's and A's
+                needed = self._backward_bytes(layer, policy) + copied
+                known[key] = (tokens * kept + copied, tokens * sizes["hidden"], needed)
             kept_bytes, hidden, needed = known[key]
             stored += kept_bytes
             if not policy.offload_input:

@@ -14,6 +14,7 @@ from typing import Any
 
 from tunesmith.errors import ModelError
 from tunesmith.models.catalogue import NO_LIMIT
+from tunesmith.models.families import TAKEN_FOR_EXPERTS, taken_for_experts
 
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"})
 """`model_type`s whose whole decoder layers the fused engine runs (models/families.py, by transformers' name)."""
@@ -21,7 +22,7 @@ FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemm
 HALF_FUSED = frozenset({"mixtral", "deepseek_v2"})
 """`model_type`s of which it runs a half: attention, or the dense MLP. The rest is planned as the model's own modules."""
 
-KNOWN = FUSED | HALF_FUSED | {"qwen2_moe", "qwen3_moe", "smollm3"}
+KNOWN = FUSED | HALF_FUSED | {"gpt_oss", "qwen2_moe", "qwen3_moe", "smollm3"}
 """`model_type`s whose parameters are counted exactly. Others are taken for a plain decoder, and the plan says so."""
 
 WITHOUT_BIAS = frozenset({"mistral", "mixtral", "phi3"})
@@ -29,6 +30,12 @@ WITHOUT_BIAS = frozenset({"mistral", "mixtral", "phi3"})
 
 QWEN2 = frozenset({"qwen2", "qwen2_moe"})
 """Families with biases of queries, keys and values alone, whatever `attention_bias` says."""
+
+EAGER = frozenset({"gemma2", "gpt_oss"})
+"""Families whose attention keeps its scores: soft-capped ones, or with a sink beside them, which PyTorch's kernels have not."""
+
+PRESETS = ("all-linear", "attention", "mlp", "qv")
+"""As models/adapters.py has them."""
 
 POST_NORMS = frozenset({"gemma2", "gemma3_text"})
 """Families that norm the output of attention and of the MLP too."""
@@ -64,7 +71,7 @@ class Linear:
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A decoder layer. `expert_values` are those of all experts; one token meets `active_experts` of them, which have
-    `active_expert_values`.
+    `active_expert_values`. `experts` are the matrices of one of `num_experts`, as if they were linear layers.
 
     `other_values` are norms and routers. `mlp_width` is how many intermediate features a token has, in all MLPs it meets.
     """
@@ -75,6 +82,8 @@ class Layer:
     expert_values: int = 0
     active_expert_values: int = 0
     other_values: int = 0
+    num_experts: int = 0
+    experts: tuple[Linear, ...] = ()
 
     @property
     def values(self) -> int:
@@ -172,19 +181,53 @@ class ModelShape:
         return self.model_type in HEAD_NORMS
 
     def targets(self, setting: str | list[str] | tuple[str, ...] = "all-linear") -> Iterator[tuple[int, Linear]]:
-        """The linear layers that `adapter.target_modules` means, each with its number of layers.
+        """What `adapter.target_modules` means: linear layers with their number, and matrices of experts with theirs.
 
-        Raises ModelError if it matches none, as training would.
+        Raises ModelError if it matches none, or what PEFT cannot adapt, as training would.
         """
+        taken = TAKEN_FOR_EXPERTS.get(self.model_type, ())
         found = [
-            (count, linear) for count, layer in self.layers for linear in layer.linears if _is_target(linear, setting)
+            (count, linear)
+            for count, layer in self.layers
+            for linear in layer.linears
+            if _is_target(linear, setting, taken)
         ]
-        if not found:
+        experts = [
+            (count * layer.num_experts, expert)
+            for count, layer in self.layers
+            for expert in self.adapted_experts(layer, setting)
+        ]
+        if not found and not experts:
             names = sorted({linear.name for _, layer in self.layers for linear in layer.linears})
+            inside = sorted({expert.name for _, layer in self.layers for expert in layer.experts})
+            also = f", and experts ({', '.join(inside)}), which no preset means: name them in a list" if inside else ""
             raise ModelError(
-                f"adapter.target_modules: {setting} matches no linear layer of this model; it has {', '.join(names)}"
+                f"adapter.target_modules: {setting} matches no linear layer of this model; it has {', '.join(names)}{also}"
             )
+        if any(linear.name in taken for _, linear in found):
+            every = (layer for count, layer in self.layers for _ in range(count))
+            missing = [
+                f"model.layers.{number}.{linear.path}"
+                for number, layer in enumerate(every)
+                for linear in layer.linears
+                if linear.name in taken and _is_target(linear, setting, taken)
+            ]
+            raise ModelError(taken_for_experts(list(setting) if isinstance(setting, tuple) else setting, missing))
         yield from found
+        yield from experts
+
+    def adapted_experts(self, layer: Layer, setting: str | list[str] | tuple[str, ...]) -> list[Linear]:
+        """The matrices of a layer's experts that `adapter.target_modules` names, as models/adapters.py chooses them."""
+        if isinstance(setting, str):
+            return []
+        linears = [linear for _, each in self.layers for linear in each.linears]
+        names = {name for name in setting if not any(f".{linear.path}".endswith(f".{name}") for linear in linears)}
+        return [
+            expert
+            for expert in layer.experts
+            if any(f".{expert.path}".endswith(f".{name}") for name in names)
+            or any(f".{expert.path.rpartition('.')[0]}".endswith(f".{name}") for name in names)
+        ]
 
     def adapter_values(
         self, r: int, setting: str | list[str] | tuple[str, ...] = "all-linear", dora: bool = False
@@ -292,13 +335,15 @@ def _mixes_dense_layers(reader: _Reader) -> bool:
     return bool(reader.config.get("mlp_only_layers")) or (reader.optional("decoder_sparse_step") or 1) != 1
 
 
-def _is_target(linear: Linear, setting: str | list[str] | tuple[str, ...]) -> bool:
-    """As models/adapters.py chooses them."""
+def _is_target(linear: Linear, setting: str | list[str] | tuple[str, ...], taken: Sequence[str] = ()) -> bool:
+    """As models/adapters.py chooses them; `taken` are names that PEFT takes for experts' parameters."""
     if not isinstance(setting, str):
-        return any(f".{linear.path}".endswith(f".{name}") for name in setting)
+        presets = [name for name in setting if name in PRESETS]
+        named = any(f".{linear.path}".endswith(f".{name}") for name in setting)
+        return named or any(_is_target(linear, preset, taken) for preset in presets)
     in_attention = "attn" in linear.path
     return {
-        "all-linear": True,
+        "all-linear": linear.name not in taken,
         "attention": in_attention,
         "mlp": not in_attention,
         "qv": linear.name in ("q_proj", "v_proj", "qkv_proj"),
@@ -345,7 +390,7 @@ def _layers(
         yield from _deepseek(reader, hidden, heads, num_layers)
         return
     kv = reader.number("num_key_value_heads", heads) * head_dim
-    bias = kind in QWEN2 or (kind not in WITHOUT_BIAS and bool(config.get("attention_bias")))
+    bias = kind in QWEN2 or (kind not in WITHOUT_BIAS and bool(_default(config, "attention_bias", kind == "gpt_oss")))
     output_bias = kind not in QWEN2 and bias
     if kind == "phi3":
         attention = [Linear("self_attn.qkv_proj", hidden, heads * head_dim + 2 * kv)]
@@ -357,7 +402,7 @@ def _layers(
         ]
     attention.append(Linear("self_attn.o_proj", heads * head_dim, hidden, output_bias))
     experts = None
-    if "moe" in kind or kind == "mixtral":
+    if "moe" in kind or kind in ("mixtral", "gpt_oss"):
         experts = reader.optional("num_local_experts") or reader.optional("num_experts")
     if experts:
         width = reader.number("moe_intermediate_size", reader.optional("intermediate_size"))
@@ -366,15 +411,20 @@ def _layers(
         if shared:
             attention += _mlp("mlp.shared_expert", kind, hidden, shared)
             attention.append(Linear("mlp.shared_expert_gate", hidden, 1))
+        one, other = 3 * hidden * width, norms + experts * hidden
+        if kind == "gpt_oss":  # biases of experts and router, and a sink for each head
+            one, other = one + 2 * width + hidden, other + experts + heads
         yield (
             num_layers,
             Layer(
                 tuple(attention),
                 mlp_width=active * width + shared,
                 active_experts=active,
-                expert_values=experts * 3 * hidden * width,
-                active_expert_values=active * 3 * hidden * width,
-                other_values=norms + experts * hidden,
+                expert_values=experts * one,
+                active_expert_values=active * one,
+                other_values=other,
+                num_experts=experts,
+                experts=_expert(hidden, width),
             ),
         )
         return
@@ -391,6 +441,11 @@ def _mlp(path: str, kind: str, hidden: int, width: int, bias: bool = False) -> l
         Linear(f"{path}.up_proj", hidden, width, bias),
         Linear(f"{path}.down_proj", width, hidden, bias),
     ]
+
+
+def _expert(hidden: int, width: int) -> tuple[Linear, ...]:
+    """An expert's matrices, under the names of the parameters that hold those of all."""
+    return Linear("mlp.experts.gate_up_proj", hidden, 2 * width), Linear("mlp.experts.down_proj", width, hidden)
 
 
 def _deepseek(reader: _Reader, hidden: int, heads: int, num_layers: int) -> Iterator[tuple[int, Layer]]:
@@ -430,6 +485,8 @@ def _deepseek(reader: _Reader, hidden: int, heads: int, num_layers: int) -> Iter
             expert_values=experts * 3 * hidden * width,
             active_expert_values=active * 3 * hidden * width,
             other_values=norms + experts * hidden,
+            num_experts=experts,
+            experts=_expert(hidden, width),
         ),
     )
 
@@ -442,11 +499,11 @@ def _window(reader: _Reader, kind: str) -> int | None:
 
 
 def _windowed(reader: _Reader, kind: str, num_layers: int) -> int:
-    """How many layers have the window: every second one in Gemma 2, five of six in Gemma 3, the last ones in Qwen, else all."""
+    """How many layers have the window: every second one in Gemma 2 and gpt-oss, five of six in Gemma 3, the last ones in Qwen, else all."""
     kinds = reader.config.get("layer_types")
     if isinstance(kinds, list):
         return sum(name == "sliding_attention" for name in kinds)
-    if kind == "gemma2":
+    if kind in ("gemma2", "gpt_oss"):
         return -(-num_layers // 2)
     if kind == "gemma3_text":
         return num_layers - num_layers // reader.number("sliding_window_pattern", 6)

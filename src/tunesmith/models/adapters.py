@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.config import AdapterConfig
 from tunesmith.errors import ModelError
 from tunesmith.models import loftq
+from tunesmith.models.families import TAKEN_FOR_EXPERTS, taken_for_experts
 from tunesmith.types import GB
 
 if TYPE_CHECKING:
@@ -30,26 +31,36 @@ QUERY_VALUE = {"q_proj", "v_proj", "query", "value"}
 FUSED_QKV = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
 
 
+EXPERTS = "experts"
+"""What `adapter.target_modules` calls all experts of a mixture; no preset means them."""
+
+ROUTERS = {"gate", "router"}
+"""Names of the linear layer that chooses experts, in families where it is one. It is never adapted."""
+
+
 def target_modules(model: PreTrainedModel, setting: str | list[str]) -> list[str]:
     """The module-name endings that `adapter.target_modules` means for this model, e.g. ['down_proj', 'q_proj', ...].
 
     Presets are read off the model's own linear layers, so they fit any architecture: `all-linear` is every linear layer
-    but the head, `attention` and `mlp` its two parts, `qv` the query and value projections (the fused one where query,
-    key and value are one matrix). Raises ModelError if a preset or a name matches nothing.
+    but the head, the routers of experts and those that PEFT cannot adapt (`left_out`), `attention` and `mlp` its two parts, `qv` the
+    query and value projections (the fused one where query, key and value are one matrix). A list may hold presets too, and names of experts' parameters, which are
+    `expert_parameters`' part. Raises ModelError if a preset or a name matches nothing.
     """
     linear = dict(_linear_layers(model))
     names = {path.rsplit(".", 1)[-1] for path in linear}
     if isinstance(setting, list):
-        unknown = [name for name in setting if not any(_ends_in(path, name) for path in linear)]
+        own = [name for name in setting if name not in PRESETS and not _experts_by_name(model, name)]
+        unknown = [name for name in own if not any(_ends_in(path, name) for path in linear)]
         if unknown or not setting:
             raise ModelError(
                 f"adapter.target_modules: {', '.join(unknown) or 'the empty list'} matches no linear layer of this "
-                f"model; it has {', '.join(sorted(names))}"
+                f"model; it has {', '.join(sorted(names))}{_and_experts(model)}"
             )
-        return sorted(setting)
+        presets = [target_modules(model, name) for name in setting if name in PRESETS]
+        return sorted({*own, *(name for each in presets for name in each)})
     attention = {path.rsplit(".", 1)[-1] for path in linear if "attn" in path or "attention" in path}
     chosen = {
-        "all-linear": names,
+        "all-linear": names.difference(TAKEN_FOR_EXPERTS.get(model.config.model_type, ())) or names,
         "attention": attention,
         "mlp": names - attention,
         "qv": (names & QUERY_VALUE) or (names & FUSED_QKV),
@@ -61,9 +72,67 @@ def target_modules(model: PreTrainedModel, setting: str | list[str]) -> list[str
     if not chosen:
         raise ModelError(
             f"adapter.target_modules: {setting} matches no linear layer of this model; "
-            f"it has {', '.join(sorted(names)) or 'none (its layers are of another type)'}"
+            f"it has {', '.join(sorted(names)) or 'none (its layers are of another type)'}{_and_experts(model)}"
         )
     return sorted(chosen)
+
+
+def left_out(model_type: str, setting: str | list[str]) -> str | None:
+    """What to say where `all-linear` means fewer linear layers than there are."""
+    taken = TAKEN_FOR_EXPERTS.get(model_type)
+    if taken is None or (setting != "all-linear" and "all-linear" not in setting):
+        return None
+    return (
+        f"adapter.target_modules all-linear leaves {', '.join(sorted(taken))} of {model_type} out: PEFT takes these names for its "
+        "experts' parameters; the linear layers of attention have adapters"
+    )
+
+
+def expert_parameters(model: PreTrainedModel, setting: str | list[str], layers: Sequence[int] | None) -> list[str]:
+    """The paths of experts' parameters that `adapter.target_modules` names, for PEFT's `target_parameters`.
+
+    In transformers 5 all experts of a layer are one parameter (E, out, in), no linear layers: PEFT gives each expert an A and a B
+    of its own. A preset means none of them. PEFT keeps no `layers_to_transform` here, so that the paths do.
+    """
+    if isinstance(setting, str):
+        return []
+    found = {path for name in setting if name not in PRESETS for path in _experts_by_name(model, name)}
+    numbers = {path: re.search(r"\.layers\.(\d+)\.", path) for path in found}
+    return sorted(p for p, number in numbers.items() if layers is None or (number and int(number[1]) in layers))
+
+
+def expert_paths(model: torch.nn.Module) -> list[str]:
+    """Paths of all parameters that hold the matrices of several experts."""
+    return [name for name, p in model.named_parameters() if p.ndim == 3 and f".{EXPERTS}." in name]
+
+
+def _experts_by_name(model: PreTrainedModel, name: str) -> list[str]:
+    """Experts' parameters that a name means: all by `experts`, else those it is the ending of, if no linear layer has it too."""
+    paths = expert_paths(model)
+    if name == EXPERTS or name.endswith(f".{EXPERTS}"):
+        return [path for path in paths if _ends_in(path.rpartition(".")[0], name)]
+    if any(_ends_in(path, name) for path, _ in _linear_layers(model)):
+        return []
+    return [path for path in paths if _ends_in(path, name)]
+
+
+def _and_experts(model: PreTrainedModel) -> str:
+    names = sorted({path.rpartition(".")[2] for path in expert_paths(model)})
+    return f", and {EXPERTS} ({', '.join(names)}), which no preset means: name them in a list" if names else ""
+
+
+def unquantized_experts(model: PreTrainedModel) -> str | None:
+    """What to say of experts under a quantized base: bitsandbytes quantizes linear layers, and they are none."""
+    found = dict(model.named_parameters())
+    experts = [found[path] for path in expert_paths(model)]
+    if not experts or not getattr(model, "is_quantized", False):
+        return None
+    size = sum(p.numel() * p.element_size() for p in experts) / GB
+    bits = 8 * experts[0].element_size()
+    return (
+        f"the experts are not quantized: they stay in {bits} bits and take {size:.2f} GB, which the memory plan counts; "
+        "method: qlora quantizes the other linear layers alone"
+    )
 
 
 def _ends_in(path: str, name: str) -> bool:
@@ -72,12 +141,14 @@ def _ends_in(path: str, name: str) -> bool:
 
 
 def _linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Linear layers (plain, 4-bit and 8-bit ones derive from nn.Linear) inside the decoder's layers."""
+    """Linear layers (plain, 4-bit and 8-bit ones derive from nn.Linear) inside the decoder's layers, but no router."""
     import torch
 
     head = model.get_output_embeddings()
+    has_experts = any(f".{EXPERTS}." in path or path.endswith(f".{EXPERTS}") for path, _ in model.named_modules())
     for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and module is not head:
+        is_router = has_experts and not ROUTERS.isdisjoint(path.split("."))
+        if isinstance(module, torch.nn.Linear) and module is not head and not is_router:
             yield path, module
 
 
@@ -209,12 +280,16 @@ def add_adapter(
     else:
         begin_tokens(model, new_ids)
         targets = target_modules(model, config.target_modules)
+        layers = _known_layers(model, config.layers_to_transform)
+        experts = expert_parameters(model, config.target_modules, layers)
+        _refuse_with_experts(config, experts)
         saved = modules_to_save(model, config.modules_to_save, targets)
         lora = LoraConfig(
             r=config.r,
             lora_alpha=config.alpha,
             lora_dropout=config.dropout,
             target_modules=targets,
+            target_parameters=experts or None,
             modules_to_save=saved or None,
             trainable_token_indices=_new_token_rows(model, new_ids, saved),
             ensure_weight_tying=_saves_tied(model, saved),
@@ -225,12 +300,14 @@ def add_adapter(
             use_dora=config.dora,
             rank_pattern=dict(config.rank_pattern),
             alpha_pattern=dict(config.alpha_pattern),
-            layers_to_transform=_known_layers(model, config.layers_to_transform),
+            layers_to_transform=layers,
             task_type="CAUSAL_LM",
         )
         wanted = _wanted(model, lora)
         try:
-            adapted = get_peft_model(model, lora)
+            with warnings.catch_warnings():  # of patterns that match experts, which it looks for among modules
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+                adapted = get_peft_model(model, lora)
         except ValueError as error:
             said = " ".join(str(error).split())
             raise ModelError(
@@ -310,26 +387,41 @@ def _wanted(model: PreTrainedModel, lora: LoraConfig) -> set[str]:
     return {path for path, number in numbers.items() if number and int(number[1]) in layers}
 
 
+def _refuse_with_experts(config: AdapterConfig, experts: Sequence[str]) -> None:
+    """Raise ModelError for settings that PEFT's wrapper of experts' parameters cannot do: it adds s·B·A to the weights themselves,
+    so that the adapter has no input of its own to drop from.
+    """
+    begun = config.init_lora_weights
+    for asked, setting, remedy in (
+        (config.dropout > 0, f"adapter.dropout {config.dropout}", "set adapter.dropout: 0"),
+        (config.dora, "adapter.dora", "set adapter.dora: false"),
+        (begun != "default", f"adapter.init_lora_weights {begun}", "set adapter.init_lora_weights: default"),
+    ):
+        if asked and experts:
+            raise ModelError(
+                f"{setting}: PEFT cannot do it on experts, whose parameters are no linear layers ({experts[0]}); {remedy}, or take "
+                f"the experts out of adapter.target_modules"
+            )
+
+
 def _refuse_redirected(adapted: PeftModel, wanted: set[str], config: AdapterConfig) -> None:
     """Raise ModelError where PEFT took names of linear layers for parameters of experts, and left those layers as they are."""
     from peft.tuners.lora import LoraLayer
 
     have = {name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)}
-    missing = sorted(wanted - have)
-    if missing:
-        names = ", ".join(sorted({path.rpartition(".")[2] for path in missing}))
-        raise ModelError(
-            f"adapter.target_modules {config.target_modules}: PEFT takes {names} of this family for its experts' parameters, so "
-            f"that {len(missing)} linear layers would have no adapter ({missing[0]}), and all experts one; set "
-            "adapter.target_modules: attention"
-        )
+    if missing := wanted - have:
+        raise ModelError(taken_for_experts(config.target_modules, missing))
 
 
 def _refuse_unmatched(adapted: PeftModel, config: AdapterConfig) -> None:
     """Raise ModelError for patterns that no adapted module matches: PEFT would ignore them."""
     from peft.tuners.lora import LoraLayer
 
-    names = [name for name, module in adapted.get_base_model().named_modules() if isinstance(module, LoraLayer)]
+    names = [
+        f"{name.replace('.base_layer', '')}.{module.parameter_name}" if hasattr(module, "parameter_name") else name
+        for name, module in adapted.get_base_model().named_modules()
+        if isinstance(module, LoraLayer)
+    ]
     for setting in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, setting):
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
@@ -367,6 +459,7 @@ def load_adapter(model: PreTrainedModel, path: Path, trainable: bool = False) ->
         make_room(model, _rows_of(folder, model))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # refused below
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
             # Once more, for its report: `from_pretrained` returns none.
             report = adapted.load_adapter(str(folder), "default", is_trainable=trainable)

@@ -7,6 +7,7 @@ Adding a family: docs/adding-a-family.md.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -70,6 +71,20 @@ SPECS: dict[str, LayerSpec] = {
 
 DENSE_MLP = {"DeepseekV2DecoderLayer": "DeepseekV2MLP"}
 """Families that mix dense and expert layers: the class of the dense MLP, which is what fits."""
+
+TAKEN_FOR_EXPERTS = {"deepseek_v2": ("gate_proj", "up_proj", "down_proj")}
+"""By `model_type`, names of linear layers that PEFT takes for experts' parameters, as they were linear layers in transformers 4."""
+
+
+def taken_for_experts(setting: object, missing: Iterable[str]) -> str:
+    """Why `adapter.target_modules` is refused where PEFT leaves the linear layers `missing` as they are."""
+    paths = sorted(missing)
+    names = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
+    return (
+        f"adapter.target_modules {setting}: PEFT takes {names} of this family for its experts' parameters, so "
+        f"that {len(paths)} linear layers would have no adapter ({paths[0]}), and all experts one; set "
+        "adapter.target_modules: attention"
+    )
 
 
 def layer_spec(layer: torch.nn.Module) -> LayerSpec | str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,11 @@ SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 DUPLICATES = ["*/*.safetensors", "consolidated*.safetensors"]
 """Weights that transformers does not read: the maker's own format (original/, consolidated), or for other programs."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+TEXT_TOWERS = {"gemma3": {r"^(model\.language_model|language_model\.model)\.": "model."}}
+"""Multimodal `model_type`s of which the text tower alone is loaded, as the text model that it is: pictures are no training data here,
+and adapters on the vision tower would never move. For each the names of its tensors, as its makers and transformers write them, to
+those of the text model."""
 
 CONVERSION = 2
 """Of GGUF files: part of the converted folder's name, so raise it when what is written changes."""
@@ -142,24 +147,34 @@ def load_model(
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
+    own = AutoConfig.from_pretrained(source.path, trust_remote_code=config.trust_remote_code, local_files_only=True)
     options: dict[str, Any] = {}
+    quiet: AbstractContextManager[None] = nullcontext()
+    if own.model_type in TEXT_TOWERS:
+        options |= {"config": own.get_text_config(), "key_mapping": TEXT_TOWERS[own.model_type]}
+        quiet = _quiet_transformers()  # it lists every tensor of the vision tower as unexpected
+    dequantized = _is_mxfp4(source)
+    if dequantized:
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     if quantization is not None:
+        refuse_quantizing_again(source)
         options["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            dtype=torch_dtype(dtype),
-            device_map={"": hardware.device},
-            attn_implementation=attention.implementation(_attention(source, config), hardware, dtype),
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, where the message can say which
-            **options,
-        )
+        with quiet:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                dtype=torch_dtype(dtype),
+                device_map={"": hardware.device},
+                attn_implementation=attention.implementation(_attention(own, config), hardware, dtype),
+                use_safetensors=True,
+                trust_remote_code=config.trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, where the message can say which
+                **options,
+            )
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"{source.name} in {dtype} does not fit in the {hardware.memory_gb:.1f} GB of {hardware.name}; "
@@ -181,20 +196,56 @@ def load_model(
         )
     if quantization is not None:
         _keep_unpacked(model)
+    if dequantized:
+        for parameter in model.parameters():  # transformers reads them as bf16, whatever it was asked for
+            parameter.data = parameter.data.to(torch_dtype(dtype))
+    if dequantized or own.model_type in TEXT_TOWERS:
+        model._weight_conversions = []  # save under the text model's own names: these cannot be turned back
     return model
 
 
-def _attention(source: ModelSource, config: ModelConfig) -> str:
-    """transformers' attention implementation for this model: `model.attention`, unless that would compute something else.
+def _attention(own: Any, config: ModelConfig) -> str:
+    """transformers' attention implementation for a model of this config: `model.attention`, unless that would compute something
+    else or is not there.
 
-    Its sdpa ignores `attn_logit_softcapping` without a word (Gemma 2: c · tanh(scores / c), arXiv 2408.00118).
+    Its sdpa ignores `attn_logit_softcapping` without a word (Gemma 2: c · tanh(scores / c), arXiv 2408.00118), and models whose
+    scores have a sink beside them (gpt-oss) have none.
     """
-    from transformers import AutoConfig
+    from transformers import AutoModelForCausalLM
 
-    own = AutoConfig.from_pretrained(
-        source.path, trust_remote_code=config.trust_remote_code, local_files_only=True
-    ).get_text_config()
-    return config.attention if getattr(own, "attn_logit_softcapping", None) is None else "eager"
+    if getattr(own.get_text_config(), "attn_logit_softcapping", None) is not None:
+        return "eager"
+    classes = AutoModelForCausalLM._model_mapping
+    known = classes.get(type(own), None)
+    return config.attention if getattr(known, "_supports_sdpa", True) else "eager"
+
+
+def _is_mxfp4(source: ModelSource) -> bool:
+    """Whether weights are stored in MXFP4 (gpt-oss), which transformers would keep where it has kernels; they have no backward."""
+    stored = source.config.get("quantization_config")
+    return isinstance(stored, dict) and stored.get("quant_method") == "mxfp4"
+
+
+def refuse_quantizing_again(source: ModelSource) -> None:
+    """Raise ModelError for `method: qlora` of weights that are stored quantized in a way that bitsandbytes cannot start from."""
+    if _is_mxfp4(source):
+        raise ModelError(
+            f"{source.name}: its weights are stored in MXFP4, which bitsandbytes cannot quantize again, and its experts would stay in "
+            "16 bits anyway; set method: lora, which reads them as 16-bit weights"
+        )
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No warnings from transformers' logger for the length of the block."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def weight_hash(source: ModelSource) -> str:
@@ -333,6 +384,28 @@ def _keep_unpacked(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def misread_on_cpu(model: Any) -> str | None:
+    """What to say of 4-bit weights that bitsandbytes dequantizes wrongly.
+
+    Its CPU code (0.50) takes it that no block of scales holds values of two rows: a normal matrix of rows of 32 comes back with an
+    error of 0.49 of its norm, where quantization costs 0.09.
+    """
+    wrong = {
+        name.replace(".base_layer", "").rpartition(".")[2]: module.in_features
+        for name, module in model.named_modules()
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None
+        and module.weight.device.type == "cpu"
+        and module.in_features % state.blocksize
+    }
+    if not wrong:
+        return None
+    name, width = min(wrong.items())
+    return (
+        f"4-bit weights of this model are wrong on a CPU: bitsandbytes reads rows that are no multiple of 64 wide from other scales "
+        f"than it wrote ({name}: {width}); train it on a GPU, or set method: lora"
+    )
 
 
 def _converted_gguf(path: Path) -> Path:

@@ -328,6 +328,8 @@ def basis(target: Target, shape: ModelShape, options: Sequence[Option]) -> dict[
     memory = "arithmetic on the model's config.json, within 5% of what was measured on an H100"
     if not shape.exact:
         memory = f"arithmetic for a plain decoder: {shape.model_type or 'this'} is not a family that tunesmith knows"
+    if any(layer.experts for _, layer in shape.layers) and any(option.method == "qlora" for option in options):
+        memory += "; QLoRA leaves the experts in 16 bits, as bitsandbytes quantizes linear layers alone"
     known = {option.label: option.calibration for option in options if option.calibration.runs}
     if peaks := [peak for each in known.values() for peak in each.peaks]:
         low, high = f"{min(peaks):.0%}", f"{max(peaks):.0%}"

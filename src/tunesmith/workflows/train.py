@@ -44,10 +44,21 @@ from tunesmith.models.adapters import (
     count_parameters,
     find_adapter,
     keep_trainable_in_fp32,
+    left_out,
     save_adapter,
+    unquantized_experts,
 )
 from tunesmith.models.forward import ModelForward
-from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
+from tunesmith.models.load import (
+    ModelSource,
+    fetch_weights,
+    find_model,
+    load_model,
+    load_tokenizer,
+    misread_on_cpu,
+    refuse_quantizing_again,
+    weight_hash,
+)
 from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder, default_run_path
 from tunesmith.training.checkpoint import TrainState
@@ -364,6 +375,8 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     progress("reading the data", 0, 1)
     rows = read_rows(config)
     source = find_model(config.model)
+    if config.method == "qlora":
+        refuse_quantizing_again(source)
     beginning = find_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
     with_tokenizer = tokenizer_source(source, beginning)
     tokenizer = load_tokenizer(with_tokenizer, config.model)
@@ -382,6 +395,7 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     limit_memory(config, hardware)
     torch.manual_seed(config.training.seed)
     model = _load_trainable(config, source, hardware, dtype, new_ids)
+    data.notes.extend(filter(None, [unquantized_experts(model), misread_on_cpu(model), _left_out(config, model)]))
     progress("loading the model", 1, 1)
     forward = ModelForward(model, hardware.device, dtype)
     _check_disk(path, model, config)
@@ -506,6 +520,13 @@ def _load_trainable(
     # A hub id stays one; a folder is recorded by its absolute path (for a GGUF file, where its safetensors are).
     base_name = source.name if source.revision else str(source.path.absolute())
     return add_adapter(model, config.adapter, base_name, new_ids, source.path)
+
+
+def _left_out(config: RunConfig, model: Any) -> str | None:
+    """What to say of linear layers that a fresh adapter is not on, though its preset seems to mean them."""
+    if config.method == "full" or config.adapter.init_from:
+        return None
+    return left_out(model.config.model_type, config.adapter.target_modules)
 
 
 def _never_seen(tokens: Sequence[str], ids: Sequence[int], examples: Sequence[TokenizedExample]) -> list[str]:
