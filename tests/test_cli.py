@@ -244,9 +244,11 @@ def test_eval_prints_a_table_and_where_the_answers_are(run: Path, data: Path) ->
     assert (result.code, result.problems) == (0, [])
     assert "bins: 3 of 16 rows, greedy decoding" in result.out
     header = next(line for line in result.out.splitlines() if "metric" in line)
-    assert header.replace("┃", " ").split() == ["metric", "base", "tuned"]
+    assert header.replace("┃", " ").split() == ["metric", "base", "tuned", "difference"]
     written = json.loads(Path(result.out.splitlines()[-1].removeprefix("every answer: ")).read_text())
     assert written["n"] == 3
+    found = written["comparison"]["accuracy"]
+    assert f"{100 * found['difference']:+.1f} points, p = {found['p']:.3f}: {found['verdict']}" in result.out
     for row in written["examples"][:3]:
         assert f"line {row['line']}: expected {row['expected']!r}, answered " in result.out
 

@@ -14,6 +14,7 @@ from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError, DataError, ModelError, RunError
 from tunesmith.evaluation import answers
 from tunesmith.evaluation.metrics import is_correct, is_exact
+from tunesmith.evaluation.statistics import mcnemar
 from tunesmith.files import sha256_file
 from tunesmith.workflows import evaluate as workflow
 from tunesmith.workflows.evaluate import evaluate
@@ -53,6 +54,7 @@ def test_the_result_of_a_run_is_written_with_all_it_takes_to_repeat_it(run: Path
         "n",
         "metrics",
         "baseline",
+        "comparison",
         "gate",
         "data",
         "data_sha256",
@@ -79,6 +81,12 @@ def test_the_result_of_a_run_is_written_with_all_it_takes_to_repeat_it(run: Path
             "accuracy": {"value": accuracy, "stderr": pytest.approx((accuracy * (1 - accuracy) / ROWS) ** 0.5)},
             "exact_match": {"value": exact, "stderr": pytest.approx((exact * (1 - exact) / ROWS) ** 0.5)},
         }
+    better = sum(row["correct"] and not row["baseline_correct"] for row in rows)
+    worse = sum(row["baseline_correct"] and not row["correct"] for row in rows)
+    found = result["comparison"]["accuracy"]
+    assert found["difference"] == pytest.approx((better - worse) / ROWS)
+    assert (found["test"], found["p"]) == ("McNemar", mcnemar(better, worse))
+    assert list(result["comparison"]) == ["accuracy", "exact_match"]
     assert [row["answer"] for row in rows] != [row["baseline_answer"] for row in rows]
 
 
@@ -104,7 +112,7 @@ def test_a_model_has_no_folder_to_write_to(tiny_model: Path, questions: Path) ->
     before = sorted(tiny_model.iterdir())
     result = evaluate(str(tiny_model), str(questions), changes={"max_new_tokens": 2}, dtype="fp32")
     assert "path" not in result
-    assert result["baseline"] is None
+    assert (result["baseline"], result["comparison"]) == (None, None)
     assert result["examples"][0]["baseline_answer"] is None
     assert sorted(tiny_model.iterdir()) == before
 

@@ -136,6 +136,18 @@ def metrics_table(result: Mapping[str, Any]) -> Table:
     if baseline:
         table.add_column("base", justify="right")
     table.add_column("tuned" if baseline else "value", justify="right")
+    if baseline:
+        table.add_column("difference", justify="right")
     for name, metric in result["metrics"].items():
-        table.add_row(name, *([percent(baseline[name])] if baseline else []), percent(metric))
+        if baseline:
+            found = result["comparison"][name]
+            change = f"{100 * found['difference']:+.1f} points, {as_p(found['p'])}: {found['verdict']}"
+            table.add_row(name, percent(baseline[name]), percent(metric), change)
+        else:
+            table.add_row(name, percent(metric))
     return table
+
+
+def as_p(p: float) -> str:
+    """A p-value as one writes it: `p = 0.031`, `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"

@@ -1,10 +1,10 @@
-"""Scores of generated answers, each with its standard error."""
+"""Scores of generated answers, each with its standard error, and what two models differ by on the same questions."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+from tunesmith.evaluation.statistics import Difference, Measured, compare, mean
 from tunesmith.types import EvalResult, Generation
 
 
@@ -31,10 +31,21 @@ def score(task: str, generations: Sequence[Generation]) -> dict[str, EvalResult]
 
     At least one row is needed.
     """
-    n = len(generations)
-    exact = sum(is_exact(row.expected, row.answer) for row in generations) / n
-    accuracy = sum(row.correct for row in generations) / n
     return {
-        name: EvalResult(task, name, value, math.sqrt(value * (1 - value) / n), n)
-        for name, value in (("accuracy", accuracy), ("exact_match", exact))
+        name: EvalResult(task, name, measured.value, measured.stderr or 0.0, measured.n)
+        for name, measured in measure(generations).items()
     }
+
+
+def measure(generations: Sequence[Generation]) -> dict[str, Measured]:
+    """The metrics of `score`, with each row's value."""
+    return {
+        "accuracy": mean([float(row.correct) for row in generations]),
+        "exact_match": mean([float(is_exact(row.expected, row.answer)) for row in generations]),
+    }
+
+
+def differences(tuned: Sequence[Generation], base: Sequence[Generation]) -> dict[str, Difference]:
+    """Each metric of the tuned model's answers minus that of the base's to the same questions, with a paired test."""
+    before = measure(base)
+    return {name: compare(after, before[name]) for name, after in measure(tuned).items()}

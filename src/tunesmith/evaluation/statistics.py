@@ -11,7 +11,7 @@ mostly far below that of two separate measurements. The test is two-sided:
 
     shares                    McNemar's, exact: of the rows that differ, b better and c worse, p = 2 P(X <= min(b, c)), X ~ B(b + c, 1/2)
                               (McNemar 1947; exact form: Edwards 1948 without the correction, Fagerland 2013)
-    other means               t-test of the differences where n >= 30 by the normal distribution, else a sign-flip permutation test
+    other means               mean of the differences over its error, normal, where n >= 30; else a permutation test that flips signs
     statistics                paired bootstrap: the share of samples whose difference is on the other side of 0 (Koehn 2004), doubled
 
 What was left out: corrections for several metrics at once. Who gates on many should ask for a smaller p.

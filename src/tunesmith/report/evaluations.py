@@ -1,10 +1,9 @@
 """Before and after: the files of `RUN/evaluations/`, compared with the base model and judged by their error bars.
 
-A difference counts when it is more than two standard errors, √(σ_tuned² + σ_base²). That treats the two measurements
-as independent; both ran on the same rows, which makes the true error of the difference smaller, so the verdict errs
-towards "no clear difference". A share of 0 or 1 has a standard error of 0, which would make any difference clear even
-on one row: the verdict then uses √(p(1 - p) / n) with Laplace's p = (n · share + 1) / (n + 2). What was left out: a
-paired test, which needs every row, and a file may hold a sample.
+Where the file has a paired test of both models' answers to the same rows (`comparison`), the verdict is its. In older files a difference
+counts when it is more than two standard errors, √(σ_tuned² + σ_base²): that treats the two measurements as independent, and errs
+towards "no clear difference". A share of 0 or 1 has a standard error of 0, which would make any difference clear even on one
+row: the verdict then uses √(p(1 - p) / n) with Laplace's p = (n · share + 1) / (n + 2).
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +145,22 @@ def _comparisons(raw: Mapping[str, Any]) -> tuple[Comparison, ...]:
     if not tuned:
         raise ValueError("it has no `metrics` with a value")
     n = as_number(raw.get("n"))
-    compared = [compare(name, measured, base.get(name), n) for name, measured in tuned.items()]
+    paired = raw.get("comparison")
+    tests = paired if isinstance(paired, dict) else {}
+    compared = [
+        _by_paired_test(compare(name, measured, base.get(name), n), tests.get(name)) for name, measured in tuned.items()
+    ]
     return tuple(sorted(compared, key=lambda comparison: comparison.base is None))
+
+
+def _by_paired_test(comparison: Comparison, test: Any) -> Comparison:
+    """The comparison with the verdict of the paired test in the file, if it has one."""
+    p = as_number(test.get("p")) if isinstance(test, dict) else None
+    if comparison.base is None or p is None or test.get("verdict") not in ("better", "worse", "unclear"):
+        return comparison
+    said = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    words = {"unclear": "no clear difference"}.get(test["verdict"], test["verdict"])
+    return replace(comparison, verdict=test["verdict"], reason=f"{words} ({said}, {as_text(test.get('test'))})")
 
 
 def _measurements(raw: Any) -> dict[str, tuple[float, float | None]]:

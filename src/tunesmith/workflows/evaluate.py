@@ -18,7 +18,7 @@ from tunesmith.evaluation.answers import (
     generate_answers,
     sample_rows,
 )
-from tunesmith.evaluation.metrics import score
+from tunesmith.evaluation.metrics import differences, score
 from tunesmith.files import disk_errors, sha256_file, write_json
 from tunesmith.runs import RunFolder
 from tunesmith.types import EvalResult, Example, Generation, Progress, no_progress
@@ -95,12 +95,24 @@ def summarize(
     base: Sequence[Generation] | None,
     settings: EvaluationConfig,
 ) -> dict[str, Any]:
-    """The evaluation as JSON: metrics with standard errors, the baseline's, the settings to repeat it, every answer."""
+    """The evaluation as JSON: metrics with standard errors, the baseline's, the paired comparison of both, the settings to repeat it, every answer."""
     return {
         "task": Path(data).stem,
         "n": len(tuned),
         "metrics": _metrics(score(Path(data).stem, tuned)),
         "baseline": _metrics(score(Path(data).stem, base)) if base is not None else None,
+        "comparison": {
+            name: {
+                "difference": found.value,
+                "stderr": found.stderr,
+                "p": found.p,
+                "test": found.test,
+                "verdict": found.verdict,
+            }
+            for name, found in differences(tuned, base).items()
+        }
+        if base is not None
+        else None,
         "gate": None,
         "data": data,
         "data_sha256": sha256_file(Path(data)),
