@@ -86,9 +86,10 @@ def statistic(of: Statistic, n: int, higher_is_better: bool = True, samples: int
 def compare(tuned: Measured, base: Measured) -> Difference:
     """Tuned against base, on the same rows where both have them (then paired), else as independent measurements.
 
-    Raises ValueError where the numbers of rows differ, or the metric's direction.
+    Both are of one metric. Raises ValueError where the numbers of rows differ.
     """
-    if tuned.n != base.n or tuned.higher_is_better != base.higher_is_better:
+    assert tuned.higher_is_better == base.higher_is_better
+    if tuned.n != base.n:
         raise ValueError(f"measured on {tuned.n} and {base.n} rows: only the same rows can be compared")
     value = tuned.value - base.value
     if tuned.rows is None or base.rows is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tunesmith.errors import ModelError
 from tunesmith.models.catalogue import NO_LIMIT
-from tunesmith.models.families import TAKEN_FOR_EXPERTS, taken_for_experts
+from tunesmith.models.families import PRESETS, TAKEN_FOR_EXPERTS, taken_for_experts
 
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"})
 """`model_type`s whose whole decoder layers the fused engine runs (models/families.py, by transformers' name)."""
@@ -33,9 +33,6 @@ QWEN2 = frozenset({"qwen2", "qwen2_moe"})
 
 EAGER = frozenset({"gemma2", "gpt_oss"})
 """Families whose attention keeps its scores: soft-capped ones, or with a sink beside them, which PyTorch's kernels have not."""
-
-PRESETS = ("all-linear", "attention", "mlp", "qv")
-"""As models/adapters.py has them."""
 
 POST_NORMS = frozenset({"gemma2", "gemma3_text"})
 """Families that norm the output of attention and of the MLP too."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.config import AdapterConfig
 from tunesmith.errors import ModelError
 from tunesmith.models import loftq
-from tunesmith.models.families import TAKEN_FOR_EXPERTS, taken_for_experts
+from tunesmith.models.families import PRESETS, TAKEN_FOR_EXPERTS, taken_for_experts
 from tunesmith.types import GB
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-PRESETS = ("all-linear", "attention", "mlp", "qv")
 QUERY_VALUE = {"q_proj", "v_proj", "query", "value"}
 FUSED_QKV = {"qkv_proj", "query_key_value", "c_attn", "Wqkv"}
 

@@ -72,6 +72,9 @@ SPECS: dict[str, LayerSpec] = {
 DENSE_MLP = {"DeepseekV2DecoderLayer": "DeepseekV2MLP"}
 """Families that mix dense and expert layers: the class of the dense MLP, which is what fits."""
 
+PRESETS = ("all-linear", "attention", "mlp", "qv")
+"""What `adapter.target_modules` may be beside a list of names."""
+
 TAKEN_FOR_EXPERTS = {"deepseek_v2": ("gate_proj", "up_proj", "down_proj")}
 """By `model_type`, names of linear layers that PEFT takes for experts' parameters, as they were linear layers in transformers 4."""
 
