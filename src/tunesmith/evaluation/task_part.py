@@ -146,9 +146,9 @@ class TaskPart:
         requests = [(window[:1], window[1:]) for of_text in windows for window in of_text]
         found = iter(subject.log_likelihoods(requests, f"texts under the {subject.name} model"))
         losses = []
-        for example, of_text in zip(self.examples, windows, strict=True):
+        for example, ids, of_text in zip(self.examples, texts, windows, strict=True):
             parts: list[Likelihood] = [next(found) for _ in of_text]
-            predicted = "".join(subject.tokenizer.decode(window[1:]) for window in of_text)
+            predicted = subject.tokenizer.decode(ids[1:])
             losses.append(
                 TextLoss(
                     -math.fsum(part.total for part in parts),
