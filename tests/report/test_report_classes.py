@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_a_matrix_has_few_labels_and_says_what_it_leaves_out() -> None:
     names = [f"label_{index:02}" for index in range(30)]
     tuned = {
         "per_class": [label(name, 10, 9, 10) for name in names],
-        "confusions": [pair(name, other, 1) for name, other in zip(names, names[1:], strict=False)],
+        "confusions": [pair(name, other, 1) for name, other in pairwise(names)],
         "other": 0,
     }
     found = read_classes({"tuned": tuned, "baseline": None})
