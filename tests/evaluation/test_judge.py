@@ -706,6 +706,6 @@ def test_the_example_of_the_docs_runs(longer: JudgeServer, tmp_path: Path, monke
     found: dict[str, Any] = {}
     exec(example.replace("https://api.openai.com/v1", longer.url), found)  # noqa: S102
     assert found["result"].metrics["judge_win_rate"].rows == (1.0, 0.5)
-    assert found["result"].details["cost"]["money"] == pytest.approx(4 * (100 * 0.4 + 10 * 1.6) / 1e6)
+    assert found["result"].details["cost"]["money"] == pytest.approx(2 * (100 * 0.4 + 10 * 1.6) / 1e6)
     settings = {field.name for field in dataclasses.fields(JudgeSettings)}
     assert settings == set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
