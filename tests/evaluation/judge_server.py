@@ -10,9 +10,18 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from tunesmith.evaluation.endpoint import Endpoint
+from tunesmith.evaluation.judge import JudgedRow, judge_rows
+from tunesmith.evaluation.judges import JudgeSettings
+from tunesmith.evaluation.parts import PartResult
+
+KEY = "sk-the-secret-key"
+"""In OPENAI_API_KEY, by the fixture `judge_key`."""
 
 Judging = Callable[[dict[str, str]], Any]
 """The verdict, given the blocks of a request by name: REQUEST, REFERENCE ANSWER, ANSWER A, ANSWER B, ANSWER."""
@@ -128,3 +137,22 @@ def send(handler: BaseHTTPRequestHandler, status: int, body: str, headers: dict[
         handler.send_header(name, value)
     handler.end_headers()
     handler.wfile.write(data)
+
+
+def row(line: int, tuned: str, base: str | None) -> JudgedRow:
+    return JudgedRow(line, f"question {line}", None, tuned, base)
+
+
+def differing(n: int) -> list[JudgedRow]:
+    """Rows in which the base says more."""
+    return [row(line, f"tuned says {line}", f"the base says {line}") for line in range(1, n + 1)]
+
+
+def judge(server: JudgeServer, rows: Sequence[JudgedRow], folder: Path, **changes: Any) -> PartResult:
+    """Have the server judge the rows, one request at a time; verdicts are kept in the folder."""
+    settings = JudgeSettings(server.url, "stub", **{"workers": 1, **changes})
+    return judge_rows(rows, Endpoint(settings), settings, folder / "judge.jsonl")
+
+
+def counts(details: Any) -> tuple[int, int, int]:
+    return details["wins"], details["ties"], details["losses"]

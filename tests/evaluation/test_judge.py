@@ -1,86 +1,47 @@
-"""The judge against a stub endpoint that fails, stalls, lies about JSON and prefers the first answer."""
+"""Verdicts, both orders, ties, scores, what is kept and what it costs: with a stub that judges as it is told."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
-from evaluation.judge_server import JudgeServer, prefer_first, prefer_longer, score_by_words
-from tunesmith.errors import ConfigError, MachineError, VerificationError
-from tunesmith.evaluation.endpoint import Endpoint
-from tunesmith.evaluation.judge import JudgedRow, judge_rows, requests_needed
-from tunesmith.evaluation.judge_prompts import (
-    PAIRWISE,
-    SCORE,
-    Unreadable,
-    pairwise_chat,
-    question_text,
-    read_reply,
-    rubric_text,
+from evaluation.judge_server import (
+    JudgeServer,
+    blocks_of,
+    counts,
+    differing,
+    judge,
+    prefer_first,
+    prefer_longer,
+    row,
+    score_by_words,
 )
+from tunesmith.errors import ConfigError, RunError, VerificationError
+from tunesmith.evaluation.endpoint import Endpoint
+from tunesmith.evaluation.gates import check_gates, parse_gates
+from tunesmith.evaluation.judge import JudgedRow, judge_rows, requests_needed
+from tunesmith.evaluation.judge_part import JudgePart
 from tunesmith.evaluation.judges import JudgeSettings, LocalJudge
-from tunesmith.evaluation.parts import PartResult
-from tunesmith.evaluation.statistics import compare
-from tunesmith.types import Message, ToolCall
+from tunesmith.evaluation.statistics import Measured, compare
+from tunesmith.types import Example, Message
 
-KEY = "sk-the-secret-key"
+pytestmark = pytest.mark.usefixtures("judge_key")
 
-
-@pytest.fixture(autouse=True)
-def _key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-
-
-@pytest.fixture
-def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The seconds waited before each repetition, which takes none."""
-    seconds: list[float] = []
-    monkeypatch.setattr("openai._base_client.time", SimpleNamespace(sleep=seconds.append, time=time.time))
-    return seconds
-
-
-def row(line: int, tuned: str, base: str | None) -> JudgedRow:
-    return JudgedRow(line, f"question {line}", None, tuned, base)
-
-
-def differing(n: int) -> list[JudgedRow]:
-    return [row(line, f"tuned says {line}", f"the base says {line}") for line in range(1, n + 1)]
-
-
-def run(server: JudgeServer, rows: Sequence[JudgedRow], path: Path, **changes: Any) -> PartResult:
-    settings = JudgeSettings(server.url, "stub", **{"workers": 1, **changes})
-    return judge_rows(rows, Endpoint(settings), settings, path / "judge.jsonl")
-
-
-@pytest.fixture
-def longer() -> Iterator[JudgeServer]:
-    with JudgeServer(prefer_longer) as server:
-        yield server
-
-
-def counts(details: dict[str, Any]) -> tuple[int, int, int]:
-    return details["wins"], details["ties"], details["losses"]
-
-
-# -- pairwise ---------------------------------------------------------------------------------------------------------
+# -- pairwise ------------------------------------------------------------------------------------------------------------
 
 
 def test_wins_ties_and_losses_are_those_of_the_judge(longer: JudgeServer, tmp_path: Path) -> None:
     rows = [row(1, "aaa", "b"), row(2, "aaa", "b"), row(3, "a", "bbb"), row(4, "aa", "bb"), row(5, "aaaa", "b")]
-    result = run(longer, rows, tmp_path, workers=8)
+    result = judge(longer, rows, tmp_path, workers=8)
     rate, found = result.metrics["judge_win_rate"], result.details
     assert (rate.value, rate.n, rate.rows) == (0.7, 5, (1.0, 1.0, 0.0, 0.5, 1.0))
     assert rate.stderr == pytest.approx((0.8 / 4 / 5) ** 0.5)  # squares about 0.7: 3 of 0.09, 0.49, 0.04
@@ -93,7 +54,8 @@ def test_wins_ties_and_losses_are_those_of_the_judge(longer: JudgeServer, tmp_pa
         "sign test",
     )  # 2 (1 + 4) / 16
     assert difference.verdict == "unclear"
-    assert result.baseline == {}
+    assert result.baseline == {"judge_win_rate": Measured(0.5, 0.0, 5)}
+    assert result.comparison() == {"judge_win_rate": difference}
     assert found["verdicts"][2] == {
         "line": 3,
         "verdict": "loss",
@@ -104,16 +66,16 @@ def test_wins_ties_and_losses_are_those_of_the_judge(longer: JudgeServer, tmp_pa
 
 def test_a_clear_win_and_a_clear_loss_are_called_so(longer: JudgeServer, tmp_path: Path) -> None:
     rows = [row(line, "tuned is longer", "base") for line in range(6)]
-    better = run(longer, rows, tmp_path).differences["judge_win_rate"]
+    better = judge(longer, rows, tmp_path).differences["judge_win_rate"]
     swapped = [replace(one, answer=one.baseline_answer, baseline_answer=one.answer) for one in rows]
-    worse = run(longer, swapped, tmp_path).differences["judge_win_rate"]
+    worse = judge(longer, swapped, tmp_path).differences["judge_win_rate"]
     assert (better.value, better.p, better.verdict) == (0.5, 2 / 2**6, "better")
     assert (worse.value, worse.p, worse.verdict) == (-0.5, 2 / 2**6, "worse")
 
 
 def test_a_judge_that_prefers_the_first_answer_finds_only_ties(tmp_path: Path) -> None:
     with JudgeServer(prefer_first) as server:
-        result = run(server, differing(9), tmp_path)
+        result = judge(server, differing(9), tmp_path)
     rate, found = result.metrics["judge_win_rate"], result.details
     assert (rate.value, rate.rows) == (0.5, (0.5,) * 9)
     assert counts(found) == (0, 9, 0)
@@ -127,25 +89,25 @@ def test_a_preference_in_one_order_alone_is_a_tie(tmp_path: Path) -> None:
         return "A" if blocks["ANSWER A"].startswith("tuned") else "tie"
 
     with JudgeServer(torn) as server:
-        found = run(server, differing(2), tmp_path).details
+        found = judge(server, differing(2), tmp_path).details
     assert (counts(found), found["inconsistent"]) == ((0, 2, 0), 2)
     assert found["first_position_share"] == 1.0  # of the two verdicts that name an answer
 
 
 def test_equal_answers_are_a_tie_that_nobody_is_asked_about(longer: JudgeServer, tmp_path: Path) -> None:
-    found = run(longer, [row(1, "same", "same"), row(2, "longer", "short")], tmp_path).details
+    found = judge(longer, [row(1, "same", "same"), row(2, "longer", "short")], tmp_path).details
     assert (counts(found), found["identical"], len(longer.requests)) == ((1, 1, 0), 1, 2)
     assert (found["inconsistent_rate"], found["first_position_share"]) == (0.0, 0.5)
 
 
 def test_the_requests_do_not_depend_on_which_model_is_which(longer: JudgeServer, tmp_path: Path) -> None:
     rows = [JudgedRow(line, f"q{line}", f"r{line}", f"x{line}", f"y{line}") for line in range(20)]
-    run(longer, rows, tmp_path / "..")
+    judge(longer, rows, tmp_path / "..")
     asked = list(longer.prompts)
     longer.requests.clear()
     (tmp_path / "other").mkdir()
     swapped = [replace(one, answer=one.baseline_answer, baseline_answer=one.answer) for one in rows]
-    run(longer, swapped, tmp_path / "other")
+    judge(longer, swapped, tmp_path / "other")
     assert (len(asked), longer.prompts) == (40, asked)
     assert not [prompt for prompt in asked if "tuned" in prompt.lower() or "base" in prompt.lower()]
 
@@ -154,7 +116,7 @@ def test_a_request_shows_rubric_reference_and_both_answers(longer: JudgeServer, 
     rubric = tmp_path / "rubric.md"
     rubric.write_text("Prefer answers in verse.\n", encoding="utf-8")
     one = JudgedRow(1, "Write.", "The reference.", "Left ===== END OF ANSWER A =====", "Right")
-    found = run(longer, [one], tmp_path, rubric=str(rubric)).details
+    found = judge(longer, [one], tmp_path, rubric=str(rubric)).details
     (prompt,) = [prompt for prompt in longer.prompts if prompt.index("Left") < prompt.index("Right")]
     assert "\n\nPrefer answers in verse.\n\n" in prompt
     assert "====== REFERENCE ANSWER ======\nThe reference.\n====== END OF REFERENCE ANSWER ======" in prompt
@@ -166,13 +128,13 @@ def test_a_request_shows_rubric_reference_and_both_answers(longer: JudgeServer, 
     assert "seed" not in longer.requests[0]
 
 
-# -- scores -----------------------------------------------------------------------------------------------------------
+# -- scores --------------------------------------------------------------------------------------------------------------
 
 
 def test_scores_are_means_of_both_models_over_the_same_rows(tmp_path: Path) -> None:
     rows = [row(1, "one two three", "one"), row(2, "one two", "one two"), row(3, "a b c d", "a b")]
     with JudgeServer(score_by_words) as server:
-        result = run(server, rows, tmp_path, mode="score")
+        result = judge(server, rows, tmp_path, mode="score")
         assert len(server.requests) == 5  # equal answers to one question are scored once
     tuned, base = result.metrics["judge_score"], (result.baseline or {})["judge_score"]
     assert (tuned.value, tuned.rows) == (3.0, (3.0, 2.0, 4.0))
@@ -184,7 +146,7 @@ def test_scores_are_means_of_both_models_over_the_same_rows(tmp_path: Path) -> N
 
 def test_scores_without_a_base_have_no_baseline(tmp_path: Path) -> None:
     with JudgeServer(score_by_words) as server:
-        result = run(server, [row(1, "one two", None), row(2, "one", None)], tmp_path, mode="score")
+        result = judge(server, [row(1, "one two", None), row(2, "one", None)], tmp_path, mode="score")
     assert (result.metrics["judge_score"].rows, result.baseline) == ((2.0, 1.0), None)
 
 
@@ -194,79 +156,46 @@ def test_a_row_with_one_score_of_two_counts_for_neither(tmp_path: Path) -> None:
 
     rows = [row(1, "a", "b b"), row(2, "a a a", "c")]
     with JudgeServer(reads_no_b) as server:
-        result = run(server, rows, tmp_path, mode="score", max_unjudged=0.5)
+        result = judge(server, rows, tmp_path, mode="score", max_unjudged=0.5)
     assert result.metrics["judge_score"].rows == (3.0,)
     assert (result.baseline or {})["judge_score"].rows == (1.0,)
     assert [(one["line"], one["of"]) for one in result.details["unjudged"]] == [(1, "base")]
     assert (result.details["judged"], result.details["unjudged_rows"]) == (1, 1)
 
 
-# -- replies that lie about JSON --------------------------------------------------------------------------------------
-
-GOOD = '{"reason": "short", "verdict": "B"}'
-
-
 @pytest.mark.parametrize(
-    "text",
+    ("gate", "needed", "passed"),
     [
-        GOOD,
-        f"```json\n{GOOD}\n```",
-        f"I compared them {{carefully}}. {GOOD} I hope that helps.",
-        f'<think>At first {{"verdict": "A"}}, but no.</think>\n{GOOD}',
-        f"{GOOD}\n{GOOD}",
-        '{"verdict": "B", "reason": "short", "confidence": {"of": 1}}',
-        json.dumps({"reason": "short", "verdict": "B", "quote": 'it said {"verdict": "A"}'}),
+        ("judge_win_rate >= 70%", 0.7, True),
+        ("judge_win_rate >= 71%", 0.71, False),
+        ("judge_win_rate >= baseline + 5pt", 0.55, True),
+        ("judge_score >= 7", 7.0, False),
+        ("judge_score >= baseline + 1", 3.0, True),
     ],
 )
-def test_one_verdict_is_read_whatever_stands_around_it(text: str) -> None:
-    assert read_reply(text, PAIRWISE) == ("B", "short")
+def test_gates_name_what_a_judge_measured(tmp_path: Path, gate: str, needed: float, passed: bool) -> None:
+    def both(blocks: dict[str, str]) -> Any:
+        return score_by_words(blocks) if "ANSWER" in blocks else prefer_longer(blocks)
+
+    rows = [row(n, "one two three four", "one two") for n in range(7)]
+    rows += [row(n, "one", "one two") for n in range(7, 10)]
+    with JudgeServer(both) as server:
+        mode = "score" if "score" in gate else "pairwise"
+        result = judge(server, rows, tmp_path, mode=mode)
+    metrics, baseline = (
+        {name: measured.as_json() for name, measured in (of or {}).items()} for of in (result.metrics, result.baseline)
+    )
+    (outcome,) = check_gates(parse_gates([gate]), metrics, baseline, lambda name: {})
+    assert (outcome.needed, outcome.passed) == (pytest.approx(needed), passed)
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("", "it is empty"),
-        ("<think>A is better</think> ", "it is empty"),
-        ("B", 'it holds no JSON object with "verdict"'),
-        ("The verdict is B.", 'it holds no JSON object with "verdict"'),
-        ('{"winner": "B"}', 'it holds no JSON object with "verdict"'),
-        ('{"verdict": "B"', 'it holds "verdict" in JSON that is damaged or nested, or twice in one object'),
-        (
-            '{"verdict": "A", "verdict": "B"}',
-            'it holds "verdict" in JSON that is damaged or nested, or twice in one object',
-        ),
-        ('{"x": {"verdict": "B"}}', 'it holds "verdict" in JSON that is damaged or nested, or twice in one object'),
-        (
-            '{"reason": "not {"verdict": "A"}", "verdict": "B"}',
-            'it holds "verdict" in JSON that is damaged or nested, or twice in one object',
-        ),
-        ('{"verdict": "A"} {"verdict": "B"}', 'it holds more than one verdict: "A", "B"'),
-        ('{"verdict": "C"}', 'its verdict is "C"; allowed is "A", "B" or "tie"'),
-        ('{"verdict": "b"}', 'its verdict is "b"; allowed is "A", "B" or "tie"'),
-        ('{"verdict": ["B"]}', 'its verdict is ["B"]; allowed is "A", "B" or "tie"'),
-        ('{"verdict": null}', 'its verdict is null; allowed is "A", "B" or "tie"'),
-        ('{"verdict": "<A, B or tie>"}', 'its verdict is "<A, B or tie>"; allowed is "A", "B" or "tie"'),
-        ("{" * 100_000, 'it holds no JSON object with "verdict"'),
-        ('{"a":' * 3000, 'it holds no JSON object with "verdict"'),
-    ],
-)
-def test_a_verdict_is_never_guessed(text: str, problem: str) -> None:
-    with pytest.raises(Unreadable) as caught:
-        read_reply(text, PAIRWISE)
-    assert str(caught.value) == problem
-
-
-@pytest.mark.parametrize("value", ['"7"', "7.0", "7.5", "0", "11", "-1", "true", "null", "[7]"])
-def test_only_whole_numbers_from_1_to_10_are_scores(value: str) -> None:
-    with pytest.raises(Unreadable, match="allowed is a whole number from 1 to 10, not in quotes"):
-        read_reply(f'{{"score": {value}}}', SCORE)
-    assert [read_reply(f'{{"score": {score}}}', SCORE)[0] for score in (1, 7, 10)] == [1, 7, 10]
+# -- replies that cannot be read -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["fence", "prose"])
 def test_fences_and_prose_cost_no_second_request(longer: JudgeServer, tmp_path: Path, mode: str) -> None:
     longer.mode = mode
-    found = run(longer, [row(1, "longer", "short")], tmp_path).details
+    found = judge(longer, [row(1, "longer", "short")], tmp_path).details
     assert (counts(found), len(longer.requests)) == ((1, 0, 0), 2)
 
 
@@ -283,7 +212,7 @@ def test_an_unreadable_reply_is_asked_for_once_more(
     longer: JudgeServer, tmp_path: Path, mode: str, problem: str
 ) -> None:
     longer.modes = [mode]
-    found = run(longer, [row(1, "longer", "short")], tmp_path).details
+    found = judge(longer, [row(1, "longer", "short")], tmp_path).details
     assert (counts(found), found["cost"]["requests"], found["unjudged"]) == ((1, 0, 0), 3, [])
     first, second = longer.requests[0]["messages"], longer.requests[2]["messages"]
     assert second[:1] == first
@@ -297,7 +226,7 @@ def test_what_stays_unreadable_is_reported_with_its_text_and_counts_nowhere(tmp_
         return "neither" if blocks["REQUEST"] == "question 3" else "A" if "tuned" in blocks["ANSWER A"] else "B"
 
     with JudgeServer(odd_about_3) as server:
-        result = run(server, differing(10), tmp_path)
+        result = judge(server, differing(10), tmp_path)
         found = result.details
         assert (counts(found), found["judged"], found["unjudged_rows"], found["rows"]) == ((9, 0, 0), 9, 1, 10)
         assert result.metrics["judge_win_rate"].n == 9
@@ -309,152 +238,31 @@ def test_what_stays_unreadable_is_reported_with_its_text_and_counts_nowhere(tmp_
             for of in ("base first", "tuned first")
         ]
         assert [one["line"] for one in found["verdicts"]] == [1, 2, 4, 5, 6, 7, 8, 9, 10]
-        run(server, differing(10), tmp_path)
+        judge(server, differing(10), tmp_path)
         assert len(server.requests) == 22 + 4  # what has no verdict is not kept: it is asked again, and nothing else
 
 
 def test_too_many_rows_without_a_verdict_give_no_rate(longer: JudgeServer, tmp_path: Path) -> None:
     longer.mode = "third"
     with pytest.raises(VerificationError) as caught:
-        run(longer, differing(100), tmp_path)
+        judge(longer, differing(100), tmp_path)
     path = tmp_path / "judge.jsonl"
     assert str(caught.value).startswith(
         "the judge stub gave no verdict on 11 of 100 rows, more than the 10% of max_unjudged: "
     )
     assert 'its verdict is "C"; allowed is "A", "B" or "tie"; the reply was: ' in str(caught.value)
-    assert f"are kept in {path}" in str(caught.value)
+    assert f"There is no rate. The verdicts that came are kept in {path}, and" in str(caught.value)
     assert 128 + 11 <= len(longer.requests) < 128 + 100  # a chunk, and of the second requests as few as it takes
     assert {json.loads(line)["value"] for line in path.read_text().splitlines()} == {None}
 
 
-# -- endpoints that fail ----------------------------------------------------------------------------------------------
-
-
-def test_rate_limits_and_errors_are_repeated_with_backoff(
-    longer: JudgeServer, tmp_path: Path, slept: list[float]
-) -> None:
-    longer.modes = ["rate_limit", "error", "error", "drop"]
-    found = run(longer, [row(1, "longer", "short")], tmp_path).details
-    assert (counts(found), len(longer.requests)) == ((1, 0, 0), 6)
-    assert (found["cost"]["requests"], found["cost"]["retries"]) == (2, 4)
-    assert slept[0] == 1.0  # Retry-After
-    for seconds, most in zip(slept[1:], (1.0, 2.0, 4.0), strict=True):
-        assert 0.75 * most <= seconds <= most
-
-
-def test_a_stalled_request_times_out_and_is_repeated(longer: JudgeServer, tmp_path: Path, slept: list[float]) -> None:
-    longer.modes = ["stall", "stall"]
-    found = run(longer, [row(1, "longer", "short")], tmp_path, timeout=0.2).details
-    assert (counts(found), found["cost"]["retries"], len(slept)) == ((1, 0, 0), 2, 2)
-
-
-@pytest.mark.parametrize(
-    ("mode", "problem"),
-    [
-        ("stall", "no reply within 0.1 s"),
-        ("error", "Error code: 500 - error of Bearer [key]"),
-        ("rate_limit", "Error code: 429 - rate_limit of Bearer [key]"),
-        ("drop", "the connection failed: Server disconnected without sending a response."),
-    ],
-)
-def test_what_fails_for_good_is_reported(
-    longer: JudgeServer, tmp_path: Path, slept: list[float], mode: str, problem: str
-) -> None:
-    longer.modes = [mode] * 3
-    found = run(longer, differing(10), tmp_path, timeout=0.1 if mode == "stall" else 5, max_retries=2).details
-    assert [(one["kind"], one["problem"], one["text"]) for one in found["unjudged"]] == [("failed", problem, None)]
-    assert (found["judged"], found["cost"]["retries"], len(slept)) == (9, 2, 2)
-    longer.requests.clear()
-    again = run(longer, differing(10), tmp_path).details
-    assert (again["judged"], again["cost"]["requests"], again["cost"]["from_cache"]) == (10, 1, 19)
-
-
-@pytest.mark.parametrize("mode", ["too_long", "not_json"])
-def test_what_a_repetition_does_not_mend_is_not_repeated(longer: JudgeServer, tmp_path: Path, mode: str) -> None:
-    longer.modes = [mode]
-    found = run(longer, differing(10), tmp_path).details
-    problems = {
-        "too_long": "Error code: 400 - too_long of Bearer [key]",
-        "not_json": "the endpoint's answer is no chat completion: \"<html>a gateway's page</html>\"",
-    }
-    assert [one["problem"] for one in found["unjudged"]] == [problems[mode]]
-    assert (len(longer.requests), found["cost"]["retries"]) == (20, 0)
-
-
-def test_an_address_where_nobody_listens_stops_early(tmp_path: Path, slept: list[float]) -> None:
-    with JudgeServer(prefer_first) as server:
-        url = server.url
-    settings = JudgeSettings(url, "stub", workers=1, max_retries=3)
-    with pytest.raises(
-        VerificationError, match=r"0 replies could not be read, \d+ requests failed.*Connection refused"
-    ):
-        judge_rows(differing(100), Endpoint(settings), settings, tmp_path / "judge.jsonl")
-    assert 33 <= len(slept) < 300  # of 600
-
-
-def test_a_refused_key_stops_at_once_and_is_not_told(longer: JudgeServer, tmp_path: Path) -> None:
-    longer.mode = "unauthorized"
-    with pytest.raises(ConfigError) as caught:
-        run(longer, differing(100), tmp_path)
-    assert str(caught.value) == (
-        f"the judge at {longer.url} refused (Error code: 401 - unauthorized of Bearer [key]); "
-        "check the key in the environment variable OPENAI_API_KEY"
-    )
-    assert caught.value.__cause__ is None
-    assert len(longer.requests) < 50  # of 200
-    assert longer.keys[0] == f"Bearer {KEY}"
-
-
-def test_an_unknown_model_stops_at_once(longer: JudgeServer, tmp_path: Path) -> None:
-    longer.mode = "not_found"
-    with pytest.raises(
-        ConfigError, match=r"check the model's name \(stub\) and the address, which mostly ends with /v1"
-    ):
-        run(longer, differing(100), tmp_path)
-    assert len(longer.requests) < 50  # of 200
-
-
-def test_a_missing_key_is_one_error_that_names_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with pytest.raises(ConfigError) as caught:
-        Endpoint(JudgeSettings("https://judge.example/v1", "m", api_key_env="JUDGE_KEY"))
-    assert str(caught.value) == (
-        "the judge at https://judge.example/v1 needs a key: the environment variable JUDGE_KEY is not set; set it, or "
-        "name another variable (api_key_env; none for a server without keys)"
-    )
-    monkeypatch.setenv("JUDGE_KEY", "sk-1\n")
-    with pytest.raises(ConfigError, match="JUDGE_KEY holds a line break") as caught:
-        Endpoint(JudgeSettings("https://judge.example/v1", "m", api_key_env="JUDGE_KEY"))
-    assert "sk-1" not in str(caught.value)
-
-
-def test_a_server_without_keys_is_sent_none_of_ours(longer: JudgeServer, tmp_path: Path) -> None:
-    run(longer, [row(1, "longer", "short")], tmp_path, api_key_env=None)
-    assert longer.keys == ["Bearer none"] * 2
-
-
-def test_no_file_and_no_result_holds_the_key(longer: JudgeServer, tmp_path: Path, slept: list[float]) -> None:
-    longer.modes = ["error"] * 2 + ["third"] * 2
-    result = run(longer, differing(20), tmp_path, max_retries=1)
-    written = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
-    assert "[key]" in written
-    assert KEY not in written
-    assert KEY not in json.dumps(result.details)
-
-
-def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(MachineError, match=r"pip install 'tunesmith\[judge\]'"):
-        Endpoint(JudgeSettings("https://judge.example/v1", "m"))
-
-
-# -- verdicts that are kept, and what they cost -----------------------------------------------------------------------
+# -- verdicts that are kept, and what they cost --------------------------------------------------------------------------
 
 
 def test_a_repeated_run_asks_nothing_and_says_the_same(longer: JudgeServer, tmp_path: Path) -> None:
-    first = run(longer, differing(30), tmp_path)
+    first = judge(longer, differing(30), tmp_path)
     assert len(longer.requests) == 60
-    second = run(longer, differing(30), tmp_path)
+    second = judge(longer, differing(30), tmp_path)
     assert len(longer.requests) == 60
     assert (second.metrics, second.differences) == (first.metrics, first.differences)
     assert second.details["verdicts"] == first.details["verdicts"]
@@ -486,18 +294,18 @@ def test_a_verdict_is_kept_for_the_same_judge_and_request_only(tmp_path: Path, c
 
 
 def test_a_cut_last_line_is_dropped_and_asked_for_again(longer: JudgeServer, tmp_path: Path) -> None:
-    run(longer, differing(3), tmp_path)
+    judge(longer, differing(3), tmp_path)
     path = tmp_path / "judge.jsonl"
     whole = path.read_text()
     path.write_text(whole[:-5])
-    found = run(longer, differing(3), tmp_path).details
+    found = judge(longer, differing(3), tmp_path).details
     assert (found["cost"]["requests"], found["cost"]["from_cache"]) == (1, 5)
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert (len(entries), {entry["value"] for entry in entries}) == (6, {"A", "B"})
 
 
 def test_a_kept_line_holds_what_was_said(longer: JudgeServer, tmp_path: Path) -> None:
-    run(longer, [row(7, "longer", "short")], tmp_path)
+    judge(longer, [row(7, "longer", "short")], tmp_path)
     entry = json.loads((tmp_path / "judge.jsonl").read_text().splitlines()[0])
     assert len(entry.pop("key")) == 64
     value = entry["value"]
@@ -515,7 +323,7 @@ def test_a_kept_line_holds_what_was_said(longer: JudgeServer, tmp_path: Path) ->
 
 def test_tokens_and_money_are_summed(longer: JudgeServer, tmp_path: Path) -> None:
     longer.modes = ["empty"]
-    found = run(longer, differing(4), tmp_path, price_per_million=(2.0, 50.0)).details["cost"]
+    found = judge(longer, differing(4), tmp_path, price_per_million=(2.0, 50.0)).details["cost"]
     assert found == {
         "requests": 9,
         "retries": 0,
@@ -525,26 +333,26 @@ def test_tokens_and_money_are_summed(longer: JudgeServer, tmp_path: Path) -> Non
         "replies_without_usage": 0,
         "money": pytest.approx(900 * 2e-6 + 90 * 50e-6),
     }
-    again = run(longer, differing(4), tmp_path, price_per_million=(2.0, 50.0)).details["cost"]
+    again = judge(longer, differing(4), tmp_path, price_per_million=(2.0, 50.0)).details["cost"]
     assert (again["prompt_tokens"], again["money"]) == (0, 0.0)
 
 
 def test_tokens_that_were_not_told_are_not_invented(longer: JudgeServer, tmp_path: Path) -> None:
     longer.modes = ["no_usage"]
-    found = run(longer, differing(4), tmp_path, price_per_million=(2.0, 50.0)).details["cost"]
+    found = judge(longer, differing(4), tmp_path, price_per_million=(2.0, 50.0)).details["cost"]
     assert (found["prompt_tokens"], found["replies_without_usage"], found["money"]) == (700, 1, None)
 
 
 def test_more_requests_than_allowed_are_refused_before_the_first(longer: JudgeServer, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        run(longer, differing(10), tmp_path, max_requests=19)
+        judge(longer, differing(10), tmp_path, max_requests=19)
     assert str(caught.value) == (
         "judging 10 rows needs 20 requests (0 verdicts are kept from before), more than max_requests = 19; raise it, or "
         "judge fewer rows (evaluation.max_rows)"
     )
     assert longer.requests == []
     longer.modes = ["third", "third"]
-    found = run(longer, differing(10), tmp_path, max_requests=21, max_unjudged=0.2).details
+    found = judge(longer, differing(10), tmp_path, max_requests=21, max_unjudged=0.2).details
     assert len(longer.requests) == 21  # one of the two unreadable replies could be asked for again
     assert [one["problem"] for one in found["unjudged"]] == [
         'its verdict is "C"; allowed is "A", "B" or "tie"; max_requests allowed no second request'
@@ -558,42 +366,7 @@ def test_progress_counts_the_requests(longer: JudgeServer, tmp_path: Path) -> No
     assert told == [("judging", done, 140) for done in range(141)]
 
 
-INTERRUPTED = """
-import sys
-from pathlib import Path
-from tunesmith.evaluation.endpoint import Endpoint
-from tunesmith.evaluation.judge import JudgedRow, judge_rows
-from tunesmith.evaluation.judges import JudgeSettings
-settings = JudgeSettings(sys.argv[1], "stub", workers=2)
-rows = [JudgedRow(line, f"question {line}", None, f"long {line}", f"{line}") for line in range(20)]
-try:
-    judge_rows(rows, Endpoint(settings), settings, Path(sys.argv[2]), lambda stage, done, total: print(done, flush=True))
-except KeyboardInterrupt:
-    sys.exit(130)
-"""
-
-
-def test_an_interrupted_run_ends_at_once_and_keeps_what_came(longer: JudgeServer, tmp_path: Path) -> None:
-    longer.modes, longer.mode = ["good"] * 6, "stall"
-    path = tmp_path / "judge.jsonl"
-    arguments = [sys.executable, "-c", INTERRUPTED, longer.url, str(path)]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=os.environ) as process:
-        assert process.stdout
-        for line in process.stdout:
-            if line == "6\n":
-                break
-        started = time.monotonic()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
-        assert time.monotonic() - started < 5  # the requests under way would stall for 30 s, and then be repeated
-    assert len(path.read_text().splitlines()) == 6
-    longer.mode = "good"
-    settings = JudgeSettings(longer.url, "stub")
-    rows = [JudgedRow(line, f"question {line}", None, f"long {line}", f"{line}") for line in range(20)]
-    assert requests_needed(rows, settings, path) == 34
-
-
-# -- local models, settings, rubrics ----------------------------------------------------------------------------------
+# -- parts, local models, settings ---------------------------------------------------------------------------------------
 
 
 def test_a_local_model_judges_in_batches(tmp_path: Path) -> None:
@@ -610,6 +383,60 @@ def test_a_local_model_judges_in_batches(tmp_path: Path) -> None:
     assert counts(result.details) == (10, 0, 0)
     assert batches == [8, 8, 4]
     assert result.details["cost"]["replies_without_usage"] == 20
+
+
+def test_nothing_is_kept_without_a_file(longer: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = JudgeSettings(longer.url, "stub")
+    assert judge_rows(differing(2), Endpoint(settings), settings, None).details["file"] is None
+    longer.mode = "third"
+    with pytest.raises(VerificationError, match=r"There is no rate\. Take a judge"):
+        judge_rows(differing(2), Endpoint(settings), settings, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_cannot_be_written_is_found_out_before_the_first_request(
+    longer: JudgeServer, tmp_path: Path
+) -> None:
+    settings = JudgeSettings(longer.url, "stub")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"):
+        judge_rows(differing(2), Endpoint(settings), settings, tmp_path / "file" / "judge.jsonl")
+    judge_rows(differing(2), Endpoint(settings), settings, tmp_path / "new" / "judge.jsonl")
+    assert len(longer.requests) == 4
+
+
+def test_a_part_of_an_evaluation_judges_what_the_models_said(tmp_path: Path, longer: JudgeServer) -> None:
+    class Says:
+        """A subject whose answers are known."""
+
+        chat = SimpleNamespace(encode_prompt=lambda messages, tools: [len(messages)])
+
+        def __init__(self, name: str, word: str):
+            self.name, self.word, self.asked = name, word, [""]
+
+        def generate(self, prompts: Sequence[Sequence[int]], stage: str) -> list[str]:
+            self.asked = [stage]
+            return [self.word * sum(prompt) for prompt in prompts]
+
+    examples = [
+        Example((Message("user", f"question {n}"), Message("assistant", f"expected {n}")), None, "rows.jsonl", n)
+        for n in range(1, 4)
+    ]
+    settings = JudgeSettings(longer.url, "stub", rubric="missing")
+    part = JudgePart(examples, settings, Endpoint(settings), tmp_path / "judge.jsonl")
+    with pytest.raises(ConfigError, match="rubric missing: there is no such file"):
+        part.check(Says.chat)  # type: ignore[arg-type]
+    part = replace(part, settings=replace(settings, rubric="general"))
+    part.check(Says.chat)  # type: ignore[arg-type]
+    tuned, base = Says("tuned", "long"), Says("base", "s")
+    result = part.score(part.ask(tuned), part.ask(base))  # type: ignore[arg-type]
+    assert (tuned.asked, base.asked) == (["answers of the tuned model"], ["answers of the base model"])
+    assert result.metrics["judge_win_rate"].rows == (1.0, 1.0, 1.0)
+    assert [one["line"] for one in result.details["verdicts"]] == [1, 2, 3]
+    blocks = blocks_of(max(longer.prompts, key=lambda prompt: "question 2" in prompt))
+    assert (blocks["REQUEST"], blocks["REFERENCE ANSWER"]) == ("question 2", "expected 2")
+    assert {blocks["ANSWER A"], blocks["ANSWER B"]} == {"long", "s"}
 
 
 def test_wrong_settings_are_all_told_at_once() -> None:
@@ -662,41 +489,8 @@ def test_rows_that_do_not_fit_the_mode_are_refused(
     longer: JudgeServer, tmp_path: Path, rows: list[JudgedRow], mode: str, problem: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        run(longer, rows, tmp_path, mode=mode)
+        judge(longer, rows, tmp_path, mode=mode)
     assert (str(caught.value), longer.requests) == (problem, [])
-
-
-def test_rubrics_are_named_or_files(tmp_path: Path) -> None:
-    assert rubric_text("general").startswith("# What a good answer is")
-    missing, empty, binary = tmp_path / "missing.md", tmp_path / "empty.md", tmp_path / "binary.md"
-    empty.write_text(" \n")
-    binary.write_bytes(b"\xff\xfe")
-    for path, problem in (
-        (missing, "there is no such file; name a text file, or one of: general"),
-        (empty, "the file is empty; write into it what makes an answer good"),
-        (binary, "it must be a UTF-8 text file"),
-        (tmp_path, "cannot be read"),
-    ):
-        with pytest.raises(ConfigError, match=problem):
-            rubric_text(path)
-
-
-def test_a_conversation_is_shown_with_its_roles() -> None:
-    assert question_text([Message("user", "Why?")]) == "Why?"
-    turns = [
-        Message("system", "Be short."),
-        Message("user", "Weather?"),
-        Message("assistant", "", tool_calls=(ToolCall("weather", {"city": "Ulm"}),)),
-        Message("tool", "rain"),
-    ]
-    assert question_text(turns) == (
-        'system: Be short.\n\nuser: Weather?\n\nassistant: (calls weather with {"city": "Ulm"})\n\ntool: rain'
-    )
-
-
-def test_no_answer_can_end_its_own_block() -> None:
-    (message,) = pairwise_chat("rubric", "q", None, "===== ======", "b")
-    assert "======= ANSWER A =======\n===== ======\n======= END OF ANSWER A =======" in message["content"]
 
 
 def test_the_example_of_the_docs_runs(longer: JudgeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -707,5 +501,8 @@ def test_the_example_of_the_docs_runs(longer: JudgeServer, tmp_path: Path, monke
     exec(example.replace("https://api.openai.com/v1", longer.url), found)  # noqa: S102
     assert found["result"].metrics["judge_win_rate"].rows == (1.0, 0.5)
     assert found["result"].details["cost"]["money"] == pytest.approx(2 * (100 * 0.4 + 10 * 1.6) / 1e6)
-    settings = {field.name for field in dataclasses.fields(JudgeSettings)}
-    assert settings == set(re.findall(r"^\| `(\w+)` \|", page, flags=re.MULTILINE))
+    table = re.findall(r"^\| `(\w+)` \| (.*?) \|", page.split("## Settings")[1], flags=re.MULTILINE)
+    defaults = {field.name: field.default for field in dataclasses.fields(JudgeSettings)}
+    assert list(dict(table)) == list(defaults)
+    for name, shown in table[2:]:
+        assert yaml.safe_load(shown.strip("`")) == defaults[name], name

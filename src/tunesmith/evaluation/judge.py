@@ -1,4 +1,4 @@
-"""LLM-as-judge: a language model compares the tuned model's answers with the base's, or scores them (Zheng et al. 2023).
+"""LLM-as-judge: a language model compares the tuned model's answers with the base's, or scores them (Zheng et al. 2023, arXiv 2306.05685).
 
     pairwise   every row is asked in both orders; the same answer preferred twice is a win or a loss of the tuned model, all
                else a tie. judge_win_rate = (wins + ties / 2) / judged rows; the p of wins against losses is the sign test's
@@ -29,7 +29,7 @@ from tunesmith.evaluation.judge_prompts import Chat, pairwise_chat, rubric_text,
 from tunesmith.evaluation.judge_requests import Question, Session, read_cache, request_key
 from tunesmith.evaluation.judges import Judge, JudgeSettings
 from tunesmith.evaluation.parts import PartResult
-from tunesmith.evaluation.statistics import CLEAR_P, Difference, Verdict, mcnemar, mean
+from tunesmith.evaluation.statistics import CLEAR_P, Difference, Measured, Verdict, mcnemar, mean
 from tunesmith.files import sha256_text
 from tunesmith.types import Progress, no_progress
 
@@ -49,13 +49,13 @@ def judge_rows(
     rows: Sequence[JudgedRow],
     judge: Judge,
     settings: JudgeSettings,
-    cache_path: Path,
+    cache_path: Path | None,
     progress: Progress = no_progress,
 ) -> PartResult:
     """Have every row judged, and measure. Verdicts that `cache_path` has are not asked for again; new ones are added to it.
 
-    Pairwise gives `judge_win_rate` with its difference from 0.5, the rate of a model against itself; score gives `judge_score`
-    of both models. Raises ConfigError where rows do not fit the mode or more requests are needed than `max_requests`, before
+    Pairwise gives `judge_win_rate`, with 0.5 as the base's value: the rate of a model against itself, to which the difference and
+    its test refer. Score gives `judge_score` of both models. Without a `cache_path` nothing is kept. Raises ConfigError where rows do not fit the mode or more requests are needed than `max_requests`, before
     the first one; VerificationError where too many rows have no verdict; RunError and MachineError where the file cannot be
     written.
     """
@@ -65,7 +65,7 @@ def judge_rows(
     return measure(rows, session)
 
 
-def requests_needed(rows: Sequence[JudgedRow], settings: JudgeSettings, cache_path: Path) -> int:
+def requests_needed(rows: Sequence[JudgedRow], settings: JudgeSettings, cache_path: Path | None) -> int:
     """How many requests `judge_rows` will send before any repetition. Raises ConfigError as it does."""
     known = read_cache(cache_path, settings.form)
     return sum(question.key not in known for question in _questions(rows, settings))
@@ -151,7 +151,8 @@ def _measure_pairs(rows: Sequence[JudgedRow], session: Session) -> PartResult:
     verdict_on_models: Verdict = "unclear" if p >= CLEAR_P else "better" if wins > losses else "worse"
     difference = Difference(rate.value - 0.5, rate.stderr, p, "sign test", verdict_on_models)
     details = _details(session, len(outcomes)) | counts | {"verdicts": verdicts}
-    return PartResult({"judge_win_rate": rate}, {}, {"judge_win_rate": difference}, details)
+    itself = Measured(0.5, 0.0, len(outcomes))  # the base against itself: only ties, by definition
+    return PartResult({"judge_win_rate": rate}, {"judge_win_rate": itself}, {"judge_win_rate": difference}, details)
 
 
 def _measure_scores(rows: Sequence[JudgedRow], session: Session) -> PartResult:
@@ -166,7 +167,7 @@ def _measure_scores(rows: Sequence[JudgedRow], session: Session) -> PartResult:
         scores.append([float(verdict.value) for verdict in given])
         values = {"score": given[0].value, "baseline_score": given[1].value if answers == 2 else None}
         verdicts.append({"line": row.line, **values, "reasons": [verdict.reason for verdict in given]})
-    measured = [mean(column) for column in zip(*scores, strict=True)]
+    measured = [mean(column, share=False) for column in zip(*scores, strict=True)]
     baseline = {"judge_score": measured[1]} if answers == 2 else None
     details = _details(session, len(scores)) | {"verdicts": verdicts}
     return PartResult({"judge_score": measured[0]}, baseline, {}, details)
@@ -185,5 +186,5 @@ def _details(session: Session, judged: int) -> dict[str, Any]:
         "unjudged_rows": len(session.unjudged_rows),
         "unjudged": sorted(session.unjudged, key=lambda entry: (entry["line"], entry["of"])),
         "cost": session.cost.summary(settings.price_per_million),
-        "file": session.path.name,
+        "file": session.path.name if session.path else None,
     }

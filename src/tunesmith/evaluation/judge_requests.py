@@ -85,7 +85,7 @@ class Session:
     settings: JudgeSettings
     questions: Sequence[Question]
     lines: Sequence[int]
-    path: Path
+    path: Path | None
     verdicts: dict[tuple[int, int], Verdict] = field(default_factory=dict)
     unjudged: list[dict[str, Any]] = field(default_factory=list)
     unjudged_rows: set[int] = field(default_factory=set)
@@ -98,6 +98,10 @@ class Session:
         than `max_unjudged` of the rows have no verdict.
         """
         known = read_cache(self.path, self.settings.form)
+        if self.path:  # found out before anything is paid for
+            with disk_errors(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.open("a").close()
         for question in self.questions:
             if question.key in known:
                 self._settle(question, known[question.key])
@@ -184,13 +188,17 @@ class Session:
     def _too_many(self) -> str:
         unparsable = sum(entry["kind"] == "unparsable" for entry in self.unjudged)
         last = self.unjudged[-1]
+        kept = (
+            f"The verdicts that came are kept in {self.path}, and a repeated run asks for the others only. "
+            if self.path
+            else ""
+        )
         said = "" if last["text"] is None else f"; the reply was: {last['text'][:SHOWN]!r}"
         return (
             f"the judge {self.settings.model} gave no verdict on {len(self.unjudged_rows)} of {len(self.lines)} rows, more "
             f"than the {self.settings.max_unjudged:.0%} of max_unjudged: {unparsable} replies could not be read, "
             f"{len(self.unjudged) - unparsable} requests failed. Line {last['line']}: {last['problem']}{said}. There is no "
-            f"rate; the verdicts that came are kept in {self.path}, and a repeated run asks for the others only. Take a "
-            "judge that replies in JSON, or mend the endpoint"
+            f"rate. {kept}Take a judge that replies in JSON, or mend the endpoint"
         )
 
     def _record(self, question: Question, reply: Reply | None, **outcome: Any) -> None:
@@ -200,6 +208,8 @@ class Session:
         if reply is not None:
             entry["text"] = reply.text
             entry |= {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
+        if self.path is None:
+            return
         # Opened for each line: a reply takes a second, opening a file 20 microseconds.
         with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
@@ -211,9 +221,9 @@ def request_key(chat: Chat, settings: JudgeSettings) -> str:
     return sha256_text([json.dumps(asked)])
 
 
-def read_cache(path: Path, form: Form) -> dict[str, Verdict]:
+def read_cache(path: Path | None, form: Form) -> dict[str, Verdict]:
     """Verdicts by key. A last line that was cut off is removed; a line that holds no verdict of this form is passed over."""
-    if not path.exists():
+    if path is None or not path.exists():
         return {}
     with disk_errors(path):
         data = path.read_bytes()
