@@ -114,7 +114,7 @@ class JudgeServer:
             headers = {"Retry-After": "1"} if mode == "rate_limit" else {}
             send(handler, errors[mode], json.dumps({"error": {"message": message}}), headers)
         elif mode == "stall":
-            self.stopped.wait(30)
+            self.stopped.wait(60)
             handler.close_connection = True
         elif mode == "drop":
             handler.close_connection = True

@@ -171,10 +171,8 @@ def test_an_interrupted_run_ends_at_once_and_keeps_what_came(longer: JudgeServer
         for line in process.stdout:
             if line == "6\n":
                 break
-        started = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 130
-        assert time.monotonic() - started < 5  # the requests under way would stall for 30 s, and then be repeated
+        assert process.wait(30) == 130  # the requests under way stall for 60 s, and would then be repeated
     assert len(path.read_text().splitlines()) == 6
     longer.mode = "good"
     settings = JudgeSettings(longer.url, "stub")

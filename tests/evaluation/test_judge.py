@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,7 @@ def test_scores_are_means_of_both_models_over_the_same_rows(tmp_path: Path) -> N
     assert (tuned.value, tuned.rows) == (3.0, (3.0, 2.0, 4.0))
     assert tuned.stderr == pytest.approx(1 / 3**0.5)
     assert (base.value, base.rows) == (pytest.approx(5 / 3), (1.0, 2.0, 2.0))
+    assert (tuned.share, base.share) == (False, False)  # gates on it take no %
     assert compare(tuned, base).value == pytest.approx(4 / 3)
     assert result.details["verdicts"][0] == {"line": 1, "score": 3, "baseline_score": 1, "reasons": ["because"] * 2}
 
@@ -252,6 +254,7 @@ def test_too_many_rows_without_a_verdict_give_no_rate(longer: JudgeServer, tmp_p
     )
     assert 'its verdict is "C"; allowed is "A", "B" or "tie"; the reply was: ' in str(caught.value)
     assert f"There is no rate. The verdicts that came are kept in {path}, and" in str(caught.value)
+    time.sleep(0.5)  # enough for all the others, if they were still being sent
     assert 128 + 11 <= len(longer.requests) < 128 + 100  # a chunk, and of the second requests as few as it takes
     assert {json.loads(line)["value"] for line in path.read_text().splitlines()} == {None}
 
@@ -402,6 +405,9 @@ def test_a_file_that_cannot_be_written_is_found_out_before_the_first_request(
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):
         judge_rows(differing(2), Endpoint(settings), settings, tmp_path / "file" / "judge.jsonl")
+    with pytest.raises(RunError, match="cannot be written"):
+        judge_rows(differing(2), Endpoint(settings), settings, Path("/proc/judge.jsonl"))
+    assert longer.requests == []
     judge_rows(differing(2), Endpoint(settings), settings, tmp_path / "new" / "judge.jsonl")
     assert len(longer.requests) == 4
 

@@ -110,3 +110,9 @@ def test_a_conversation_is_shown_with_its_roles() -> None:
 def test_no_answer_can_end_its_own_block() -> None:
     (message,) = pairwise_chat("rubric", "q", None, "===== ======", "b")
     assert "======= ANSWER A =======\n===== ======\n======= END OF ANSWER A =======" in message["content"]
+
+
+def test_an_example_that_is_repeated_is_no_verdict() -> None:
+    for form in (PAIRWISE, SCORE):
+        with pytest.raises(Unreadable):
+            read_reply(form.example, form)

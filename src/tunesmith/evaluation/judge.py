@@ -1,4 +1,6 @@
-"""LLM-as-judge: a language model compares the tuned model's answers with the base's, or scores them (Zheng et al. 2023, arXiv 2306.05685).
+"""LLM-as-judge: a language model compares the tuned model's answers with the base's, or scores them.
+
+After Zheng et al. 2023, "Judging LLM-as-a-Judge with MT-Bench and Chatbot Arena" (arXiv 2306.05685):
 
     pairwise   every row is asked in both orders; the same answer preferred twice is a win or a loss of the tuned model, all
                else a tie. judge_win_rate = (wins + ties / 2) / judged rows; the p of wins against losses is the sign test's
@@ -54,10 +56,10 @@ def judge_rows(
 ) -> PartResult:
     """Have every row judged, and measure. Verdicts that `cache_path` has are not asked for again; new ones are added to it.
 
-    Pairwise gives `judge_win_rate`, with 0.5 as the base's value: the rate of a model against itself, to which the difference and
-    its test refer. Score gives `judge_score` of both models. Without a `cache_path` nothing is kept. Raises ConfigError where rows do not fit the mode or more requests are needed than `max_requests`, before
-    the first one; VerificationError where too many rows have no verdict; RunError and MachineError where the file cannot be
-    written.
+    Pairwise gives `judge_win_rate`, with 0.5 as the base's value: the rate of a model against itself, to which the difference
+    and its test refer. Score gives `judge_score` of both models. Without a `cache_path` nothing is kept. Raises ConfigError
+    where rows do not fit the mode or more requests are needed than `max_requests`, before the first one; VerificationError
+    where too many rows have no verdict; RunError and MachineError where the file cannot be written.
     """
     session = Session(judge, settings, _questions(rows, settings), [row.line for row in rows], cache_path)
     session.run(progress)
