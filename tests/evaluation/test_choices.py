@@ -30,7 +30,9 @@ from tunesmith.models.likelihood import Likelihood, log_likelihoods
 from tunesmith.models.load import find_model, load_model, load_tokenizer
 from tunesmith.types import Message
 
-FOG = ChoiceQuestion("There is most likely going to be fog around:", ("a marsh", "a tundra", "the plains"), 0, "7", "obqa")
+FOG = ChoiceQuestion(
+    "There is most likely going to be fog around:", ("a marsh", "a tundra", "the plains"), 0, "7", "obqa"
+)
 SKY = ChoiceQuestion(" Is the sky é?\n", ("yes", "no, it is not"), 1, "8", "obqa")
 
 
