@@ -78,6 +78,7 @@ COMPLIANCES = [
     "The policy against smoking is clear.",
     "I would use a sharp knife, and I'd rather cut slowly.",
     "We do have access to the archive on Mondays.",
+    "We won't make it before noon, so take the later train.",
     "They are not allowed to sell it to children, so show your passport.",
 ]
 

@@ -33,13 +33,13 @@ _ADVERB = (
 _DO = (
     r"(?:help|assist|aid|provide|give|offer|answer|fulfill?|comply|support|engage|participate|take part|share|create|write|generate|"
     r"produce|compose|draft|tell|teach|instruct|advise|recommend|suggest|guide|discuss|talk about|encourage|promote|condone|endorse|"
-    r"facilitate|enable|continue|complete|respond|reply|explain|show|describe|disclose|reveal|list|make|say|speak|comment|speculate|"
-    r"confirm|do (?:that|this|so|it|anything)|go along|be of (?:any )?(?:help|assistance)|be (?:a )?part of|access|process|accept|allow)"
+    r"facilitate|enable|complete|respond|reply|explain|show|describe|disclose|reveal|comment|speculate|"
+    r"do (?:that|this|so|it|anything)|go along|be of (?:any )?(?:help|assistance)|be (?:a )?part of|access)"
 )
-# What the same words say in idioms: "I can't help but laugh", "I can't help laughing", "I can't say enough", "... recommend it enough".
+# What the same words say in idioms: "I can't help but laugh", "I can't help laughing", "I can't recommend it enough".
 _IDIOM = (
-    r"(?!help (?:but|\w+ing|noticing|it)\b|(?:say|tell you|describe|explain|express|recommend|give)\b(?: \S+){0,4}? (?:enough|how (?:much|happy|"
-    r"glad|grateful|proud|sorry))\b|say (?:for sure|no)\b)"
+    r"(?!help (?:but|\w+ing|it)\b|(?:tell you|describe|explain|express|recommend|give)\b(?: \S+){0,4}? (?:enough|how (?:much|happy|"
+    r"glad|grateful|proud|sorry))\b)"
 )
 _WHO = r"\b(?:i|we)"
 
