@@ -122,7 +122,7 @@ def test_a_conversation_that_the_template_refuses() -> None:
 
 
 def likelihoods(*totals: float) -> list[Likelihood]:
-    return [Likelihood(total, 1, False) for total in totals]
+    return [Likelihood(total, 1, False, 0) for total in totals]
 
 
 def test_total_and_length_pick_differently() -> None:

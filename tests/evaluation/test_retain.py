@@ -44,7 +44,7 @@ class Scripted:
         for number, question in enumerate(self.part.questions):
             picked = (question.answer + (number in self.wrong)) % len(question.choices)
             found += [
-                Likelihood(-1.0 if place == picked else -500.0, 1, False) for place in range(len(question.choices))
+                Likelihood(-1.0 if place == picked else -500.0, 1, False, 0) for place in range(len(question.choices))
             ]
         assert len(found) == len(requests)
         return found

@@ -275,6 +275,15 @@ def test_few_logits_exist_at_once(family: str, monkeypatch: pytest.MonkeyPatch) 
     assert sizes == [(4, 24)] * (supervised // 4) + [(supervised % 4, 24)] * (supervised % 4 > 0)
 
 
+def test_texts_of_about_one_length_are_read_together(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole texts behind one start token: of 2 to 33 tokens, in no order."""
+    asked: list[Request] = [([1], [2 + number * 7 % 5, *[3] * (number * 11 % 32)]) for number in range(32)]
+    expected = plainly(llama, asked)
+    sizes = widths(monkeypatch)
+    assert_equal(log_likelihoods(forward_of(llama), asked, 8), expected)
+    assert [size for size in sizes if size[1] > 1] == [(8, 31), (8, 23), (8, 15), (7, 7)]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_left_as_it_was(training: bool) -> None:
     model = family_model("llama").train(training)
@@ -312,5 +321,5 @@ def test_a_text_that_does_not_fit_alone(llama: Any, call: int, monkeypatch: pyte
     with pytest.raises(MachineError) as caught:
         log_likelihoods(forward_of(llama), requests(), 3)
     assert str(caught.value) == (
-        f"one text of 13 tokens, whose last 1 are scored, ran out of memory: {REASON}; shorten it or leave it out"
+        f"one text of 20 tokens, whose last 10 are scored, ran out of memory: {REASON}; shorten it or leave it out"
     )

@@ -54,7 +54,7 @@ class Likelihood:
     total: float
     tokens: int
     greedy: bool
-    greedy_prefix: int = 0
+    greedy_prefix: int
 
 
 def log_likelihoods(
@@ -75,11 +75,15 @@ def log_likelihoods(
     import torch
 
     whole = [(tuple(context) or start_token(forward), tuple(continuation)) for context, continuation in requests]
-    found = [Likelihood(0.0, 0, True) for _ in whole]
+    found = [Likelihood(0.0, 0, True, 0) for _ in whole]
     asked = [index for index, (_, continuation) in enumerate(whole) if continuation]
     cached = _can_share(forward)
-    # Longest first: what does not fit shows at once. Equal contexts stand together, and so do the rows that are equal.
-    order = sorted(asked, key=lambda index: (-len(whole[index][0]), whole[index]))
+    # Longest first: what does not fit shows at once, and rows of about one length are read together.
+    longest: dict[Tokens, int] = {}
+    for index in asked:
+        context, continuation = whole[index]
+        longest[context] = max(longest.get(context, 0), len(context) + len(continuation))
+    order = sorted(asked, key=lambda index: (-longest[whole[index][0]], whole[index][0], -len(whole[index][1])))
     chunks = _chunks(order, whole, batch_size)
     shared = shared_prefix(list({whole[index][0] for index in asked})) if cached else 0
     prefix = None
