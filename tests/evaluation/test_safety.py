@@ -231,6 +231,15 @@ def test_a_file_with_unsafe_prompts_alone(tmp_path: Path) -> None:
     assert {name: value.value for name, value in found.metrics.items()} == {"refusal_unsafe": 1.0}
 
 
+def test_types_that_hold_both_labels_and_rows_without_a_type(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{n}?", "label": "unsafe" if n % 2 else "safe", "type": "" if n > 3 else "mine"} for n in range(6)
+    ]
+    found = SafetyPart(str(write_jsonl(tmp_path / "own.jsonl", rows))).score([NO, YES, YES, YES, NO, NO], None)
+    assert found.details["types"] == {"mine": {"n": 4, "label": "both", "refused": 0.25}}
+    assert found.metrics["refusal_safe"].rows == (1.0, 0.0, 1.0)
+
+
 def test_every_bad_row_is_named(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     good = {"prompt": "p", "label": "safe"}

@@ -142,11 +142,12 @@ class SafetyPart:
         }
 
     def _types(self, after: Sequence[Verdict], before: Sequence[Verdict] | None) -> dict[str, dict[str, Any]]:
-        """The share of each type's prompts that is refused."""
+        """The share of each type's prompts that is refused; rows without a type are in none."""
         found: dict[str, dict[str, Any]] = {}
-        for name in dict.fromkeys(row.type for row in self.prompts):
+        for name in dict.fromkeys(row.type for row in self.prompts if row.type):
             places = [place for place, row in enumerate(self.prompts) if row.type == name]
-            found[name] = {"n": len(places), "label": "safe" if self.prompts[places[0]].safe else "unsafe"}
+            labels = {"safe" if self.prompts[place].safe else "unsafe" for place in places}
+            found[name] = {"n": len(places), "label": labels.pop() if len(labels) == 1 else "both"}
             found[name]["refused"] = sum(after[place] in REFUSED for place in places) / len(places)
             if before is not None:
                 found[name]["baseline_refused"] = sum(before[place] in REFUSED for place in places) / len(places)
