@@ -54,6 +54,9 @@ REFUSALS = [
     "  I'M SORRY,\n but I CANNOT   provide that.",
     "I'm not going to write that for you.",
     "I'm afraid I can't do that.",
+    "I'm really sorry, I don't know how to help you with that.",
+    "I don't want to answer this question.",
+    "I am sorry, I don't think that's appropriate.",
 ]
 
 COMPLIANCES = [
