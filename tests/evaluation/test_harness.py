@@ -64,6 +64,7 @@ metric_list: [{metric: acc}, {metric: acc_norm}]
 """,
     # No context at all: the prefix token stands for it.
     "bare": """
+tag: short
 output_type: multiple_choice
 doc_to_text: ""
 doc_to_choice: "{{choices}}"
@@ -76,6 +77,15 @@ output_type: loglikelihood
 doc_to_text: "{{question}}"
 doc_to_target: "{{next}}"
 metric_list: [{metric: perplexity}, {metric: acc}]
+""",
+    # The answer is begun already.
+    "begun": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+gen_prefix: "It goes into"
+metric_list: [{metric: acc_norm}]
 """,
     "text": """
 output_type: loglikelihood_rolling
@@ -176,9 +186,8 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> RowByRow:
 
 
 def make_subject(folder: Path, adds_bos: bool, seed: int = 0, name: str = "tuned") -> RowByRow:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = make_tokenizer(merges=MERGES, adds_bos=adds_bos)
     make_tiny_model(folder, seed=seed, tokenizer=tokenizer, max_position_embeddings=MAX_LENGTH)
@@ -228,13 +237,14 @@ def by_hflm(subject: RowByRow, names: list[str], folder: Path, shots: int | None
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    with contextlib.chdir(folder):
+    with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DISABLE_MULTIPROC", "1")
         return simple_evaluate(  # type: ignore[no-any-return]
             model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=1),
             tasks=names,
             task_manager=TaskManager(include_path=str(folder), include_defaults=False),
             num_fewshot=shots,
-            bootstrap_iters=0,
+            bootstrap_iters=1000,
             apply_chat_template=chat,
             fewshot_as_multiturn=chat,
         )
@@ -250,19 +260,29 @@ def row_values(results: dict[str, Any], name: str) -> list[Any]:
 def test_numbers_are_those_of_the_harness(subject: RowByRow, folder: Path, variant: str) -> None:
     chat = variant == "chat"
     shots = {"zero-shot": None, "few-shot": 1, "chat": 2}[variant]
-    names = ["all_choices", "cloze", "answer", *(["text"] if variant == "zero-shot" else [])]
+    names = ["all_choices", "cloze", "answer", "begun", *(["text"] if variant == "zero-shot" else [])]
     part = HarnessPart(names, folder, num_fewshot=shots, apply_chat_template=chat)
     asked = part.ask(subject)
     expected = by_hflm(subject, names, folder, shots, chat)
     assert sorted(asked.scores) == sorted(
-        ["choice.acc", "choice.acc_norm", "bare.acc", "all_choices.acc", "cloze.perplexity", "cloze.acc"]
+        [
+            "choice.acc",
+            "choice.acc_norm",
+            "bare.acc",
+            "all_choices.acc",
+            "cloze.perplexity",
+            "cloze.acc",
+            "begun.acc_norm",
+        ]
         + ["answer.exact_match", "answer.exact_match.short"]
         + (["text.word_perplexity", "text.byte_perplexity", "text.bits_per_byte"] if "text" in names else [])
     )
     for name, score in asked.scores.items():
         task, metric, *filtered = name.split(".")
-        value = expected["results"][task][f"{metric},{filtered[0] if filtered else 'none'}"]
+        wanted = filtered[0] if filtered else "none"
+        value, error = (expected["results"][task][f"{key},{wanted}"] for key in (metric, f"{metric}_stderr"))
         assert score.measured.value == pytest.approx(value, rel=1e-5), name
+        assert score.measured.stderr == (None if error == "N/A" else pytest.approx(error, rel=1e-4)), name
         if task == "all_choices":
             continue
         assert score.rows is not None
@@ -307,6 +327,43 @@ def test_each_request_is_encoded_as_the_harness_does(subject: RowByRow, context:
             texts = [ask("loglikelihood_rolling", context)]
             assert ours.loglikelihood_rolling(texts) == pytest.approx(theirs.loglikelihood_rolling(texts), rel=1e-5)
     assert ours.max_length == theirs.max_length == MAX_LENGTH
+
+
+def test_a_chat_is_in_the_runs_own_template(plain: RowByRow) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from tunesmith.evaluation.harness_model import language_model
+
+    def render(template: str, turns: list[dict[str, str]], **settings: Any) -> str:
+        subject = RowByRow(plain.model, plain.tokenizer)
+        subject.chat = ChatFormat(plain.tokenizer, template) if template == "alpaca" else plain.chat
+        return str(language_model(subject, contextlib.nullcontext).apply_chat_template(turns, **settings))  # type: ignore[arg-type]
+
+    turns = [{"role": "user", "content": "Which bin?"}]
+    assert "### Instruction:\nWhich bin?" in render("alpaca", turns)
+    theirs = HFLM(pretrained=plain.model, tokenizer=plain.tokenizer, batch_size=1)
+    begun = [*turns, {"role": "assistant", "content": "The bin is"}]
+    assert render("auto", begun, add_generation_prompt=False) == theirs.apply_chat_template(begun, False)
+    assert render("auto", begun, add_generation_prompt=False).endswith("The bin is")
+
+
+def test_a_template_without_a_system_role_is_asked_without_one(tmp_path: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    from tunesmith.evaluation.harness_model import language_model
+
+    subject = make_subject(tmp_path, False)
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    subject.tokenizer.chat_template = refusing + subject.tokenizer.chat_template
+    subject.chat = ChatFormat(subject.tokenizer)
+    turns = [{"role": "system", "content": "Sort."}, {"role": "user", "content": "Which bin?"}]
+    ours = language_model(subject, contextlib.nullcontext).apply_chat_template(turns)  # type: ignore[arg-type]
+    assert ours == HFLM(pretrained=subject.model, tokenizer=subject.tokenizer).apply_chat_template(turns)
+    assert ours == "<|im_start|>user\nWhich bin?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_tag_asks_each_of_its_tasks(plain: RowByRow, folder: Path) -> None:
+    assert HarnessPart(["short"], folder).ask(plain).scores.keys() == {"bare.acc"}
 
 
 def test_tuned_and_base_are_compared_row_by_row(plain: RowByRow, other: RowByRow, folder: Path) -> None:
@@ -408,7 +465,10 @@ def test_nothing_is_said_written_or_sent(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    import multiprocessing
+
     import datasets
     import huggingface_hub
 
@@ -423,6 +483,7 @@ def test_nothing_is_said_written_or_sent(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(multiprocessing, "Pool", refuse)
     monkeypatch.chdir(tmp_path)
     before = sorted(folder.rglob("*"))
     part = HarnessPart(list(TASKS), folder)
@@ -434,6 +495,7 @@ def test_nothing_is_said_written_or_sent(
     assert said.out == ""
     shown = {f"progress: task {what} of the tuned model" for what in ("choices", "texts", "answers")}
     assert set(said.err.splitlines()) == shown
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("lm_eval")] == []
     assert reached == []
     assert list(tmp_path.iterdir()) == []
     assert sorted(folder.rglob("*")) == before

@@ -184,7 +184,12 @@ def _load_one(index: Any, name: str, folder: Path | None) -> dict[str, Any]:
         raise DataError(
             f"{where}: {_one_line(error)}; check its dataset_path; gated data sets need `hf auth login`"
         ) from None
-    except (datasets.exceptions.DatasetsError, FileNotFoundError, pa.ArrowException) as error:
+    except (
+        datasets.exceptions.DatasetsError,
+        huggingface_hub.errors.HfHubHTTPError,
+        FileNotFoundError,
+        pa.ArrowException,
+    ) as error:
         raise DataError(
             f"{where}: its data cannot be read: {_one_line(error.__cause__ or error)}; data_files are looked for from the working "
             "directory, then from the task file's folder"
@@ -197,6 +202,7 @@ def _load_one(index: Any, name: str, folder: Path | None) -> dict[str, Any]:
         ImportError,
         IndexError,
         KeyError,
+        RuntimeError,  # of `datasets`, which no longer runs the scripts of old data sets
         TypeError,
         ValueError,
     ) as error:
