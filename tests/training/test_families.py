@@ -419,7 +419,7 @@ def test_the_plan_counts_the_copies_of_adapted_experts(folder_of: Callable[[str]
     """W + s·B·A of all experts of each layer: what does not grow with the tokens."""
     kept, setups = [], []
     for targets in (["attention"], ["attention", named]):
-        base = load(folder_of(name), dtype="fp32").forward.base
+        base = load(folder_of(name), dtype="fp32", device="cpu").forward.base
         model = add_adapter(base, AdapterConfig(r=4, target_modules=targets), "base").train()
         kept.append(2 * kept_bytes(model, 48) - kept_bytes(model, 96))
         setups.append(Setup("lora", value_bytes=4, r=4, targets=tuple(targets)))
@@ -531,7 +531,7 @@ def test_the_text_tower_of_a_multimodal_gemma_is_the_text_model(
     """Its weights, nothing of the vision tower, no report of that, and one text model when it is merged."""
     folder = folder_of("gemma 3, multimodal")
     capfd.readouterr()
-    tower = load(folder, dtype="fp32").forward.base
+    tower = load(folder, dtype="fp32", device="cpu").forward.base
     assert "UNEXPECTED" not in capfd.readouterr().err
     assert (type(tower).__name__, tower.config.model_type) == ("Gemma3ForCausalLM", "gemma3_text")
     text = plain(folder.parent / "text")
@@ -559,7 +559,8 @@ def test_4_bit_rows_that_bitsandbytes_misreads_on_a_cpu_are_named(
     import bitsandbytes.functional as bnb
 
     folder = make_tiny_model(tmp_path / "model", hidden=hidden)
-    session = start(configure(f"method={method}", "training.max_steps=1", model=folder), tmp_path / "run")
+    on_cpu = configure(f"method={method}", "training.max_steps=1", "model.device=cpu", model=folder)
+    session = start(on_cpu, tmp_path / "run")
     session.train()
     said = [note for note in notes(session.run) if note.startswith("4-bit weights of this model are wrong on a CPU")]
     assert bool(said) == warned
