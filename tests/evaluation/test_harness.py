@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import random
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -17,10 +19,13 @@ from typing import Any
 import pytest
 
 from tiny import BOS, IM_END, make_tiny_model, make_tokenizer, write_jsonl
+from tunesmith.config import EvaluationConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, DataError, MachineError
 from tunesmith.evaluation.harness import Asked, HarnessPart, Score
 from tunesmith.evaluation.statistics import Measured, compare, compare_statistic
+from tunesmith.evaluation.subject import Subject
+from tunesmith.models.forward import ModelForward
 
 pytest.importorskip("lm_eval")
 
@@ -239,7 +244,7 @@ def by_hflm(subject: RowByRow, names: list[str], folder: Path, shots: int | None
 
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("DISABLE_MULTIPROC", "1")
-        return simple_evaluate(  # type: ignore[no-any-return]
+        return simple_evaluate(
             model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=1),
             tasks=names,
             task_manager=TaskManager(include_path=str(folder), include_defaults=False),
@@ -310,7 +315,7 @@ def test_each_request_is_encoded_as_the_harness_does(subject: RowByRow, context:
     theirs = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=1)
     pairs = [ask("loglikelihood", context, text) for text in (" paper", "g", " a jar")]
     with quiet() as aloud:
-        ours = language_model(subject, aloud)  # type: ignore[arg-type]
+        ours = language_model(subject, aloud)
         for (total, greedy), (their_total, their_greedy) in zip(
             ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True
         ):
@@ -329,6 +334,37 @@ def test_each_request_is_encoded_as_the_harness_does(subject: RowByRow, context:
     assert ours.max_length == theirs.max_length == MAX_LENGTH
 
 
+def test_tuned_and_base_share_their_weights(plain: RowByRow, folder: Path) -> None:
+    """The subjects of an evaluation, in batches: a LoRA adapter that is on, then off, over one copy of the weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = get_peft_model(copy.deepcopy(plain.model), adapter).eval()
+    forward, settings = ModelForward(adapted, "cpu", "fp32"), EvaluationConfig(batch_size=5)
+    names = ["all_choices", "cloze", "text", "answer"]
+    part = HarnessPart(names, folder)
+    asked = []
+    for name in ("tuned", "base"):
+        subject = Subject(name, forward, plain.tokenizer, plain.chat, settings, base_below=name == "base")
+        asked.append(part.ask(subject))
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    for found, model in zip(asked, (merged, plain.model), strict=True):
+        expected = by_hflm(RowByRow(model, plain.tokenizer), names, folder, None, False)
+        for name, score in found.scores.items():
+            task, metric, *filtered = name.split(".")
+            value = expected["results"][task][f"{metric},{filtered[0] if filtered else 'none'}"]
+            assert score.measured.value == pytest.approx(value, rel=1e-4), name
+    result = part.score(*asked)
+    assert result.comparison().keys() == result.metrics.keys()
+    for name, difference in result.comparison().items():
+        assert difference.value == pytest.approx(result.metrics[name].value - result.baseline[name].value), name
+    assert result.comparison()["answer.exact_match"].verdict == "worse", (
+        "half of the expected answers are the base's own"
+    )
+
+
 def test_a_chat_is_in_the_runs_own_template(plain: RowByRow) -> None:
     from lm_eval.models.huggingface import HFLM
 
@@ -337,7 +373,7 @@ def test_a_chat_is_in_the_runs_own_template(plain: RowByRow) -> None:
     def render(template: str, turns: list[dict[str, str]], **settings: Any) -> str:
         subject = RowByRow(plain.model, plain.tokenizer)
         subject.chat = ChatFormat(plain.tokenizer, template) if template == "alpaca" else plain.chat
-        return str(language_model(subject, contextlib.nullcontext).apply_chat_template(turns, **settings))  # type: ignore[arg-type]
+        return str(language_model(subject, contextlib.nullcontext).apply_chat_template(turns, **settings))
 
     turns = [{"role": "user", "content": "Which bin?"}]
     assert "### Instruction:\nWhich bin?" in render("alpaca", turns)
@@ -357,7 +393,7 @@ def test_a_template_without_a_system_role_is_asked_without_one(tmp_path: Path) -
     subject.tokenizer.chat_template = refusing + subject.tokenizer.chat_template
     subject.chat = ChatFormat(subject.tokenizer)
     turns = [{"role": "system", "content": "Sort."}, {"role": "user", "content": "Which bin?"}]
-    ours = language_model(subject, contextlib.nullcontext).apply_chat_template(turns)  # type: ignore[arg-type]
+    ours = language_model(subject, contextlib.nullcontext).apply_chat_template(turns)
     assert ours == HFLM(pretrained=subject.model, tokenizer=subject.tokenizer).apply_chat_template(turns)
     assert ours == "<|im_start|>user\nWhich bin?<|im_end|>\n<|im_start|>assistant\n"
 
@@ -526,6 +562,15 @@ def test_the_examples_run(plain: RowByRow) -> None:
         "bins_text.bits_per_byte",
     }
     assert {measured.n for measured in result.values()} == {8}
+
+
+def test_the_page_s_task_runs(plain: RowByRow, tmp_path: Path) -> None:
+    page = (EXAMPLES.parents[1] / "docs" / "harness.md").read_text(encoding="utf-8")
+    for language, name in (("yaml", "bins_choice.yaml"), ("json", "bins.jsonl")):
+        (block,) = re.findall(rf"```{language}\n(.*?)```", page, flags=re.DOTALL)
+        (tmp_path / name).write_text(block, encoding="utf-8")
+    accuracy = HarnessPart(["bins_choice"], tmp_path).ask(plain).scores["bins_choice.acc"].measured
+    assert (accuracy.n, accuracy.stderr) == (1, None)
 
 
 def problems_of(part: HarnessPart, chat: ChatFormat, kind: type[Exception]) -> list[str]:
