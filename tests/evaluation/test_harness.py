@@ -582,10 +582,12 @@ def problems_of(part: HarnessPart, chat: ChatFormat, kind: type[Exception]) -> l
 def test_unknown_names_are_refused_with_near_ones(plain: RowByRow, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("task: mine\noutput_type: [")
     (tmp_path / "choice.yaml").write_text((folder / "choice.yaml").read_text())
-    problems = problems_of(HarnessPart(["choise", "arc_eazy", "mine"], tmp_path), plain.chat, ConfigError)
+    (tmp_path / "all.yaml").write_text("group: all\ntask: [choice, arc_eazy]")
+    problems = problems_of(HarnessPart(["choise", "all", "mine"], tmp_path), plain.chat, ConfigError)
     assert f"no task, group or tag 'choise' in {tmp_path} or the harness's catalogue" in problems[0]
     assert "near it: choice" in problems[0]
-    assert "near it: arc_easy" in problems[1]
+    assert "no task, group or tag 'arc_eazy'" in problems[2], "a member of a group"
+    assert "near it: arc_easy" in problems[2]
     assert problems[3].startswith(f"{tmp_path / 'mine.yaml'}: ")
     assert problems[3].endswith(": not read as a task file")
     assert problems[4].startswith("tasks of the harness's own catalogue need the network")

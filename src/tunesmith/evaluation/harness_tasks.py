@@ -148,7 +148,11 @@ class _Skipped(logging.Handler):
 
 
 def _unknown(index: Any, names: Sequence[str]) -> list[str]:
-    return [name for name in names if name not in index.task_index]
+    """Names that are not there, and those of the members of groups that are."""
+    settings = [entry.cfg or {} for name in names if (entry := index.task_index.get(name))]
+    members = [member for group in settings if isinstance(group.get("task"), list) for member in group["task"]]
+    wanted = [*names, *(member for member in members if isinstance(member, str))]
+    return [name for name in wanted if name not in index.task_index]
 
 
 def _load_one(index: Any, name: str, folder: Path | None) -> dict[str, Any]:
