@@ -106,17 +106,17 @@ class SharedBase:
         self._model = base
 
     def drop(self) -> None:
-        """Let go of the base, and of the memory that nothing needs any more."""
+        """Let go of the base."""
         self._model = None
-        free_memory()
+        self.release_memory()
 
-
-def free_memory() -> None:
-    """Give back what no live object holds: the next run plans with what is free."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(1.0)  # the cap of a run with `memory.limit_gb`
+    @staticmethod
+    def release_memory() -> None:
+        """Give back what no live object holds: the next run plans with what is free."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0)  # the cap of a run with `memory.limit_gb`
 
 
 def weight_bits(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:

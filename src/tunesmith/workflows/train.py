@@ -88,7 +88,6 @@ from tunesmith.workflows.rules import settings_warnings
 from tunesmith.workflows.run_plan import RunPlan, limit_memory, plan_run, refuse_what_cannot_fit
 from tunesmith.workflows.setups import training_dtype
 
-
 LoadBase = Callable[[ModelSource, ModelConfig, Hardware, ComputeDType, QuantizationConfig | None], Any]
 """Loads a base as `load_model` does. Several runs over one base can share it (workflows/shared_base.py)."""
 
