@@ -77,7 +77,7 @@ def sweep_table(result: Mapping[str, Any]) -> Table:
     rows = []
     for place, run in enumerate(runs, 1):
         value = shown(metric, run["metric"], run["stderr"], share) if run["status"] == "finished" else run["status"]
-        cells = [Cell(as_text(each)) for each in run["values"].values()]
+        cells = [_plain(each) for each in run["values"].values()]
         cells += [Cell(value, run["name"] == result["best"]), *(Cell(shown(name, run[name])) for name in costs)]
         rows.append((str(place), tuple(cells)))
     header = ("run", *result["over"], metric, "time", "peak GB", "trained", "MB")
@@ -155,4 +155,4 @@ def _cells(row: Mapping[str, Any]) -> tuple[Cell, ...]:
 
 
 def _plain(value: Any) -> Cell:
-    return Cell(UNKNOWN if value is None else as_text(value))
+    return Cell(UNKNOWN if value is None else f"{value:.4g}" if isinstance(value, float) else as_text(value))

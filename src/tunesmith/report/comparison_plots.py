@@ -14,7 +14,7 @@ from tunesmith.report.plots import COLOURS, FEW_POINTS, downsample, draw, smooth
 from tunesmith.report.text import as_number, plural
 from tunesmith.types import Event
 
-PALETTE = ("#3b78d8", "#c9731a", "#2c9a68", "#b0559b", "#8f7d24", "#3d9db5", "#c8524d", "#7d8590")
+PALETTE = ("#3a77d6", "#c8721b", "#2c9a68", "#b0559b", "#8f7d24", "#3d9db5", "#c7514c", "#7c848f")
 """Mid-tones that can be told apart, on white and on near-black. Past the last one lines are dashed."""
 
 WIDE_RANGE = 20
@@ -117,7 +117,7 @@ def _scatter(name: str, title: str, x_label: str, known: Sequence[tuple[int, flo
     svg = draw(name, f"Scatter plot: {title}, {plural(len(known), 'run')}", x_label, fill)
     best = [f"{number} {point.name}" for number, _, _, point in known if point.best]
     caption = "; ".join(f"{number} {point.name}" for number, _, _, point in known)
-    legend = tuple(Key(f"best: {text}", COLOURS["second"]) for text in best)
+    legend = tuple(Key(f"best: {text}", f"var(--plot-second, {COLOURS['second']})") for text in best)
     return ComparisonPlot(
         name,
         title,

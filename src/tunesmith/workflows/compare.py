@@ -39,6 +39,9 @@ TRAINING_METRICS: dict[str, bool | None] = {
 }
 """What every run has: whether less is better (None: neither)."""
 
+COSTS = ("wall_seconds", "tokens_per_second", "peak_memory_gb", "artifact_mb")
+"""Metrics that no repetition gives again to the last digit: what is equal to three digits is equally good."""
+
 NOT_SETTINGS = {
     "data.path", "data.eval_path", "data.general_path", "data.mix", "model.name", "model.revision", "data.cache",
     "data.num_proc", "training.trackers", "training.tracker_project", "training.log_every", "model.device",
@@ -291,7 +294,8 @@ def _row(
 ) -> dict[str, Any]:
     """One line of the table. An evaluation needs a result, so that a run which has one counts as finished there."""
     task, sha256, n = subject or (None, None, None)
-    final = [v if subject or run.finished else None for run, v in zip(runs, values, strict=True)]
+    final = [_to_three_digits(v) if metric in COSTS else v for v in values]
+    final = [v if subject or run.finished else None for run, v in zip(runs, final, strict=True)]
     known = [value for value in final if value is not None]
     best: list[int] = []
     if comparable and less is not None and len(known) > 1 and _differ(known):
@@ -307,6 +311,10 @@ def _row(
         "lower_is_better": less,
         "best": best,
     }
+
+
+def _to_three_digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.3g}")
 
 
 def _warnings(

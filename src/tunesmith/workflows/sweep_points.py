@@ -113,8 +113,8 @@ def configs(
 
 
 def located(problems: Mapping[str, Sequence[str]], points: int) -> Iterator[str]:
-    """Each problem with the first point that has it, unless all of `points` have."""
-    for problem, names in problems.items():
+    """Each problem with the first point that has it, those of all `points` first and without."""
+    for problem, names in sorted(problems.items(), key=lambda item: len(item[1]) != points):
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield problem if len(names) == points else f"{names[0]}{more}: {problem}"
 
