@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_compare_warns_on_stderr(runs: tuple[Path, Path], tmp_path: Path) -> Non
     [
         (["{run}"], "one run is no comparison: name two or more run folders"),
         (["{run}", "/nowhere"], "/nowhere: not a run folder (it has no config.yaml)"),
-        ([], "Missing argument 'RUN RUN...'. (see --help)"),
+        ([], "Missing argument 'RUN...'. (see --help)"),
     ],
 )
 def test_compare_refuses(runs: tuple[Path, Path], arguments: list[str], problem: str) -> None:
@@ -246,3 +247,22 @@ def test_sweep_writes_beside_other_runs_by_default(
     monkeypatch.chdir(tmp_path)
     assert tunesmith("sweep", config, "--over", "adapter.r=2", "--trials", "1").code == 0
     assert [path.name for path in (tmp_path / "runs" / "run-sweep" / "runs").iterdir()] == ["001_r=2"]
+
+
+def test_the_commands_of_the_page_run(
+    runs: tuple[Path, Path], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(tmp_path / "test.jsonl", chat_rows(4, seed=3))
+    for run, name in zip(runs, ("first", "second"), strict=True):
+        copy_run(run, tmp_path / "runs" / name)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in re.findall(r"^\$ tunesmith (.+)$", page, re.M)]
+    assert [command[0] for command in commands] == ["compare", "compare", "sweep", "sweep"]
+    for number, command in enumerate(commands):
+        short = ["--set", "training.max_steps=1", "--out", f"sweep-{number}"] if command[0] == "sweep" else []
+        result = tunesmith(*[{"12": "2"}.get(word, word) for word in command], *short)
+        assert (result.code, result.problems) == (0, []), command
+    assert Path("compared.html").is_file()
+    assert len(json.loads(Path("sweep-2/sweep.json").read_text())["runs"]) == 6
+    assert len(json.loads(Path("sweep-3/sweep.json").read_text())["runs"]) == 2

@@ -17,7 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="Two or more run folders.", metavar="RUN RUN...")],
+    runs: Annotated[list[str], typer.Argument(help="Two or more run folders.", metavar="RUN")],
     html: Html = None,
     as_json: Json = False,
 ) -> None:
