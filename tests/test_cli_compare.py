@@ -166,7 +166,7 @@ def test_compare_warns_on_stderr(runs: tuple[Path, Path], tmp_path: Path) -> Non
     [
         (["{run}"], "one run is no comparison: name two or more run folders"),
         (["{run}", "/nowhere"], "/nowhere: not a run folder (it has no config.yaml)"),
-        ([], "Missing argument 'RUN...'. (see --help)"),
+        ([], "Missing argument 'RUN'. (see --help)"),
     ],
 )
 def test_compare_refuses(runs: tuple[Path, Path], arguments: list[str], problem: str) -> None:
