@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunesmith.contradictions import CAUSES, contradictions
 from tunesmith.errors import ConfigError
@@ -28,6 +29,7 @@ Method = Literal["lora", "qlora", "full"]
 ObjectiveName = Literal["sft", "cpt", "dpo", "orpo", "simpo", "kto"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
+TaskName = Literal["label", "choice", "json", "number", "regex", "text", "perplexity"]
 
 FormatName = Literal[
     "auto",
@@ -350,6 +352,24 @@ class EvaluationConfig(Section):
     """Log so many generated answers at each evaluation during training, always to the same held-out questions (of preferences: to prompts)."""
     generate: bool = False
     """Also generate and score answers at each evaluation during training (the loss is always computed)."""
+    task: Literal["auto"] | TaskName = "auto"
+    """What kind of task the questions are, which decides the metrics (docs/evaluation.md). `auto`: what the data's shape says."""
+    pattern: str | None = None
+    """Task `regex`: the regular expression that right answers contain."""
+    json_schema: str | None = None
+    """Task `json`: a file with the JSON Schema that answers are to obey."""
+    metrics: list[str] = Field(default_factory=list)
+    """Metrics of your own, `FILE.py:FUNCTION`, beside the task's."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_regex(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        return pattern
 
 
 class RunConfig(Section):

@@ -35,10 +35,11 @@ def generate_greedy(
     batch_size: int,
     on_progress: Callable[[int], None] = lambda done: None,
     halving: Halving | None = None,
+    on_answers: Callable[[Sequence[int], Sequence[list[int]]], None] = lambda places, answers: None,
 ) -> list[list[int]]:
     """The greedy answer to each prompt, as token ids without the end token, in the prompts' order.
 
-    `on_progress` is called with the number of prompts done after each batch. Prompts are sorted by length, so that a
+    After each batch `on_answers` is called with the places of its prompts and their answers, `on_progress` with the number of prompts done. Prompts are sorted by length, so that a
     batch holds little padding, and a row leaves its batch when its answer ends; results depend on neither beyond rounding.
     A batch that runs out of memory is halved, which `halving` remembers. Raises MachineError when one prompt is too much.
     """
@@ -76,6 +77,7 @@ def generate_greedy(
             for chunk, found in (halving or Halving()).run(chunks, generate, "answering {} prompts", refusal):
                 for index, answer in zip(chunk, found, strict=True):
                     answers[index] = answer
+                on_answers(chunk, found)
                 done += len(chunk)
                 on_progress(done)
     finally:

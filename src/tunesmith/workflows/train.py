@@ -28,7 +28,7 @@ from tunesmith.data.chat import ChatFormat
 from tunesmith.data.pairs import PairStore
 from tunesmith.errors import ConfigError, MachineError, RunError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
-from tunesmith.evaluation.metrics import score
+from tunesmith.evaluation.tasks import find_training_task, generated_metrics, judged, score_answers
 from tunesmith.files import atomic_folder, disk_errors, write_atomic, write_json
 from tunesmith.hardware import (
     ComputeDType,
@@ -81,7 +81,7 @@ from tunesmith.types import (
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.dry_step import DryStep, calibrated
 from tunesmith.workflows.lineage import refuse_changed, run_metadata
-from tunesmith.workflows.load import TEMPLATE_NAME, chat_format, tokenizer_source
+from tunesmith.workflows.load import RECORD_NAME, TEMPLATE_NAME, base_record, chat_format, tokenizer_source
 from tunesmith.workflows.measure import StepTimes, keep_measured
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 from tunesmith.workflows.rules import settings_warnings
@@ -227,6 +227,7 @@ class TrainingSession:
         config = self.config
         asked = config.evaluation.max_rows if config.evaluation.generate else config.evaluation.samples
         questions = sample_rows(self.data.eval_rows, asked)
+        task = find_training_task(self.data.eval_rows, config.evaluation) if config.evaluation.generate else None
         now, crowded = 0, False
 
         def warn(text: str) -> None:
@@ -276,8 +277,8 @@ class TrainingSession:
                     f"evaluating step {step}",
                     for_answers,
                 )
-                if config.evaluation.generate:
-                    values |= {name: result.value for name, result in score("eval", rows).items()}
+                if task is not None:
+                    values |= {name: one.value for name, one in score_answers(task, judged(task, rows)).items()}
                 for row in rows[: config.evaluation.samples]:
                     log({"event": "sample", "step": step, **asdict(row)})
             return values
@@ -293,6 +294,8 @@ class TrainingSession:
                 if self.saves_tokenizer:
                     self.tokenizer.save_pretrained(folder)
                 write_atomic(folder / TEMPLATE_NAME, self.chat.template)
+                model = self.run.metadata["model"]
+                write_json(folder / RECORD_NAME, base_record(model["name"], model["weight_hash"]))
             return
         dtype = torch_dtype(self.forward.dtype)
         converted: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay tied
@@ -535,9 +538,9 @@ def _check_settings(config: RunConfig) -> None:
     known = ["eval_loss", *(["perplexity"] if config.objective.name == "cpt" else [])] if held_out else []
     known += [f"eval_{name}" for name in METRICS[config.objective.name]] if held_out else []
     known += ["general_loss", "general_perplexity"] if config.data.general_path else []
-    known += ["accuracy", "exact_match"] if config.evaluation.generate else []
+    known += generated_metrics(config.evaluation.task) if config.evaluation.generate else []
     if metric is not None and metric not in known:
-        hint = "; set evaluation.generate: true for accuracy" if metric in ("accuracy", "exact_match") else ""
+        hint = "; set evaluation.generate: true for accuracy" if metric in generated_metrics("auto") else ""
         problems.append(f"training.early_stopping.metric is {metric!r}: this run evaluates {', '.join(known)}{hint}")
     if problems:
         raise ConfigError(problems)
