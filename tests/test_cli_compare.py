@@ -81,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     made = []
     for rank in (16, 2):
         run = copy_run(tiny_run(tmp_path_factory, "lora", **{"adapter.r": rank}), folder / f"rank-{rank}")
-        assert tunesmith("eval", run, "--data", questions, "--max-new-tokens", "2").code == 0
+        assert tunesmith("eval", run, "--data", questions, "--set", "evaluation.max_new_tokens=2").code == 0
         made.append(run)
     return made[0], made[1]
 
@@ -196,13 +196,18 @@ def test_sweep_prints_a_row_for_each_run_and_the_best(config: Path, tmp_path: Pa
 
 
 def test_sweep_prints_one_object(config: Path, tmp_path: Path) -> None:
-    questions = write_jsonl(tmp_path / "bins.jsonl", chat_rows(6, seed=3))
+    questions = write_jsonl(tmp_path / "bins.jsonl", chat_rows(12, seed=3))
     page = tmp_path / "page.html"
     arguments = ("--over", "adapter.r=2,4", "--data", questions, "--rows", "5", "--set", "evaluation.max_new_tokens=2")
     result = tunesmith("sweep", config, *arguments, "--out", tmp_path / "sweep", "--html", page, "--json")
     assert result.code == 0
     value = json_of(result, SWEEP)
-    assert value["metric"] == {"name": "accuracy", "lower_is_better": False, "source": "evaluation"}
+    assert value["metric"] == {
+        "name": "accuracy",
+        "lower_is_better": False,
+        "source": "evaluation",
+        "share": True,
+    }
     assert [run["stderr"] is not None for run in value["runs"]] == [True, True]
     assert value["html"] == str(page)
     assert "accuracy against size" in page.read_text()
@@ -252,7 +257,7 @@ def test_sweep_writes_beside_other_runs_by_default(
 def test_the_commands_of_the_page_run(
     runs: tuple[Path, Path], config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_jsonl(tmp_path / "test.jsonl", chat_rows(4, seed=3))
+    write_jsonl(tmp_path / "test.jsonl", chat_rows(12, seed=3))
     for run, name in zip(runs, ("first", "second"), strict=True):
         copy_run(run, tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)

@@ -13,8 +13,9 @@ import torch
 from tiny import chat_rows, make_tiny_model, write_jsonl
 from tunesmith.config import load_config
 from tunesmith.errors import ConfigError, DataError, Interrupted, MachineError, RunError, VerificationError
+from tunesmith.evaluation.subject import Subject
 from tunesmith.runs import RunFolder
-from tunesmith.workflows import shared_base, sweep_runs
+from tunesmith.workflows import shared_base
 from tunesmith.workflows.compare import compare
 from tunesmith.workflows.evaluate import evaluate
 from tunesmith.workflows.shared_base import SharedBase
@@ -143,6 +144,10 @@ def test_names_stay_apart_and_make_folders() -> None:
             "--over adapter.alpha=8,16: --set gives adapter.alpha one value; leave one of the two out",
         ),
         (["adapter.r=8,8"], "--over adapter.r=8,8: 8 is there twice"),
+        (
+            ["evaluation.max_rows=5,6"],
+            "--over evaluation.max_rows=5,6: evaluation.max_rows is how runs are measured, which must be the same for all; use --set",
+        ),
         (["training.trackers=[]"], "--over training.trackers=[]: training.trackers changes no result"),
         (
             ["optimizer.lr=1e-5..1e-3"],
@@ -189,7 +194,7 @@ def test_runs_share_one_base_and_are_what_they_are_alone(
         asked = evaluate(alone, questions)
         (kept,) = (Path(run["path"]) / "evaluations").glob("*.json")
         evaluation = json.loads(kept.read_text())
-        for key in ("metrics", "examples", "settings", "data_sha256", "n", "rows_in_file"):
+        for key in ("metrics", "examples", "settings", "data_sha256", "n", "rows_in_file", "task_kind", "classes"):
             assert evaluation[key] == asked[key], key
         assert (Path(run["path"]) / "report.html").is_file()
         different.add(tuple(losses(alone)))
@@ -465,12 +470,26 @@ def test_what_nothing_measures_is_refused(
     assert caught.value.problems == [problem]
 
 
-def test_questions_are_read_before_the_first_run(config: Path, tmp_path: Path, loads: list[str]) -> None:
-    text = tmp_path / "text.jsonl"
-    text.write_text('{"text": "prose"}\n')
+def test_questions_and_their_metrics_are_known_before_the_first_run(
+    config: Path, tmp_path: Path, loads: list[str], questions: Path
+) -> None:
     with pytest.raises(DataError) as caught:
-        sweep(config, ["adapter.r=2,3"], out=tmp_path / "sweep", data=text)
-    assert caught.value.problems == [f"{text}:1: plain text has no question to answer; evaluation needs conversations"]
+        sweep(config, ["adapter.r=2,3"], out=tmp_path / "sweep", data=tmp_path / "absent.jsonl")
+    assert caught.value.problems == [f"{tmp_path / 'absent.jsonl'}: no such file"]
+    rows = chat_rows(12)
+    rows[4]["messages"][0]["content"] += "\ufdd0"
+    odd = write_jsonl(tmp_path / "odd.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        sweep(config, ["adapter.r=2,3"], out=tmp_path / "sweep", data=odd)
+    assert caught.value.problems == [
+        f"{odd}:5: the user text holds a Unicode noncharacter (U+FDD0 to U+FDD9); remove it"
+    ]
+    with pytest.raises(ConfigError) as caught_metric:
+        sweep(config, ["adapter.r=2,3"], out=tmp_path / "sweep", data=questions, metric="bleu")
+    assert caught_metric.value.problems == [
+        f"--metric bleu: {questions} is of the task label, which has accuracy, exact_match, macro_f1, micro_f1; "
+        "take one of these or eval_loss, train_loss"
+    ]
     assert loads == []
 
 
@@ -538,26 +557,22 @@ def test_a_run_that_cannot_begin_is_a_failure_too(config: Path, tmp_path: Path, 
 
 
 def judged(
-    monkeypatch: pytest.MonkeyPatch, config: Path, out: Path, questions: Path, right: dict[str, int], **arguments: Any
+    monkeypatch: pytest.MonkeyPatch, config: Path, out: Path, questions: Path, right: dict[int, int], **arguments: Any
 ) -> dict[str, Any]:
-    """A sweep whose runs answer so many of the first questions rightly, whatever they learnt."""
-    from tunesmith.types import Generation
+    """A sweep over ranks whose runs answer so many of the first questions rightly, whatever they learnt."""
 
-    def answer(loaded: Any, rows: Any, *rest: Any) -> list[Generation]:
-        count = right[loaded.run.path.name]
-        return [
-            Generation("", "paper", "paper" if number < count else "glass", number < count, row.line)
-            for number, row in enumerate(rows)
-        ]
+    def generate(self: Subject, prompts: Any, *rest: Any) -> list[str]:
+        count = right[self.forward.model.peft_config["default"].r]
+        return [row["messages"][-1]["content"] if n < count else "glue" for n, row in enumerate(chat_rows(12, seed=2))]
 
-    monkeypatch.setattr(sweep_runs, "answer", answer)
+    monkeypatch.setattr(Subject, "generate", generate)
     return sweep(config, ["adapter.r=2,3,4"], out=out, data=questions, settings=["training.max_steps=2"], **arguments)
 
 
 def test_the_cheapest_run_that_is_not_clearly_worse_is_named(
     config: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = judged(monkeypatch, config, tmp_path / "a", questions, {"r=2": 2, "r=3": 9, "r=4": 12})
+    result = judged(monkeypatch, config, tmp_path / "a", questions, {2: 2, 3: 9, 4: 12})
     assert (result["best"], result["within_error"], result["cheapest"]) == ("r=4", ["r=3"], "r=3")
     against = [run["against_best"] for run in result["runs"]]
     assert against[0]["verdict"] == "worse"
@@ -570,27 +585,50 @@ def test_the_cheapest_run_that_is_not_clearly_worse_is_named(
         "not clearly worse (p of a test against the best is 0.05 or more): run 2",
         f"the cheapest of these and the best: run 2 (r=3), 6.14 k trained parameters, {seconds:.1f} s",
     ]
-    alone = judged(monkeypatch, config, tmp_path / "b", questions, {"r=2": 0, "r=3": 12, "r=4": 1})
+    alone = judged(monkeypatch, config, tmp_path / "b", questions, {2: 0, 3: 12, 4: 1})
     assert (alone["best"], alone["within_error"], alone["cheapest"]) == ("r=3", [], None)
     assert alone["conclusions"] == ["best: run 2 (r=3), accuracy 100.0% ± 0.0"]
 
 
-def test_another_metric_is_compared_by_its_errors(
+@pytest.mark.parametrize(("metric", "test"), [("exact_match", "McNemar"), ("macro_f1", "paired bootstrap")])
+def test_other_metrics_of_answers_are_compared_on_the_same_rows(
+    config: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, metric: str, test: str
+) -> None:
+    result = judged(monkeypatch, config, tmp_path / "a", questions, {2: 1, 3: 11, 4: 12}, metric=metric)
+    assert (result["best"], result["within_error"], result["metric"]["share"]) == ("r=4", ["r=3"], True)
+    assert result["runs"][0]["against_best"]["test"] == test
+    assert result["runs"][0]["against_best"]["verdict"] == "worse"
+
+
+def test_the_loss_of_texts_is_compared_by_its_errors(config: Path, tmp_path: Path) -> None:
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": row["messages"][0]["content"]} for row in chat_rows(20)])
+    result = sweep(config, ["optimizer.lr=2e-2,1e-6"], out=tmp_path / "a", data=texts, settings=["data.train_on=all"])
+    assert result["metric"] == {"name": "loss", "lower_is_better": True, "source": "evaluation", "share": False}
+    first, second = result["runs"]
+    assert first["metric"] < second["metric"]
+    assert (result["best"], result["within_error"]) == ("lr=2e-2", [])
+    assert (second["against_best"]["test"], second["against_best"]["verdict"]) == ("z", "worse")
+
+
+def test_the_users_own_metric_decides(
     config: Path, tmp_path: Path, questions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counts = {"r=2": 2, "r=3": 6, "r=4": 7}
-    result = judged(monkeypatch, config, tmp_path / "a", questions, counts, metric="exact_match")
-    assert (result["best"], result["within_error"]) == ("r=4", ["r=3"])
-    assert result["runs"][0]["against_best"]["test"] == "z"
+    code = tmp_path / "metrics.py"
+    code.write_text("def size(row):\n    return {'letters': len(row['answer'])}\nsize.higher_is_better = False\n")
+    settings = [f"evaluation.metrics=[{code}:size]", "training.max_steps=1"]
+    arguments: dict[str, Any] = {"data": questions, "settings": settings}
 
+    def generate(self: Subject, prompts: Any, *rest: Any) -> list[str]:
+        return ["a" * self.forward.model.peft_config["default"].r] * 12
 
-def test_a_metric_that_the_evaluation_lacks_fails_with_those_it_has(
-    config: Path, tmp_path: Path, questions: Path
-) -> None:
-    result = sweep(
-        config, ["adapter.r=2"], out=tmp_path / "a", data=questions, metric="bleu", settings=["training.max_steps=1"]
+    monkeypatch.setattr(Subject, "generate", generate)
+    result = sweep(config, ["adapter.r=2,3"], out=tmp_path / "a", metric="size.letters", **arguments)
+    assert [run["metric"] for run in result["runs"]] == [2.0, 3.0]
+    assert (result["best"], result["metric"]["lower_is_better"]) == ("r=2", True)
+    wrong = sweep(config, ["adapter.r=2"], out=tmp_path / "b", metric="size.words", **arguments)
+    assert wrong["runs"][0]["error"] == (
+        "--metric size.words: the evaluation has accuracy, exact_match, macro_f1, micro_f1, size.letters; take one of these"
     )
-    assert result["runs"][0]["error"] == "--metric bleu: the evaluation has accuracy, exact_match; take one of these"
 
 
 def test_the_lowest_loss_is_best_and_nothing_is_claimed_of_its_error(config: Path, tmp_path: Path) -> None:

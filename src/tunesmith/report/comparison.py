@@ -72,7 +72,7 @@ def comparison_tables(result: Mapping[str, Any]) -> list[Table]:
 def sweep_table(result: Mapping[str, Any]) -> Table:
     """Of a sweep: a row for each run, with its values, its metric, and what it cost."""
     runs, metric = result["runs"], result["metric"]["name"]
-    share = result["metric"]["source"] == "evaluation" and is_share(metric, [run["metric"] for run in runs])
+    share = result["metric"]["share"]
     costs = ("wall_seconds", "peak_memory_gb", "trainable_parameters", "artifact_mb")
     rows = []
     for place, run in enumerate(runs, 1):
@@ -100,8 +100,10 @@ def shown(metric: str, value: float | None, error: float | None = None, share: b
     return f"{text} ± {100 * error:.1f}" if share else f"{text} ± {number(error, 2)}"
 
 
-def is_share(metric: str, values: Sequence[float | None]) -> bool:
-    """Whether a metric of an evaluation is a fraction of 1, to be shown in percent."""
+def is_share(metric: str, values: Sequence[float | None], said: bool | None = None) -> bool:
+    """Whether a metric of an evaluation is a fraction of 1, to be shown in percent: what it says itself, else by its values."""
+    if said is not None:
+        return said
     known = [value for value in values if value is not None]
     return not metric.endswith(("loss", "perplexity")) and all(0 <= value <= 1 for value in known)
 
@@ -147,7 +149,7 @@ def _label(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[Cell, ...]:
-    share = row["task"] is not None and is_share(row["metric"], row["values"])
+    share = row["task"] is not None and is_share(row["metric"], row["values"], row["share"])
     return tuple(
         Cell(shown(row["metric"], value, error, share), index in row["best"])
         for index, (value, error) in enumerate(zip(row["values"], row["stderr"], strict=True))

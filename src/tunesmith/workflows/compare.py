@@ -25,8 +25,8 @@ from tunesmith.runs import RunFolder
 from tunesmith.types import Event
 from tunesmith.yaml_files import read_yaml
 
-LOWER_IS_BETTER = ("loss", "perplexity", "kl", "/rejected")
-"""How the names of metrics end that are better when smaller, as for `training.early_stopping`."""
+LOWER_IS_BETTER = ("loss", "perplexity", "kl", "/rejected", "bits_per_byte")
+"""How the names of metrics end that are better when smaller, as for `training.early_stopping`; evaluations say it of theirs."""
 
 TRAINING_METRICS: dict[str, bool | None] = {
     "eval_loss": True,
@@ -240,7 +240,7 @@ def _evaluations(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The newest evaluation of each task and content of the data, by task; and a line for each file that is damaged."""
     newest: dict[tuple[str, str], dict[str, Any]] = {}
     problems = []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("[!.]*.json")):
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(raw, dict) or not isinstance(raw.get("metrics"), dict):
@@ -279,7 +279,8 @@ def _evaluated(runs: Sequence[ReadRun]) -> list[dict[str, Any]]:
             less = lower_is_better(name) if better is None else not better
             values, errors = ([as_number(cell.get(key)) for cell in cells] for key in ("value", "stderr"))
             if any(value is not None for value in values):
-                rows.append(_row(runs, name, subject, values, errors, less))
+                shares = [cell["share"] for cell in cells if isinstance(cell.get("share"), bool)]
+                rows.append(_row(runs, name, subject, values, errors, less) | {"share": shares[0] if shares else None})
     return rows
 
 
@@ -309,6 +310,7 @@ def _row(
         "values": list(values),
         "stderr": list(errors or [None] * len(values)),
         "lower_is_better": less,
+        "share": False,
         "best": best,
     }
 
@@ -368,21 +370,10 @@ def _comparisons(runs: Sequence[ReadRun]) -> list[dict[str, Any]]:
                         "n": subject[2],
                         "run": run.name,
                         "against": asked[0][0].name,
-                        **difference_json(difference),
+                        **difference.as_json(),
                     }
                 )
     return found
-
-
-def difference_json(difference: Difference) -> dict[str, Any]:
-    """A paired difference as the files of evaluations have it."""
-    return {
-        "difference": difference.value,
-        "stderr": difference.stderr,
-        "p": difference.p,
-        "test": difference.test,
-        "verdict": difference.verdict,
-    }
 
 
 def _scored(evaluation: Mapping[str, Any]) -> dict[Any, float]:

@@ -10,18 +10,18 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError, DataError, RunError, TunesmithError
-from tunesmith.evaluation.answers import check_questions, encode_questions
 from tunesmith.files import check_writable, disk_errors, sha256_file
 from tunesmith.types import EventSink, Progress, no_progress
-from tunesmith.workflows.rows import read_questions
+from tunesmith.workflows.evaluate import Questions
 from tunesmith.workflows.shared_base import SharedBase
 from tunesmith.workflows.sweep_points import Axis, configs, grid, located, parse_axes, point_name
-from tunesmith.workflows.sweep_runs import STATE_FILE, Attempt, Questions, Sweep
+from tunesmith.workflows.sweep_runs import STATE_FILE, Attempt, QuestionFile, Sweep, window_of
 from tunesmith.workflows.sweep_search import Search, refuse_without_optuna
 from tunesmith.workflows.train import check, locked, no_event, with_absolute_paths
 
@@ -106,7 +106,7 @@ def _search(state: Sweep, trials: int, attempt: Callable[[int, Mapping[str, Any]
         search.tell(number, state.value(made))
 
 
-def _questions(data: str | Path | None, rows: int | None, config: RunConfig) -> Questions | None:
+def _questions(data: str | Path | None, rows: int | None, config: RunConfig) -> QuestionFile | None:
     """The questions that every run is asked. Raises DataError with every row that cannot be asked."""
     if data is None:
         if rows is not None:
@@ -114,15 +114,15 @@ def _questions(data: str | Path | None, rows: int | None, config: RunConfig) -> 
                 "--rows is how many of --data are asked, and there is no --data; add it, or leave --rows out"
             )
         return None
-    examples = read_questions(data, config.data)
-    check_questions(examples)
-    return Questions(str(Path(data).absolute()), sha256_file(Path(data)), rows, examples)
+    settings = config.evaluation.model_copy(update={"max_rows": rows} if rows else {})
+    of = Questions.read(str(data), config, settings)
+    return QuestionFile(replace(of, path=str(Path(data).absolute())), sha256_file(Path(data)), rows)
 
 
-def _metric(planned: Sequence[RunConfig], questions: Questions | None, metric: str | None) -> str:
+def _metric(planned: Sequence[RunConfig], questions: QuestionFile | None, metric: str | None) -> str:
     """What says which run is best. Raises ConfigError where no run measures it."""
     held_out = all(config.data.eval_path or config.data.eval_fraction for config in planned)
-    known = [*(["accuracy"] if questions else []), *(["eval_loss"] if held_out else [])]
+    known = [*([questions.of.task.main_metric] if questions else []), *(["eval_loss"] if held_out else [])]
     if metric is None:
         if not known:
             raise ConfigError(
@@ -136,11 +136,18 @@ def _metric(planned: Sequence[RunConfig], questions: Questions | None, metric: s
         raise ConfigError(
             f"--metric {metric}: only an evaluation measures it; pass --data FILE, or take one of {', '.join(LOSSES)}"
         )
+    if metric not in LOSSES and questions is not None:
+        measured = questions.metrics()
+        if not any(metric == name or metric.startswith(f"{name}.") for name in measured):
+            raise ConfigError(
+                f"--metric {metric}: {questions.of.path} is of the task {questions.of.task.kind}, which has "
+                f"{', '.join(measured)}; take one of these or {', '.join(LOSSES)}"
+            )
     return metric
 
 
 def _asked(
-    config: RunConfig, axes: Sequence[Axis], questions: Questions | None, metric: str, search: bool
+    config: RunConfig, axes: Sequence[Axis], questions: QuestionFile | None, metric: str, search: bool
 ) -> dict[str, Any]:
     """What makes a sweep this one: all settings that it does not go over, what it goes over, what it measures."""
     settings = config.model_dump(mode="json")
@@ -150,7 +157,7 @@ def _asked(
         for section in sections:
             target = target[section]
         target.pop(key, None)
-    data = {"path": questions.path, "sha256": questions.sha256, "rows": questions.rows} if questions else None
+    data = {"path": questions.of.path, "sha256": questions.sha256, "rows": questions.max_rows} if questions else None
     over = {axis.key: axis.as_json() for axis in axes}
     return json.loads(
         json.dumps({"settings": settings, "over": over, "data": data, "metric": metric, "search": search})
@@ -192,7 +199,7 @@ def _changes(before: Any, now: Any, key: str = "") -> list[str]:
     return [f"{key.removeprefix('settings.')} was {json.dumps(before)}, is {json.dumps(now)}"]
 
 
-def _check_all(attempts: Sequence[Attempt], questions: Questions | None, progress: Progress) -> None:
+def _check_all(attempts: Sequence[Attempt], questions: QuestionFile | None, progress: Progress) -> None:
     """Everything about every run that can be found before weights are read. Raises ConfigError or DataError with all of it."""
     problems: dict[str, list[str]] = {}
     of_data = False
@@ -201,7 +208,7 @@ def _check_all(attempts: Sequence[Attempt], questions: Questions | None, progres
         try:
             known = check(copy.deepcopy(attempt.config))
             if questions:
-                encode_questions(known.chat, questions.asked)
+                questions.of.part(window_of(attempt.config)).check(known.chat)
         except TunesmithError as error:
             of_data = of_data or isinstance(error, DataError)
             for problem in getattr(error, "problems", [str(error)]):

@@ -60,6 +60,8 @@ def parse_axes(over: Sequence[str], settings: Sequence[str] = (), search: bool =
             problems.append(f"--over {text}: --set gives {key} one value; leave one of the two out")
         if key in NOT_SWEPT:
             problems.append(f"--over {text}: {key} changes no result")
+        if key.startswith("evaluation."):
+            problems.append(f"--over {text}: {key} is how runs are measured, which must be the same for all; use --set")
         try:
             axes.append(_axis(key, values.strip(), search))
         except ConfigError as error:

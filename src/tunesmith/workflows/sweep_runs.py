@@ -9,27 +9,26 @@ from typing import Any
 
 from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError, Interrupted, MachineError, TunesmithError
-from tunesmith.evaluation.answers import sample_rows
 from tunesmith.evaluation.statistics import Difference, Measured
 from tunesmith.evaluation.statistics import compare as compare_measured
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.tasks import generated_metrics, score_answers
 from tunesmith.files import write_json
 from tunesmith.models.fuse import unfuse
 from tunesmith.report import write_report
-from tunesmith.report.comparison import is_share, shown, sweep_table, write_page
+from tunesmith.report.comparison import shown, sweep_table, write_page
 from tunesmith.report.comparison_plots import Point, loss_curves, scatter_plots
 from tunesmith.report.text import count, duration
 from tunesmith.runs import RunFolder
-from tunesmith.types import EventSink, Example, Progress
+from tunesmith.types import EventSink, Generation, Progress
 from tunesmith.workflows.compare import (
     answers_compared,
     compare_runs,
-    difference_json,
     evaluation_of,
     lower_is_better,
     read_run,
 )
-from tunesmith.workflows.evaluate import answer, evaluate, summarize, write_evaluation
-from tunesmith.workflows.load import LoadedModel
+from tunesmith.workflows.evaluate import Asked, Questions, evaluate, summarize, write_evaluation
 from tunesmith.workflows.shared_base import SharedBase, changes_base
 from tunesmith.workflows.sweep_points import Axis
 from tunesmith.workflows.train import TrainingSession, restart, start
@@ -40,18 +39,27 @@ COSTS = ("wall_seconds", "peak_memory_gb", "trainable_parameters", "artifact_mb"
 
 
 @dataclass(frozen=True, slots=True)
-class Questions:
-    """The file that runs are evaluated on: all its rows, or a fixed sample of `rows` of them."""
+class QuestionFile:
+    """The questions that every run is asked: all rows of a file, or (`max_rows`) a fixed sample of them."""
 
-    path: str
+    of: Questions
     sha256: str
-    rows: int | None
-    examples: Sequence[Example]
+    max_rows: int | None
 
-    @property
-    def asked(self) -> list[Example]:
-        """The rows that are asked."""
-        return sample_rows(self.examples, self.rows)
+    def metrics(self) -> list[str]:
+        """What is measured of them; a user's own metric may give several, which begin with its name."""
+        task = self.of.task
+        if task.kind == "perplexity":
+            return ["loss", "perplexity", "bits_per_byte"]
+        known = [name for name in generated_metrics(task.kind) if name != "json_schema" or task.schema is not None]
+        return (known if task.generates else ["accuracy"]) + [name for name, _ in task.user_metrics]
+
+    def lower_is_better(self, metric: str) -> bool:
+        """Whether the best run has the lowest `metric`."""
+        for name, function in self.of.task.user_metrics:
+            if metric == name or metric.startswith(f"{name}."):
+                return not getattr(function, "higher_is_better", True)
+        return lower_is_better(metric)
 
 
 @dataclass(slots=True)
@@ -67,7 +75,7 @@ class Attempt:
     error: str | None = None
     exit_code: int | None = None
 
-    def recall(self, record: Mapping[str, Any], questions: Questions | None) -> None:
+    def recall(self, record: Mapping[str, Any], questions: QuestionFile | None) -> None:
         """How it stands after an earlier sweep, by its folder and its `record` there.
 
         A run that failed is not tried again, as it would fail again; but what the machine could not (exit code 3) is.
@@ -84,9 +92,9 @@ class Attempt:
         """Whether its training is finished."""
         return RunFolder.is_run(self.path) and bool(RunFolder.open(self.path).metrics)
 
-    def evaluation(self, questions: Questions) -> Mapping[str, Any] | None:
+    def evaluation(self, questions: QuestionFile) -> Mapping[str, Any] | None:
         """Its evaluation on these questions; None if it has none."""
-        return evaluation_of(read_run(self.path), questions.sha256, len(questions.asked))
+        return evaluation_of(read_run(self.path), questions.sha256, len(questions.of.rows))
 
 
 class Sweep:
@@ -98,7 +106,7 @@ class Sweep:
         axes: Sequence[Axis],
         asked: Mapping[str, Any],
         metric: str,
-        questions: Questions | None,
+        questions: QuestionFile | None,
         shared: SharedBase,
         sink: EventSink,
         progress: Progress,
@@ -111,7 +119,7 @@ class Sweep:
     @property
     def lower_is_better(self) -> bool:
         """Whether the best run has the lowest metric."""
-        return lower_is_better(self.metric)
+        return self.questions.lower_is_better(self.metric) if self.questions else lower_is_better(self.metric)
 
     def run(self, attempt: Attempt, place: str) -> None:
         """Train and evaluate one run, unless that was done; keep its error if it fails. Raises Interrupted after saving."""
@@ -170,7 +178,7 @@ class Sweep:
         if attempt.trained:
             assert self.questions is not None  # else it were finished
             self.shared.drop()
-            evaluate(attempt.path, self.questions.path, changes=self._changes(), progress=self.progress)
+            evaluate(attempt.path, self.questions.of.path, changes=self._changes(), progress=self.progress)
             self._known_metric(attempt)
             return
         load = self.shared.load
@@ -182,13 +190,13 @@ class Sweep:
         try:
             session.train(self.sink, self.progress)
             if self.questions is not None and keeps:
-                self._evaluate(session, self.questions)
+                self._evaluate(session, self.questions.of)
         finally:
             self.shared.take_back(model, session.config)
         del session, model  # a base that was not taken back goes now, before another is loaded
         self.shared.release_memory()
         if self.questions is not None and not keeps:
-            evaluate(attempt.path, self.questions.path, changes=self._changes(), progress=self.progress)
+            evaluate(attempt.path, self.questions.of.path, changes=self._changes(), progress=self.progress)
         self._known_metric(attempt)
         write_report(RunFolder.open(attempt.path))
 
@@ -196,22 +204,15 @@ class Sweep:
         """What `tunesmith eval` would do with the run's adapter on its base, which are both loaded."""
         unfuse(session.forward.model)
         session.forward.model.eval()
-        loaded = LoadedModel(
-            session.forward,
-            session.tokenizer,
-            session.chat,
-            session.source,
-            session.hardware,
-            session.forward.dtype,
-            adapted=True,
-            run=session.run,
-        )
         settings = session.config.evaluation.model_copy(update=self._changes())
-        said = answer(loaded, questions.asked, settings, self.progress, "answers")
-        write_evaluation(session.run, summarize(questions.path, questions.examples, said, None, settings))
+        part = questions.part(window_of(session.config))
+        part.check(session.chat)
+        subject = Subject("tuned", session.forward, session.tokenizer, session.chat, settings, progress=self.progress)
+        said = Asked({part.name: part.ask(subject)})
+        write_evaluation(session.run, summarize(questions, [part], said, settings))
 
     def _changes(self) -> dict[str, Any]:
-        return {"max_rows": self.questions.rows} if self.questions and self.questions.rows else {}
+        return {"max_rows": self.questions.max_rows} if self.questions and self.questions.max_rows else {}
 
     def _known_metric(self, attempt: Attempt) -> None:
         """Raise ConfigError where the run was evaluated, and `--metric` is not among what came of it."""
@@ -249,6 +250,7 @@ class Sweep:
                 "name": self.metric,
                 "lower_is_better": self.lower_is_better,
                 "source": "evaluation" if self._from_evaluation() else "training",
+                "share": self._from_evaluation() and self._is_share(),
             },
             "over": dict(self.asked["over"]),
             "runs": runs,
@@ -262,6 +264,11 @@ class Sweep:
 
     def _from_evaluation(self) -> bool:
         return self.questions is not None and self.metric not in ("eval_loss", "train_loss")
+
+    def _is_share(self) -> bool:
+        """Whether the evaluations say that the metric is a fraction of 1."""
+        found = (self._evaluation(each).get("metrics", {}) for each in self.attempts if each.status == "finished")
+        return any(metrics.get(self.metric, {}).get("share") for metrics in found)
 
     def _row(self, attempt: Attempt) -> dict[str, Any]:
         finished = attempt.status == "finished"
@@ -288,19 +295,23 @@ class Sweep:
         for run in known:
             if run is not best:
                 difference = self._difference(by_name[run["name"]], by_name[best["name"]])
-                run["against_best"] = difference_json(difference) if difference else None
+                run["against_best"] = difference.as_json() if difference else None
 
     def _difference(self, of: Mapping[str, Any], best: Mapping[str, Any]) -> Difference | None:
-        """By rows where the file has the metric's rows, else as independent measurements; None without errors."""
+        """Paired, row by row, where answers were scored; else as independent measurements; None without errors."""
+        assert self.questions is not None
         if self.metric == "accuracy" and (paired := answers_compared(of, best)) is not None:
             return paired
+        task = self.questions.of.task
+        if task.generates:
+            after, before = (score_answers(task, _generations(each))[self.metric] for each in (of, best))
+            return after.minus(before)
         ours, theirs = (
             Measured(
                 each["metrics"][self.metric]["value"],
                 each["metrics"][self.metric]["stderr"],
                 each["n"],
-                None,
-                not self.lower_is_better,
+                higher_is_better=not self.lower_is_better,
             )
             for each in (of, best)
         )
@@ -312,7 +323,7 @@ class Sweep:
         numbers = {run["name"]: number for number, run in enumerate(runs, 1)}
         lines = []
         if best := by_name.get(result["best"]):
-            share = self._from_evaluation() and is_share(self.metric, [run["metric"] for run in runs])
+            share = result["metric"]["share"]
             lines.append(
                 f"best: run {numbers[best['name']]} ({best['name']}), {self.metric} {shown(self.metric, best['metric'], best['stderr'], share)}"
             )
@@ -334,3 +345,14 @@ class Sweep:
             if run["status"] == "failed"
         ]
         return lines
+
+
+def window_of(config: RunConfig) -> int:
+    """Tokens of a window of text, as `evaluate` takes them."""
+    return config.data.max_seq_length if isinstance(config.data.max_seq_length, int) else 2048
+
+
+def _generations(evaluation: Mapping[str, Any]) -> list[Generation]:
+    """The rows of an evaluation, as they were scored."""
+    keys = ("prompt", "expected", "answer", "correct", "line")
+    return [Generation(*(row[key] for key in keys)) for row in evaluation["examples"]]
