@@ -78,8 +78,7 @@ class SharedBase:
             model, self._model = self._model, None
             return model
         if self._model is not None:
-            self._why = "this run loads it in another way"
-        self.drop()
+            self.drop("this run loads it in another way")
         if self.loads:
             self._say(f"the base is loaded again: {self._why or 'the run before this one failed'}")
         model = load_model(source, settings, hardware, dtype, quantization)
@@ -105,9 +104,9 @@ class SharedBase:
             return
         self._model = base
 
-    def drop(self) -> None:
+    def drop(self, why: str) -> None:
         """Let go of the base."""
-        self._model = None
+        self._model, self._why = None, why
         self.release_memory()
 
     @staticmethod

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError, Interrupted, MachineError, TunesmithError
 from tunesmith.evaluation.statistics import Difference, Measured
@@ -22,6 +24,7 @@ from tunesmith.report.text import count, duration
 from tunesmith.runs import RunFolder
 from tunesmith.types import EventSink, Generation, Progress
 from tunesmith.workflows.compare import (
+    ReadRun,
     answers_compared,
     compare_runs,
     evaluation_of,
@@ -74,6 +77,13 @@ class Attempt:
     status: str = "pending"
     error: str | None = None
     exit_code: int | None = None
+    kept: ReadRun | None = None
+
+    def read(self) -> ReadRun:
+        """What its folder holds; of a finished run read once."""
+        if self.kept is None or self.status != "finished":
+            self.kept = read_run(self.path, self.name)
+        return self.kept
 
     def recall(self, record: Mapping[str, Any], questions: QuestionFile | None) -> None:
         """How it stands after an earlier sweep, by its folder and its `record` there.
@@ -94,7 +104,7 @@ class Attempt:
 
     def evaluation(self, questions: QuestionFile) -> Mapping[str, Any] | None:
         """Its evaluation on these questions; None if it has none."""
-        return evaluation_of(read_run(self.path), questions.sha256, len(questions.of.rows))
+        return evaluation_of(self.read(), questions.sha256, len(questions.of.rows))
 
 
 class Sweep:
@@ -132,16 +142,18 @@ class Sweep:
         self._save()
         try:
             self._train_and_evaluate(attempt)
-            attempt.status = "finished"
+            attempt.status, attempt.kept = "finished", None
         except Interrupted as error:
             attempt.status = "interrupted"
             self._save()
             raise Interrupted(
                 f"{attempt.name} was stopped ({place}), its state saved in {attempt.path}; the same `tunesmith sweep` command goes on"
             ) from error
-        except TunesmithError as error:
-            attempt.status, attempt.error, attempt.exit_code = "failed", str(error), error.exit_code
+        except (TunesmithError, torch.OutOfMemoryError) as error:
+            attempt.status, attempt.error = "failed", str(error)
+            attempt.exit_code = error.exit_code if isinstance(error, TunesmithError) else MachineError.exit_code
             self.announce(f"{attempt.name} failed: {error}")
+        self.shared.release_memory()
         self._save()
 
     def value(self, attempt: Attempt) -> float | None:
@@ -151,7 +163,7 @@ class Sweep:
     def finish(self, html: Path | None) -> dict[str, Any]:
         """Judge the runs, and write sweep.json and the page; returns what sweep.json holds."""
         result = self._result()
-        reads = [read_run(each.path, each.name) for each in self.attempts if each.status == "finished"]
+        reads = [each.read() for each in self.attempts if each.status == "finished"]
         result["warnings"] = compare_runs(reads)["warnings"] if len(reads) > 1 else []
         points = [
             Point(
@@ -177,7 +189,7 @@ class Sweep:
     def _train_and_evaluate(self, attempt: Attempt) -> None:
         if attempt.trained:
             assert self.questions is not None  # else it were finished
-            self.shared.drop()
+            self.shared.drop("another run was evaluated in between")
             evaluate(attempt.path, self.questions.of.path, changes=self._changes(), progress=self.progress)
             self._known_metric(attempt)
             return
@@ -228,7 +240,7 @@ class Sweep:
         found = self._evaluation(attempt).get("metrics", {}).get(self.metric)
         if found is not None:
             return found["value"], found["stderr"]
-        return read_run(attempt.path).metrics.get(self.metric), None
+        return attempt.read().metrics.get(self.metric), None
 
     def _save(self) -> None:
         write_json(self.folder / STATE_FILE, self._result(judged=False))
@@ -273,7 +285,7 @@ class Sweep:
     def _row(self, attempt: Attempt) -> dict[str, Any]:
         finished = attempt.status == "finished"
         value, error = self._measured(attempt) if finished else (None, None)
-        costs = read_run(attempt.path).metrics if finished else {}
+        costs = attempt.read().metrics if finished else {}
         return {
             "name": attempt.name,
             "path": str(attempt.path),
