@@ -53,9 +53,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="more", metavar="SECTION.KEY=VALUE")
     options = parser.parse_args()
 
+    from tunesmith.models.load import pad_token
     from tunesmith.training.loop import evaluate_loss
     from tunesmith.training.objectives import SupervisedFineTuning
-    from tunesmith.workflows.train import pad_token, perplexity, start
+    from tunesmith.workflows.train import start
+    from tunesmith.workflows.training_evaluation import perplexity
 
     folder = options.out.with_suffix(".data")
     folder.mkdir(parents=True, exist_ok=True)

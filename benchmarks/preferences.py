@@ -51,9 +51,10 @@ def configuration(model: str, data: Path, seed: int, changes: list[str]) -> RunC
 
 def measure(name: str, config: RunConfig, run: Path) -> dict[str, Any]:
     """Train one setting; its held-out pairs before and after."""
+    from tunesmith.models.load import pad_token
     from tunesmith.training.loop import evaluate_loss
     from tunesmith.training.preferences import reference_log_probabilities
-    from tunesmith.workflows.train import pad_token, start
+    from tunesmith.workflows.train import start
 
     session = start(config, run)
     pad, held = pad_token(session.tokenizer), session.data.eval

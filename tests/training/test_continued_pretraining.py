@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tunesmith.errors import ConfigError, RunError
-from tunesmith.workflows.train import TrainingSession, perplexity, restart
+from tunesmith.workflows.train import TrainingSession, restart
+from tunesmith.workflows.training_evaluation import perplexity
 
 Session = Callable[..., TrainingSession]
 

@@ -127,7 +127,7 @@ def test_eval_loss_does_not_depend_on_its_batches(session: Session) -> None:
 
 def test_early_stopping_keeps_the_best_weights(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     script = iter([3.0, 1.0, 2.0, 2.5, 0.1])
-    monkeypatch.setattr("tunesmith.workflows.train.evaluate_loss", lambda *_: next(script))
+    monkeypatch.setattr("tunesmith.workflows.training_evaluation.evaluate_loss", lambda *_: next(script))
     run = session(
         "training.epochs=10", "data.eval_path=HELD", "training.eval_every=2", "training.save_every=2",
         "training.early_stopping.metric=eval_loss", "training.early_stopping.patience=2", "training.save_total_limit=1",
@@ -148,7 +148,9 @@ def test_early_stopping_keeps_the_best_weights(session: Session, monkeypatch: py
 
 def test_early_stopping_on_a_metric_that_should_rise(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([0.2, 0.5, 0.5, 0.5])
-    monkeypatch.setattr("tunesmith.workflows.train.score_answers", lambda *_: {"accuracy": Scores(1, (next(values),))})
+    monkeypatch.setattr(
+        "tunesmith.workflows.training_evaluation.score_answers", lambda *_: {"accuracy": Scores(1, (next(values),))}
+    )
     run = session(
         "training.epochs=10", "data.eval_path=HELD", "evaluation.generate=true", "evaluation.max_new_tokens=1",
         "training.early_stopping.metric=accuracy", "training.early_stopping.patience=2",
@@ -294,7 +296,7 @@ def test_a_disk_that_is_too_small_is_refused_before_training(
 
 
 def test_an_evaluation_that_is_not_finite_stops_the_run(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tunesmith.workflows.train.evaluate_loss", lambda *_: float("nan"))
+    monkeypatch.setattr("tunesmith.workflows.training_evaluation.evaluate_loss", lambda *_: float("nan"))
     run = session("training.epochs=2", "data.eval_path=HELD")
     with pytest.raises(VerificationError, match="eval_loss is nan in the evaluation at step 3"):
         run.train()

@@ -320,7 +320,7 @@ def test_a_kill_between_a_checkpoint_and_its_mark_as_best(
         calls.append(script[len(calls)])
         return calls[-1]
 
-    monkeypatch.setattr("tunesmith.workflows.train.evaluate_loss", scripted)
+    monkeypatch.setattr("tunesmith.workflows.training_evaluation.evaluate_loss", scripted)
     config = configure(
         "training.epochs=10", "data.eval_path=HELD", "training.eval_every=2", "training.save_every=2",
         "training.early_stopping.metric=eval_loss", "training.early_stopping.patience=2", "training.save_total_limit=1",

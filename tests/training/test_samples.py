@@ -10,7 +10,7 @@ import pytest
 
 from tiny import write_jsonl
 from tunesmith.cli.console import Console
-from tunesmith.config import load_config
+from tunesmith.config import RunConfig, load_config
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
 from tunesmith.report.facts import samples
@@ -19,6 +19,7 @@ from tunesmith.runs import RunFolder
 from tunesmith.workflows.train import TrainingSession, start
 
 Session = Callable[..., TrainingSession]
+Configure = Callable[..., RunConfig]
 
 
 def logged(run: RunFolder) -> list[dict[str, Any]]:
@@ -53,7 +54,7 @@ def test_scored_answers_are_shown_and_not_made_twice(session: Session, monkeypat
         asked.append(len(rows))
         return generate_answers(forward, tokenizer, chat, rows, *rest)
 
-    monkeypatch.setattr("tunesmith.workflows.train.generate_answers", count)
+    monkeypatch.setattr("tunesmith.workflows.training_evaluation.generate_answers", count)
     run = session("data.eval_path=HELD", "evaluation.samples=3", "evaluation.generate=true", "training.epochs=1")
     run.train()
     assert asked == [8]
@@ -86,3 +87,48 @@ def test_samples_need_questions(tiny_model: Path, tmp_path: Path) -> None:
     values = {"model.name": str(tiny_model), "data.path": str(text), "data.eval_fraction": 0.2, "evaluation.samples": 2}
     with pytest.raises(DataError, match="plain text has no question to answer"):
         start(load_config(None, [], values), tmp_path / "run")
+
+
+# -- a judge ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_judge_scores_the_answers_of_each_evaluation(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that refuses the key costs its score of that evaluation, not the run."""
+    from judge_server import KEY, JudgeServer, score_by_words
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with JudgeServer(score_by_words) as server:
+        config = configure(
+            "data.eval_path=HELD",
+            "training.max_steps=2",
+            "training.eval_every=1",
+            "evaluation.generate=true",
+            "evaluation.max_new_tokens=2",
+            f"evaluation.judge.url={server.url}",
+            "evaluation.judge.model=stub",
+            "evaluation.judge.mode=score",
+        )
+        run = start(config, tmp_path / "run")
+        run.train()
+        evaluations = [event["metrics"] for event in run.run.events() if event["event"] == "eval"]
+        assert len(evaluations) == 2
+        assert all(1 <= values["judge_score"] <= 10 for values in evaluations)
+        server.mode = "unauthorized"
+        config.evaluation.max_new_tokens = 3  # other answers, which no verdict is kept for
+        refused = start(config, tmp_path / "refused")
+        refused.train()
+    events = refused.run.events()
+    assert all("judge_score" not in event["metrics"] for event in events if event["event"] == "eval")
+    said = [event["message"] for event in events if event["event"] == "warning"]
+    assert any(text.startswith("the judge gave no score at step 1: ") for text in said)
+
+
+def test_a_judge_cannot_compare_during_training(configure: Configure, tmp_path: Path) -> None:
+    config = configure(
+        "data.eval_path=HELD", "evaluation.generate=true", "evaluation.judge.url=http://127.0.0.1:1/v1",
+        "evaluation.judge.model=stub",
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"mode pairwise compares with the base, which training does not ask"):
+        start(config, tmp_path / "run")

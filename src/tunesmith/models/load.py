@@ -248,6 +248,12 @@ def _quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
+def pad_token(tokenizer: Any) -> int:
+    """The id that fills padding: the tokenizer's, else its end token (padding is masked, so either is exact)."""
+    pad = tokenizer.pad_token_id
+    return int(pad if pad is not None else tokenizer.eos_token_id)
+
+
 def weight_hash(source: ModelSource) -> str:
     """SHA-256 over the hashes of all weight files, by name. Hub files carry theirs; others are hashed once and remembered."""
     return sha256_text(f"{file.name} {_file_hash(file)}" for file in _weight_files(source.path))

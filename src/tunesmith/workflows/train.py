@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import fcntl
 import json
-import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ from tunesmith.data.batches import StepOrder, num_steps
 from tunesmith.data.chat import ChatFormat
 from tunesmith.data.pairs import PairStore
 from tunesmith.errors import ConfigError, MachineError, RunError
-from tunesmith.evaluation.answers import generate_answers, sample_rows
-from tunesmith.evaluation.tasks import find_training_task, generated_metrics, judged, score_answers
+from tunesmith.evaluation.tasks import find_training_task, generated_metrics
 from tunesmith.files import atomic_folder, disk_errors, write_atomic, write_json
 from tunesmith.hardware import (
     ComputeDType,
@@ -56,6 +54,7 @@ from tunesmith.models.load import (
     load_model,
     load_tokenizer,
     misread_on_cpu,
+    pad_token,
     refuse_quantizing_again,
     weight_hash,
 )
@@ -63,8 +62,8 @@ from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder, default_run_path
 from tunesmith.training.checkpoint import TrainState
 from tunesmith.training.guards import stop_on_signal
-from tunesmith.training.loop import evaluate_loss, train_loop
-from tunesmith.training.objectives import Objective, SupervisedFineTuning
+from tunesmith.training.loop import train_loop
+from tunesmith.training.objectives import Objective
 from tunesmith.training.optimizers import Optimizer, make_optimizer
 from tunesmith.training.preferences import METRICS, objective_of, reference_log_probabilities
 from tunesmith.training.prepare import apply_plan, check_forward, check_fused, prepare
@@ -87,6 +86,7 @@ from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 from tunesmith.workflows.rules import settings_warnings
 from tunesmith.workflows.run_plan import RunPlan, limit_memory, plan_run, refuse_what_cannot_fit
 from tunesmith.workflows.setups import training_dtype
+from tunesmith.workflows.training_evaluation import TrainingEvaluation, judge_problems, measured_answers
 
 LoadBase = Callable[[ModelSource, ModelConfig, Hardware, ComputeDType, QuantizationConfig | None], Any]
 """Loads a base as `load_model` does. Several runs over one base can share it (workflows/shared_base.py)."""
@@ -222,68 +222,19 @@ class TrainingSession:
             self.config, plan.shape, plan.memory, plan.budget_gb, self.hardware.name, lengths, happened, halvings
         )
 
-    def _evaluation(self, log: EventSink, progress: Progress) -> Any:
-        """Evaluation during training: the losses, and scored answers if the config asks for them."""
-        config = self.config
-        asked = config.evaluation.max_rows if config.evaluation.generate else config.evaluation.samples
-        questions = sample_rows(self.data.eval_rows, asked)
-        task = find_training_task(self.data.eval_rows, config.evaluation) if config.evaluation.generate else None
-        now, crowded = 0, False
-
-        def warn(text: str) -> None:
-            log({"event": "warning", "step": now, "message": text})
-
-        for_loss, for_answers = Halving(warn), Halving(warn)
-
-        def loss_on(
-            examples: Sequence[TokenizedExample], objective: Objective, metrics: dict[str, float] | None = None
-        ) -> float:
-            pad_id = pad_token(self.tokenizer)
-            return evaluate_loss(self.forward, objective, examples, config, pad_id, for_loss, metrics)
-
-        def evaluate(step: int, drop_graphs: Callable[[], bool]) -> Mapping[str, float]:
-            nonlocal now
-            now = step
-            if crowded:
-                drop_graphs()
-
-            def give_way() -> bool:
-                nonlocal crowded
-                if not drop_graphs():
-                    return False
-                crowded = True
-                warn("evaluation ran out of memory; CUDA graphs held some of it: they are dropped for it from now on")
-                return True
-
-            for_loss.give_way = for_answers.give_way = give_way
-            values: dict[str, float] = {}
-            if self.data.eval:
-                measured: dict[str, float] = {}
-                values["eval_loss"] = loss_on(self.data.eval, self.objective, measured)
-                values |= {f"eval_{name}": value for name, value in measured.items()}
-                if config.objective.name == "cpt":
-                    values["perplexity"] = perplexity(values["eval_loss"])
-            if self.data.general:
-                values["general_loss"] = loss_on(self.data.general, SupervisedFineTuning())
-                values["general_perplexity"] = perplexity(values["general_loss"])
-            if questions and (config.evaluation.generate or config.evaluation.samples):
-                rows = generate_answers(
-                    self.forward,
-                    self.tokenizer,
-                    self.chat,
-                    questions,
-                    config.evaluation,
-                    progress,
-                    f"evaluating step {step}",
-                    for_answers,
-                )
-                if task is not None:
-                    values |= {name: one.value for name, one in score_answers(task, judged(task, rows)).items()}
-                for row in rows[: config.evaluation.samples]:
-                    log({"event": "sample", "step": step, **asdict(row)})
-            return values
-
-        return evaluate
+    def _evaluation(self, log: EventSink, progress: Progress) -> TrainingEvaluation:
+        return TrainingEvaluation(
+            self.config,
+            self.run,
+            self.data,
+            self.forward,
+            self.tokenizer,
+            self.chat,
+            self.objective,
+            log,
+            progress,
+            self.hardware.device,
+        )
 
     def _save_result(self) -> None:
         """`adapter/` for an adapter (with the tokenizer, if it has new tokens), `model/` (with tokenizer, in the compute type) for full fine-tuning."""
@@ -412,6 +363,8 @@ def check(config: RunConfig, existing: RunFolder | None = None, progress: Progre
     new_ids = add_tokens(tokenizer, config.adapter.new_tokens)
     chat = chat_format(tokenizer, config, existing)
     data = tokenize_rows(config, chat, rows, progress, source.context_length)
+    if config.evaluation.generate:
+        find_training_task(data.eval_rows, config.evaluation)  # its settings and rows fit
     data.notes.extend(_never_seen(config.adapter.new_tokens, new_ids, data.train))
     refuse_what_cannot_fit(config, source.config, hardware, dtype, data.train)
     saves_tokenizer = bool(new_ids) or with_tokenizer is not source
@@ -496,17 +449,6 @@ def make_ready(
     return Ready(plan, objective, optimizer, notes, calibration)
 
 
-def perplexity(loss: float) -> float:
-    """exp of a loss in nats a token; infinite past what a float holds."""
-    return math.inf if loss > 709 else math.exp(loss)
-
-
-def pad_token(tokenizer: Any) -> int:
-    """The id that fills padding: the tokenizer's, else its end token (padding is masked, so either is exact)."""
-    pad = tokenizer.pad_token_id
-    return int(pad if pad is not None else tokenizer.eos_token_id)
-
-
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """A run must be usable from any folder: paths that exist are written out whole. Hub ids stay as they are."""
     paths = (
@@ -516,6 +458,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         value = getattr(getattr(config, section), key)
         if value and Path(value).expanduser().exists():
             setattr(getattr(config, section), key, str(Path(value).expanduser().absolute()))
+    evaluation = config.evaluation
+    for key in ("json_schema", "retain_path", "tasks_path"):
+        if (value := getattr(evaluation, key)) and Path(value).exists():
+            setattr(evaluation, key, str(Path(value).absolute()))
     for source in config.data.mix:
         if source.path and Path(source.path).expanduser().exists():
             source.path = str(Path(source.path).expanduser().absolute())
@@ -538,7 +484,8 @@ def _check_settings(config: RunConfig) -> None:
     known = ["eval_loss", *(["perplexity"] if config.objective.name == "cpt" else [])] if held_out else []
     known += [f"eval_{name}" for name in METRICS[config.objective.name]] if held_out else []
     known += ["general_loss", "general_perplexity"] if config.data.general_path else []
-    known += generated_metrics(config.evaluation.task) if config.evaluation.generate else []
+    known += measured_answers(config.evaluation)
+    problems += judge_problems(config.evaluation)
     if metric is not None and metric not in known:
         hint = "; set evaluation.generate: true for accuracy" if metric in generated_metrics("auto") else ""
         problems.append(f"training.early_stopping.metric is {metric!r}: this run evaluates {', '.join(known)}{hint}")
