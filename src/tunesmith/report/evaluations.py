@@ -193,12 +193,16 @@ def _parts(raw: Any) -> tuple[PartNotes, ...]:
     for name, details in raw.items() if isinstance(raw, dict) else ():
         if not isinstance(details, dict):
             continue
-        advice = details.get("advice")
-        shown = {key: value for key, value in details.items() if key != "advice"}
+        said = [details.get("note"), *_list(details.get("notes")), *_list(details.get("advice"))]
+        shown = {key: value for key, value in details.items() if key not in ("note", "notes", "advice")}
         pairs = [(key, value) for key, value in flattened(shown) if len(value) <= MAX_TEXT]
-        notes = tuple(map(as_text, advice)) if isinstance(advice, list) else ()
+        notes = tuple(as_text(line) for line in said if line)
         found.append(PartNotes(as_text(name), notes, tuple(pairs[:PART_DETAILS])))
     return tuple(found)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _comparisons(raw: Mapping[str, Any]) -> tuple[Comparison, ...]:
