@@ -19,16 +19,19 @@ from tunesmith.report import write_report as _write_report
 from tunesmith.runs import RunFolder
 from tunesmith.types import EventSink, Progress, TrainResult, no_progress
 from tunesmith.workflows.chat import reply, trained_system
+from tunesmith.workflows.compare import compare
 from tunesmith.workflows.doctor import examine
 from tunesmith.workflows.evaluate import evaluate
 from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.merge import merge
 from tunesmith.workflows.proof import prove
 from tunesmith.workflows.quickstart import quickstart
+from tunesmith.workflows.sweep import sweep
 from tunesmith.workflows.train import no_event, restart, start
 
 __all__ = [
     "LoadedModel",
+    "compare",
     "evaluate",
     "examine",
     "fuse",
@@ -37,6 +40,7 @@ __all__ = [
     "quickstart",
     "reply",
     "resume",
+    "sweep",
     "train",
     "trained_system",
     "unfuse",

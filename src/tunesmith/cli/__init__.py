@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from tunesmith.cli.advise import advise
 from tunesmith.cli.bench import bench
+from tunesmith.cli.compare import compare, sweep
 from tunesmith.cli.data import app as data_app
 from tunesmith.cli.evaluate import evaluate, one_line
 from tunesmith.cli.plan import plan
@@ -298,6 +299,8 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(3)
 
 
+app.command()(compare)
+app.command()(sweep)
 app.command()(advise)
 app.command()(plan)
 app.command()(bench)
