@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tiny import make_tokenizer, supervised, write_jsonl
+from tiny import make_tokenizer, write_jsonl
 from tunesmith.config import ModelConfig
-from tunesmith.data.chat import ChatFormat
-from tunesmith.data.formats import read_examples
 from tunesmith.errors import DataError
 from tunesmith.evaluation.choices import (
     ChoiceQuestion,
     Picked,
-    answer_requests,
-    chat_requests,
     listing,
-    measure_choices,
     picks,
     plain_requests,
     read_choices,
@@ -28,7 +22,6 @@ from tunesmith.hardware import probe
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.likelihood import Likelihood, log_likelihoods
 from tunesmith.models.load import find_model, load_model, load_tokenizer
-from tunesmith.types import Message
 
 FOG = ChoiceQuestion(
     "There is most likely going to be fog around:", ("a marsh", "a tundra", "the plains"), 0, "7", "obqa"
@@ -81,43 +74,6 @@ def test_tokens_are_those_of_the_whole_text() -> None:
     assert tokenizer.convert_ids_to_tokens(list(continuation)) == ["ĠaĠ", "m", "a", "rs", "h"]
 
 
-def test_a_chat_prompt_is_what_training_saw(tmp_path: Path) -> None:
-    """Context, choice and end-of-turn token are those of a training row with that answer."""
-    tokenizer = make_tokenizer()
-    chat = ChatFormat(tokenizer)
-    row = {"question": FOG.question, "choices": list(FOG.choices), "answer": 0}
-    (example,) = read_examples(str(write_jsonl(tmp_path / "rows.jsonl", [row]))).examples
-    (trained,) = chat.encode([example])  # type: ignore[list-item]
-    requests = chat_requests(chat, [FOG], "letters")
-    context, continuation = requests[0]
-    assert [*context, *continuation] == trained.input_ids[: len(context) + len(continuation)].tolist()
-    assert [tokenizer.decode(continuation)] == supervised(tokenizer, trained) == ["A<|im_end|>"]
-    question = Message("user", f"{FOG.question}\n\nA. a marsh\nB. a tundra\nC. the plains")
-    assert list(context) == chat.encode_prompt([question])
-    assert [tokenizer.decode(found) for _, found in requests] == ["A<|im_end|>", "B<|im_end|>", "C<|im_end|>"]
-    assert texts(tokenizer, chat_requests(chat, [FOG], "continuation"))[1] == (
-        f"<|im_start|>user\n{FOG.question}<|im_end|>\n<|im_start|>assistant\n",
-        "a tundra<|im_end|>",
-    )
-
-
-def test_answers_behind_a_conversation() -> None:
-    """A label that begins another one ends with its turn, so that neither is part of the other."""
-    tokenizer = make_tokenizer()
-    chat = ChatFormat(tokenizer)
-    turns = (Message("system", "Sort."), Message("user", "x"), Message("assistant", "glass"), Message("user", "y"))
-    requests = answer_requests(chat, turns, ["card", "card_arrival"])
-    assert {tuple(context) for context, _ in requests} == {tuple(chat.encode_prompt(turns))}
-    assert [tokenizer.decode(found) for _, found in requests] == ["card<|im_end|>", "card_arrival<|im_end|>"]
-
-
-def test_a_conversation_that_the_template_refuses() -> None:
-    template = "{{ raise_exception('no system message here') if messages[0].role == 'system' }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    chat = ChatFormat(make_tokenizer(chat_template=template))
-    with pytest.raises(DataError, match=r"^row 4: .*no system message here"):
-        answer_requests(chat, (Message("system", "s"), Message("user", "u")), ["a"], where="row 4")
-
-
 # -- what is picked ---------------------------------------------------------------------------------------------------
 
 
@@ -141,14 +97,6 @@ def test_characters_count_not_bytes() -> None:
 def test_questions_with_unequal_numbers_of_choices_and_ties() -> None:
     picked = picks([FOG, SKY, FOG], likelihoods(-9, -1, -5, -2, -2, -4, -4, -3), "letters")
     assert [pick.by_total for pick in picked] == [1, 0, 2]
-
-
-def test_shares_are_over_questions() -> None:
-    measured = measure_choices([FOG, SKY, FOG, SKY], [Picked(0, 1), Picked(1, 1), Picked(2, 0), Picked(1, 0)])
-    assert measured["acc"].rows == (1.0, 1.0, 0.0, 1.0)
-    assert measured["acc_norm"].rows == (0.0, 1.0, 1.0, 0.0)
-    assert (measured["acc"].value, measured["acc_norm"].value) == (0.75, 0.5)
-    assert measured["acc"].stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

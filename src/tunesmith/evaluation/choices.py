@@ -8,7 +8,7 @@ Nothing is generated, so that base models, which do not know when to stop, are m
 as the lm-evaluation-harness (0.4) defines them; of equal ones the first is picked. Its `acc_norm` counts characters of the choice
 without the space before it; its `acc_bytes` counts UTF-8 bytes, which is the same for ASCII.
 
-Plain prompts, for base and tuned models alike (`plain_requests`), `_` a space:
+Prompts are plain text, for base and tuned models alike (`_` is a space):
 
     continuation   prompt  {question}                                                   choices  _{choice}
                    OpenBookQA in GPT-3's zero-shot form (Brown et al. 2020) and the harness's `openbookqa`; COPA's questions end in
@@ -20,30 +20,23 @@ Plain prompts, for base and tuned models alike (`plain_requests`), `_` a space:
 Prompt and choice are tokenized as one text and cut where the prompt's own tokens end, as the harness cuts; white space at a
 prompt's end goes with the choice. A tokenizer that begins texts with a beginning-of-sequence token does so here.
 
-Chat prompts, for a user's own tasks (`chat_requests`, `answer_requests`): the prompt is what training saw before an answer, the
-choice is the assistant's answer with its end-of-turn token, so that a label which begins another one is not half of it:
-
-    continuation   user  {question}                                    assistant  {choice}
-    letters        user  {question}\\n\\nA._{choice}\\nB._{choice}...       assistant  A      what a `multiple_choice` row trains on
+A user's own choice tasks are asked in the chat format, each choice as the assistant's answer: evaluation/task_part.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from tunesmith.config import SourceConfig
-from tunesmith.data.chat import ChatFormat
 from tunesmith.data.columns import resolve
 from tunesmith.data.formats import read_examples
 from tunesmith.data.forms import LETTERS
 from tunesmith.data.readers import open_source
-from tunesmith.errors import DataError
-from tunesmith.evaluation.statistics import Measured, mean
 from tunesmith.models.likelihood import Likelihood, Request
-from tunesmith.types import Example, Message
+from tunesmith.types import Example
 
 ChoiceForm = Literal["continuation", "letters"]
 
@@ -124,40 +117,6 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def chat_requests(chat: ChatFormat, questions: Iterable[ChoiceQuestion], form: ChoiceForm) -> list[Request]:
-    """The requests of each question's choices, one question after the other, in the chat format."""
-    requests: list[Request] = []
-    for question in questions:
-        text = question.question if form == "continuation" else f"{question.question}\n\n{listing(question.choices)}"
-        requests += answer_requests(chat, (Message("user", text),), question.texts(form), where=question.id)
-    return requests
-
-
-def answer_requests(
-    chat: ChatFormat,
-    messages: Sequence[Message],
-    answers: Sequence[str],
-    tools: Sequence[Mapping[str, Any]] = (),
-    where: str = "",
-) -> list[Request]:
-    """A request for each of `answers` as the assistant's next turn behind `messages`, with the token that ends the turn.
-
-    What is scored is what training supervises of such a turn. Raises DataError, which begins with `where`, for a conversation
-    that the template refuses.
-    """
-    requests: list[Request] = []
-    for answer in answers:
-        example = Example((*messages, Message("assistant", answer)), None, where, 0, tuple(tools))
-        encoded, findings = chat.encode_checked([example], "last")
-        if problems := [f"{where}: {finding.message}" for finding in findings if finding.severity == "error"]:
-            raise DataError(problems)
-        ids, mask = encoded[-1].input_ids.tolist(), encoded[-1].loss_mask.tolist()
-        end = len(mask) - mask[::-1].index(True)
-        start = end - next((n for n, supervised in enumerate(reversed(mask[:end])) if not supervised), end)
-        requests.append((ids[:start], ids[start:end]))
-    return requests
-
-
 def picks(questions: Sequence[ChoiceQuestion], found: Sequence[Likelihood], form: ChoiceForm) -> list[Picked]:
     """What was picked for each question; `found` holds the likelihoods of its choices, one question after the other."""
     picked = []
@@ -174,12 +133,3 @@ def picks(questions: Sequence[ChoiceQuestion], found: Sequence[Likelihood], form
 
 def _largest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=values.__getitem__)
-
-
-def measure_choices(questions: Sequence[ChoiceQuestion], picked: Sequence[Picked]) -> dict[str, Measured]:
-    """`acc` and `acc_norm` over the questions. At least one is needed."""
-    pairs = list(zip(questions, picked, strict=True))
-    return {
-        "acc": mean([float(pick.by_total == question.answer) for question, pick in pairs]),
-        "acc_norm": mean([float(pick.by_length == question.answer) for question, pick in pairs]),
-    }
