@@ -339,8 +339,39 @@ class MemoryConfig(Section):
     """Run one forward and backward on the largest micro-batch before training, and plan again if it takes more or less memory than predicted (GPU)."""
 
 
+class JudgeConfig(Section):
+    """A language model that judges answers (docs/judge.md). Off unless `url` is set."""
+
+    url: str | None = None
+    """An OpenAI-compatible endpoint (`https://api.openai.com/v1`), or `local:PATH` for a model or run on this machine."""
+    model: str = ""
+    """The name of the model that the endpoint knows."""
+    mode: Literal["pairwise", "score"] = "pairwise"
+    """`pairwise`: which of two answers is better, tuned or base, asked in both orders; `score`: 1 to 10 for each."""
+    rubric: str = "general"
+    """What good answers are: a shipped rubric's name, or a Markdown file."""
+    api_key_env: str | None = "OPENAI_API_KEY"
+    """The environment variable that holds the key; null for a server that needs none."""
+    temperature: float | None = 0.0
+    """Not sent where it is null (some models refuse it)."""
+    max_completion_tokens: int | None = 4096
+    """Longest reply; not sent where it is null."""
+    timeout: float = 60.0
+    """Seconds without a byte until a request is repeated."""
+    max_retries: int = 6
+    """Repetitions of a request after a rate limit, a server's error, a timeout or a lost connection."""
+    workers: int = 8
+    """Requests at once."""
+    price_per_million: tuple[float, float] | None = None
+    """The price of a million prompt and completion tokens, to be told the cost."""
+    max_requests: int | None = None
+    """Refuse to ask more than this."""
+    max_unjudged: float = 0.1
+    """Share of the rows that may stay without a readable verdict."""
+
+
 class EvaluationConfig(Section):
-    """Generated answers during and after training."""
+    """Generated answers during and after training, and what `tunesmith eval` measures."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest generated answer."""
@@ -360,6 +391,17 @@ class EvaluationConfig(Section):
     """Task `json`: a file with the JSON Schema that answers are to obey."""
     metrics: list[str] = Field(default_factory=list)
     """Metrics of your own, `FILE.py:FUNCTION`, beside the task's."""
+    retain_path: str | None = None
+    """`--retain`: a file of questions with choices to ask instead of the shipped mix."""
+    retain_drop: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """`--retain`: by how much general ability may fall, as a fraction of 1, before the gate fails."""
+    tasks_path: str | None = None
+    """`--tasks`: a folder of task files of lm-evaluation-harness, which needs no network. Default: the harness's own catalogue."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """`--tasks`: solved examples in each prompt. Default: each task's own."""
+    tasks_chat_template: bool = False
+    """`--tasks`: ask in turns of the model's chat template, where the harness asks in plain text by default."""
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
 
     @field_validator("pattern")
     @classmethod

@@ -108,7 +108,7 @@ def train(
     config: Annotated[str | None, typer.Argument(help="Settings (YAML).", metavar="[RUN.yaml]")] = None,
     model: Model = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Training examples, in any form that docs/data.md has.", metavar="FILE")
+        str | None, typer.Option("--data", help="Training examples (docs/data.md).", metavar="FILE")
     ] = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Held-out examples.", metavar="FILE")] = None,
     method: Annotated[
@@ -118,8 +118,16 @@ def train(
         str | None, typer.Option("--objective", help="sft (default), cpt, dpo, orpo, simpo or kto.", metavar="NAME")
     ] = None,
     skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out rows with errors, and say which, instead of stopping.")
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows with errors; say which.")
     ] = False,
+    poc: Annotated[
+        int | None,
+        typer.Option("--poc", help="First on N rows; on all if that passes.", min=1, metavar="N"),
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option("--gate", help="Of --poc (default: 5 points better than the base).", metavar="CONDITION"),
+    ] = None,
     settings: Set = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Run folder (default: a new one in runs/).", metavar="DIR")
@@ -144,7 +152,7 @@ def train(
     }
     run_config = load_config(config, settings or [], {key: value for key, value in given.items() if value is not None})
     with Console() as console:
-        result = api.train(run_config, out, sink=console.event, progress=console.progress)
+        result = api.train(run_config, out, poc=poc, gates=gate or [], sink=console.event, progress=console.progress)
     _print_run(console, result, as_json)
 
 

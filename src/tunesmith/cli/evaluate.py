@@ -21,7 +21,7 @@ def evaluate(
     baseline: Annotated[bool, typer.Option("--baseline", help="Ask the base model too, and compare.")] = False,
     gate: Annotated[
         list[str] | None,
-        typer.Option("--gate", help='"accuracy >= baseline + 5pt": exit 1 if it fails.', metavar="CONDITION"),
+        typer.Option("--gate", help='"accuracy >= baseline + 5pt", else exit 1.', metavar="CONDITION"),
     ] = None,
     rows: Annotated[
         int | None, typer.Option("--rows", help="A fixed sample of this many rows.", min=1, metavar="N")
@@ -31,6 +31,14 @@ def evaluate(
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any other setting.", metavar="EVALUATION.KEY=VALUE")
+    ] = None,
+    retain: Annotated[bool, typer.Option("--retain", help="General ability too, before and after.")] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option("--tasks", help="safety, memorization, lm-eval's tasks.", metavar="NAME,NAME"),
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="An LLM judges: endpoint or local:PATH.", metavar="URL")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Also over a base that it was not trained on.")] = False,
     model: Annotated[
@@ -47,6 +55,8 @@ def evaluate(
     from tunesmith.cli.console import Console, metrics_table
 
     changes = evaluation_changes(settings or [])
+    if judge is not None:
+        changes["judge"] = {**changes.get("judge", {}), "url": judge}
     given = {"max_rows": rows, "max_new_tokens": max_new_tokens}
     changes |= {key: value for key, value in given.items() if value is not None}
     with Console() as console:
@@ -55,6 +65,8 @@ def evaluate(
             data,
             baseline=baseline,
             gates=gate or [],
+            retain=retain,
+            tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
             model=model,
             device=device,
             dtype=dtype,
@@ -68,7 +80,7 @@ def evaluate(
         if result["task_kind"]:
             print(f"task: {result['task_kind']} ({result['task_reason']})")
         console.table(metrics_table(result))
-        for line in _findings(result):
+        for line in [*_findings(result), *_advice(result)]:
             print(line)
         if result["gate"]:
             console.table(gate_table(result["gate"]["conditions"]))
@@ -127,6 +139,15 @@ def _findings(result: Mapping[str, Any]) -> list[str]:
         f"  line {row['line']}: expected {one_line(row['expected'])!r}, answered {one_line(row['answer'])!r}"
         for row in wrong[:EXAMPLES_SHOWN]
     ]
+    return lines
+
+
+def _advice(result: Mapping[str, Any]) -> list[str]:
+    """What parts say beside their metrics: notes, and what to change."""
+    lines = []
+    for name, details in result["parts"].items():
+        notes = [details["note"]] if "note" in details else details.get("notes", [])
+        lines += [f"{name}: {text}" for text in (*notes, *details.get("advice", []))]
     return lines
 
 

@@ -25,8 +25,8 @@ from tunesmith.types import Generation
 OTHER = -1
 """The class of an answer that is none."""
 
-CONFUSIONS = 20
-"""Pairs of classes that are listed, the most frequent first."""
+SHOWN_PAIRS = 20
+"""Pairs of classes of which rows are shown, the most frequent ones."""
 
 EXAMPLES = 3
 """Rows that are shown of a pair."""
@@ -71,7 +71,7 @@ class Labels:
         return {"macro_f1": Scores(n, of=self.macro_f1), "micro_f1": Scores(n, of=self.micro_f1)}
 
     def report(self) -> dict[str, Any]:
-        """Per class and in pairs, as JSON: `per_class`, `confusions` (with example rows), `other`."""
+        """Per class and in pairs, as JSON: `per_class`, `confusions` (every pair, the most frequent first, with example rows), `other`."""
         hits, answered, of_class = (counts.tolist() for counts in self.counts(np.arange(len(self.rows))))
         per_class = [
             {
@@ -87,17 +87,16 @@ class Labels:
         wrong = [(pair, count) for pair, count in pairs.most_common() if OTHER not in pair and pair[0] != pair[1]]
         return {
             "per_class": per_class,
-            "confusions": [self._confusion(*pair, count) for pair, count in wrong[:CONFUSIONS]],
-            "num_confusions": len(wrong),
+            "confusions": [
+                self._confusion(*pair, count, place < SHOWN_PAIRS) for place, (pair, count) in enumerate(wrong)
+            ],
             "other": int((self.answered == OTHER).sum()),
         }
 
-    def _confusion(self, expected: int, answered: int, count: int) -> dict[str, Any]:
-        found = np.flatnonzero((self.expected == expected) & (self.answered == answered))[:EXAMPLES].tolist()
-        examples = [{"line": self.rows[i].line, "prompt": self.rows[i].prompt} for i in found]
-        return {
-            "expected": self.names[expected],
-            "answered": self.names[answered],
-            "count": count,
-            "examples": examples,
-        }
+    def _confusion(self, expected: int, answered: int, count: int, with_rows: bool) -> dict[str, Any]:
+        found = {"expected": self.names[expected], "answered": self.names[answered], "count": count}
+        if not with_rows:
+            return found
+        places = np.flatnonzero((self.expected == expected) & (self.answered == answered))[:EXAMPLES].tolist()
+        rows = [self.rows[place] for place in places]
+        return found | {"examples": [{"line": row.line, "prompt": row.prompt} for row in rows]}

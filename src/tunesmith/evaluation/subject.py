@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any, Literal
 
 from tunesmith.config import EvaluationConfig
@@ -79,9 +79,7 @@ class Subject:
                     lambda done, before=start: counter(before + done),  # type: ignore[misc]
                     self.halving,
                 )
-            self.journal.add(
-                {keys[index]: [one.total, one.tokens, one.greedy] for index, one in zip(part, found, strict=True)}
-            )
+            self.journal.add({keys[index]: astuple(one) for index, one in zip(part, found, strict=True)})
         return [Likelihood(*self.journal.known[key]) for key in keys]
 
     def _waiting(self, keys: Sequence[str]) -> list[int]:

@@ -30,6 +30,7 @@ from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder
 from tunesmith.types import Example, Progress, no_progress
 from tunesmith.version import __version__
+from tunesmith.workflows.evaluation_parts import judge_part, named_parts
 from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.rows import read_questions
 
@@ -81,6 +82,8 @@ def evaluate(
     *,
     baseline: bool = False,
     gates: Sequence[str] = (),
+    retain: bool = False,
+    tasks: Sequence[str] = (),
     parts: Sequence[Part] = (),
     model: str | Path | None = None,
     dtype: str = "auto",
@@ -89,11 +92,12 @@ def evaluate(
     changes: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Measure `target` (run, adapter or model): on the questions in `data`, and in `parts`.
+    """Measure `target` (run, adapter or model): on the questions in `data`, in general (`retain`), by `tasks` and in `parts`.
 
-    `changes` are evaluation settings that differ from the run's (or the defaults), e.g. {"max_rows": 200}.
-    With `baseline`, or a gate that names it, the base model gets the same prompts. `gates` are conditions on the metrics
-    (evaluation/gates.py); the result says which failed. An adapter over another base than it was trained on is refused, unless
+    `changes` are evaluation settings that differ from the run's (or the defaults), e.g. {"max_rows": 200}. `tasks` are `safety`,
+    `memorization`, and names of lm-evaluation-harness. With `baseline`, or a gate that names it, the base model gets the same prompts.
+    `gates` are conditions on the metrics (evaluation/gates.py), to which `retain` adds that it may fall by `evaluation.retain_drop` at
+    most; the result says which failed. An adapter over another base than it was trained on is refused, unless
     `force`. The result (see docs/run-folder.md) is returned, and written to RUN/evaluations/ when `target` is a run. Raises ConfigError
     for wrong `changes` or gates, and DataError with every row that cannot be asked, before the model is loaded.
     """
@@ -101,20 +105,27 @@ def evaluate(
     changed = _changed_settings(changes or {})
     run = RunFolder.open(target) if RunFolder.is_run(target) else None
     config = run.config if run else None
-    settings = (config.evaluation if config else EvaluationConfig()).model_copy(update=changed)
-    baseline = baseline or any(condition.other == "baseline" for condition in conditions)
+    settings = _with_changes(config.evaluation if config else EvaluationConfig(), changed)
+    can_compare = run is not None or (Path(target) / "adapter_config.json").is_file()
+    if retain and can_compare:
+        conditions += parse_gates([f"retain >= baseline - {100 * settings.retain_drop:g}pt"])
     for condition in conditions:
         if condition.run:
             _folder_of(condition.run, run)
     questions = Questions.read(str(data), config, settings) if data is not None else None
-    everything: list[Part] = [*parts]
+    everything: list[Part] = [*named_parts(settings, config, retain, tasks), *parts]
     if questions is not None:
         window = config.data.max_seq_length if config and isinstance(config.data.max_seq_length, int) else 2048
         everything.insert(0, questions.part(window))
+    judge = settings.judge
+    if judge.url:
+        if questions is None or not questions.task.generates:
+            raise ConfigError("a judge reads generated answers: pass --data with questions that are answered by text")
+        everything.append(judge_part(settings, questions.rows, run, device, progress))
     if not everything:
-        raise ConfigError(
-            "nothing to evaluate: pass --data FILE, or one of --retain, --safety, --memorization, --tasks"
-        )
+        raise ConfigError("nothing to evaluate: pass --data FILE, --retain, or --tasks NAME,NAME")
+    pairwise = judge.url is not None and judge.mode == "pairwise"
+    baseline = baseline or pairwise or any(condition.other == "baseline" for condition in conditions)
 
     def check(chat: ChatFormat) -> None:
         for part in everything:
@@ -131,7 +142,12 @@ def evaluate(
         force=force,
     )
     if baseline and not (loaded.adapted or full):
-        raise ConfigError(f"{target} is itself a base model: there is no other to compare with; leave --baseline out")
+        why = (
+            "a pairwise judge compares with the base; set evaluation.judge.mode=score"
+            if pairwise
+            else "leave --baseline out"
+        )
+        raise ConfigError(f"{target} is itself a base model: there is no other to compare with; {why}")
     subject_of = _asking(loaded, everything, questions, settings, progress)
     subject = subject_of(loaded)
     asked = Asked()
@@ -285,6 +301,13 @@ def write_evaluation(run: RunFolder, result: dict[str, Any]) -> Path:
     path = next(folder / name for name in names if not (folder / name).exists())
     write_json(path, result)
     return path
+
+
+def _with_changes(settings: EvaluationConfig, changes: Mapping[str, Any]) -> EvaluationConfig:
+    """`settings` with the changed keys, of the judge's section too."""
+    judge = changes.get("judge")
+    found = settings.model_copy(update={key: value for key, value in changes.items() if key != "judge"})
+    return found if judge is None else found.model_copy(update={"judge": settings.judge.model_copy(update=judge)})
 
 
 def _changed_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
