@@ -224,15 +224,24 @@ def test_a_base_comes_back_bit_for_bit(
     }
     first.train()
     assert first.plan.memory.engine == engine
+    assert (first.plan.memory.recompute_layers > 0) == (values.get("memory.mode") == "min")
     shared.take_back(model, first.config)
-    second = start(load_config(config, values=values), tmp_path / "second", load_base=shared.load)
+    quantization = first.config.quantization if first.config.method == "qlora" else None
+    base = shared.load(first.source, first.config.model, first.hardware, "fp32", quantization)
     assert len(loads) == shared.loads == 1
-    base = second.forward.model.unload()
+    assert base is first.forward.base
     after = {**dict(base.named_parameters()), **dict(base.named_buffers())}
     assert any("q_proj" in name for name in before)
     for name, value in after.items():
         assert torch.equal(value, before[name]), name
-    assert not any("lora" in type(module).__name__.lower() for module in base.modules())
+    for module in base.modules():
+        assert "lora" not in type(module).__name__.lower()
+        assert "Fused" not in type(module).__name__
+        assert not getattr(module, "gradient_checkpointing", False)
+        assert not module.training
+        assert not module._forward_hooks
+    assert not hasattr(base.get_decoder(), "mask_source")
+    assert all(p.requires_grad == p.is_floating_point() for p in base.parameters())
 
 
 def test_what_changes_the_base_is_followed_by_a_fresh_one(config: Path, tmp_path: Path, loads: list[str]) -> None:

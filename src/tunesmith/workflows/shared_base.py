@@ -128,7 +128,9 @@ def weight_bits(model: torch.nn.Module) -> dict[str, tuple[Any, ...]]:
 
 
 def _forget_training(base: Any) -> None:
-    """Undo what training sets on a model beside its adapter: checkpointing, the rows of dropout, the mode."""
+    """Undo what training sets on a model beside its adapter: checkpointing, with PEFT's hook on the embeddings for it, the rows
+    of dropout, the mode."""
     base.gradient_checkpointing_disable()
+    base.disable_input_require_grads()
     vars(base.get_decoder()).pop("mask_source", None)
     base.eval()
