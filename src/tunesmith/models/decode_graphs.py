@@ -15,6 +15,7 @@ Legend: B rows, H heads, G groups of heads that share keys, S new tokens, L colu
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +63,9 @@ def why_not_static(forward: ModelForward) -> str | None:
     implementation = forward.decoder.config._attn_implementation
     if implementation not in ("sdpa", "eager", REPEATED):
         return f"attention {implementation} takes no mask by columns"
+    told = "position_ids" in inspect.signature(forward.decoder.forward).parameters
+    if not told or getattr(config, "alibi", False):
+        return f"{kind} takes positions from the padding"
     kinds = getattr(getattr(forward.decoder, "rotary_emb", None), "rope_type", "default")
     for rope in kinds.values() if isinstance(kinds, dict) else [kinds]:  # a dictionary by kind of layer (Gemma 3)
         if "dynamic" in rope or rope == "longrope":
