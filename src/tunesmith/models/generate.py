@@ -69,8 +69,11 @@ def batch_size_for(
     if not forward.device.startswith("cuda"):
         return CPU_BATCH
     config = forward.base.config.get_text_config()
-    free = torch.cuda.mem_get_info(forward.device)[0]
-    free += torch.cuda.memory_reserved(forward.device) - torch.cuda.memory_allocated(forward.device)
+    reserved = torch.cuda.memory_reserved(forward.device)
+    free, total = torch.cuda.mem_get_info(forward.device)
+    share = torch.cuda.get_per_process_memory_fraction(forward.device)  # less than all under memory.limit_gb
+    free = min(free, int(total * share) - reserved)
+    free += reserved - torch.cuda.memory_allocated(forward.device)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     reading = READ_TOKENS * 2 * (16 * config.hidden_size + 6 * inner)
     width = 1 if forward.dtype != "fp32" else 2
