@@ -185,7 +185,7 @@ class _Alive:
     """How many rows go on, known one step late, so that the GPU has a step to do while Python looks."""
 
     def __init__(self, device: str):
-        self.on_gpu = device.startswith("cuda")
+        self.device, self.on_gpu = device, device.startswith("cuda")
         self.copies = [torch.zeros((), dtype=torch.long, pin_memory=self.on_gpu) for _ in range(2)]
         self.events = [torch.cuda.Event() if self.on_gpu else None for _ in range(2)]
         self.steps = 0
@@ -195,7 +195,7 @@ class _Alive:
         this, before = self.steps % 2, (self.steps + 1) % 2
         self.copies[this].copy_(alive, non_blocking=True)
         if (event := self.events[this]) is not None:
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
         self.steps += 1
         if self.steps == 1:
             return None
