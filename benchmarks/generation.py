@@ -270,7 +270,7 @@ def variants(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     if options.plain_rows:
         every = max(1, n // options.plain_rows)
     best = "graphs" if on_gpu else "static"
-    auto = batch_size_for(bench.forward, "auto", max(map(len, bench.prompts)), bench.new)
+    auto = batch_size_for(bench.forward, "auto", max(map(len, bench.prompts)), bench.new, in_parts=True)
     print(f"{n} prompts, auto is batches of {auto}", flush=True)
     bench.measure(f"tunesmith, {best}, batch auto ({auto})", bench.ours(decoding=best))
     profile: dict[str, Any] = {"tokenizing_s": bench.tokenizing, "batch_auto": auto}

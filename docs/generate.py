@@ -34,6 +34,8 @@ COMMANDS = (
     "train",
     "resume",
     "eval",
+    "compare",
+    "sweep",
     "chat",
     "merge",
     "report",

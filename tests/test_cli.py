@@ -254,11 +254,13 @@ def test_eval_prints_a_table_and_where_the_answers_are(run: Path, data: Path) ->
 
 
 def test_eval_prints_one_json_object(run: Path, data: Path) -> None:
-    value = one_object(tunesmith("eval", run, "--data", data, "--rows", "4", "--batch-size", "2", "--json"))
+    value = one_object(
+        tunesmith("eval", run, "--data", data, "--rows", "4", "--set", "evaluation.batch_size=2", "--json")
+    )
     assert json.loads(Path(value.pop("path")).read_text()) == value
     assert (value["task"], value["n"], value["baseline"], value["gate"]) == ("bins", 4, None, None)
-    assert set(value["metrics"]) == {"accuracy", "exact_match"}
-    assert set(value["metrics"]["accuracy"]) == {"value", "stderr"}
+    assert list(value["metrics"]) == ["accuracy", "exact_match", "macro_f1", "micro_f1"]
+    assert set(value["metrics"]["accuracy"]) == {"value", "stderr", "n", "higher_is_better", "share"}
     assert (value["settings"]["batch_size"], value["settings"]["max_rows"]) == (2, 4)
 
 

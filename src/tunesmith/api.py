@@ -9,23 +9,29 @@ print(tunesmith.evaluate(result.run, "test.jsonl", baseline=True)["metrics"])
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith.config import RunConfig
+from tunesmith.errors import ConfigError
 from tunesmith.models.fuse import fuse, unfuse
 from tunesmith.report import write_report as _write_report
 from tunesmith.runs import RunFolder
 from tunesmith.types import EventSink, Progress, TrainResult, no_progress
 from tunesmith.workflows.chat import reply, trained_system
+from tunesmith.workflows.compare import compare
 from tunesmith.workflows.doctor import examine
 from tunesmith.workflows.evaluate import evaluate
 from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.merge import merge
+from tunesmith.workflows.proof import prove
 from tunesmith.workflows.quickstart import quickstart
+from tunesmith.workflows.sweep import sweep
 from tunesmith.workflows.train import no_event, restart, start
 
 __all__ = [
     "LoadedModel",
+    "compare",
     "evaluate",
     "examine",
     "fuse",
@@ -34,6 +40,7 @@ __all__ = [
     "quickstart",
     "reply",
     "resume",
+    "sweep",
     "train",
     "trained_system",
     "unfuse",
@@ -45,15 +52,25 @@ def train(
     config: RunConfig,
     out: str | Path | None = None,
     *,
+    poc: int | None = None,
+    gates: Sequence[str] = (),
     sink: EventSink = no_event,
     progress: Progress = no_progress,
 ) -> TrainResult:
     """Train a new run in the folder `out` (default: a new name under runs/).
 
+    With `poc`, first on so many rows in `out`-poc, and on all of them only if `gates` hold there (default: the task's main metric at
+    least 5 points above the base's on `data.eval_path`).
+
     Raises UserError (2) for wrong settings or data, before the model is loaded where possible; MachineError (3);
     VerificationError (1) for training that went wrong; Interrupted (130) after saving on SIGINT or SIGTERM.
     """
-    result = start(config, Path(out) if out else None, progress).train(sink, progress)
+    folder = Path(out) if out else None
+    if gates and poc is None:
+        raise ConfigError("gates are what a proof of concept is held to: pass poc (--poc N), or leave them out")
+    if poc is not None:
+        folder, _ = prove(config, poc, gates, folder, sink, progress)
+    result = start(config, folder, progress).train(sink, progress)
     write_report(result.run)
     return result
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tunesmith.contradictions import CAUSES, contradictions
 from tunesmith.errors import ConfigError
@@ -28,6 +29,7 @@ Method = Literal["lora", "qlora", "full"]
 ObjectiveName = Literal["sft", "cpt", "dpo", "orpo", "simpo", "kto"]
 TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 DType = Literal["auto", "bf16", "fp16", "fp32"]
+TaskName = Literal["label", "choice", "json", "number", "regex", "text", "perplexity"]
 
 FormatName = Literal[
     "auto",
@@ -337,8 +339,39 @@ class MemoryConfig(Section):
     """Run one forward and backward on the largest micro-batch before training, and plan again if it takes more or less memory than predicted (GPU)."""
 
 
+class JudgeConfig(Section):
+    """A language model that judges answers (docs/judge.md). Off unless `url` is set."""
+
+    url: str | None = None
+    """An OpenAI-compatible endpoint (`https://api.openai.com/v1`), or `local:PATH` for a model or run on this machine."""
+    model: str = ""
+    """The name of the model that the endpoint knows."""
+    mode: Literal["pairwise", "score"] = "pairwise"
+    """`pairwise`: which of two answers is better, tuned or base, asked in both orders; `score`: 1 to 10 for each."""
+    rubric: str = "general"
+    """What good answers are: a shipped rubric's name, or a Markdown file."""
+    api_key_env: str | None = "OPENAI_API_KEY"
+    """The environment variable that holds the key; null for a server that needs none."""
+    temperature: float | None = 0.0
+    """Not sent where it is null (some models refuse it)."""
+    max_completion_tokens: int | None = 4096
+    """Longest reply; not sent where it is null."""
+    timeout: float = 60.0
+    """Seconds without a byte until a request is repeated."""
+    max_retries: int = 6
+    """Repetitions of a request after a rate limit, a server's error, a timeout or a lost connection."""
+    workers: int = 8
+    """Requests at once."""
+    price_per_million: tuple[float, float] | None = None
+    """The price of a million prompt and completion tokens, to be told the cost."""
+    max_requests: int | None = None
+    """Refuse to ask more than this."""
+    max_unjudged: float = 0.1
+    """Share of the rows that may stay without a readable verdict."""
+
+
 class EvaluationConfig(Section):
-    """Generated answers during and after training."""
+    """Generated answers during and after training, and what `tunesmith eval` measures."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest generated answer."""
@@ -350,6 +383,35 @@ class EvaluationConfig(Section):
     """Log so many generated answers at each evaluation during training, always to the same held-out questions (of preferences: to prompts)."""
     generate: bool = False
     """Also generate and score answers at each evaluation during training (the loss is always computed)."""
+    task: Literal["auto"] | TaskName = "auto"
+    """What kind of task the questions are, which decides the metrics (docs/evaluation.md). `auto`: what the data's shape says."""
+    pattern: str | None = None
+    """Task `regex`: the regular expression that right answers contain."""
+    json_schema: str | None = None
+    """Task `json`: a file with the JSON Schema that answers are to obey."""
+    metrics: list[str] = Field(default_factory=list)
+    """Metrics of your own, `FILE.py:FUNCTION`, beside the task's."""
+    retain_path: str | None = None
+    """`--retain`: a file of questions with choices to ask instead of the shipped mix."""
+    retain_drop: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """`--retain`: by how much general ability may fall, as a fraction of 1, before the gate fails."""
+    tasks_path: str | None = None
+    """`--tasks`: a folder of task files of lm-evaluation-harness, which needs no network. Default: the harness's own catalogue."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """`--tasks`: solved examples in each prompt. Default: each task's own."""
+    tasks_chat_template: bool = False
+    """`--tasks`: ask in turns of the model's chat template, where the harness asks in plain text by default."""
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_regex(cls, pattern: str | None) -> str | None:
+        if pattern is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"not a regular expression: {error}") from None
+        return pattern
 
 
 class RunConfig(Section):

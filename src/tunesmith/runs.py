@@ -113,12 +113,12 @@ class RunFolder:
     @property
     def metadata(self) -> dict[str, Any]:
         """Base model and data hashes, versions, hardware, seed, lineage."""
-        return self._read_json("metadata.json")
+        return self.read_json("metadata.json")
 
     @property
     def metrics(self) -> dict[str, Any]:
         """What metrics.json holds; empty while the run is not finished."""
-        return self._read_json("metrics.json") if (self.path / "metrics.json").exists() else {}
+        return self.read_json("metrics.json") if (self.path / "metrics.json").exists() else {}
 
     def write_metadata(self, metadata: dict[str, Any]) -> None:
         """Write metadata.json with the folder's format version."""
@@ -147,7 +147,8 @@ class RunFolder:
         except (OSError, ValueError, SafetensorError) as error:
             raise RunError(f"{path}: cannot be read ({error}); delete it: it is made again from the base") from error
 
-    def _read_json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The JSON object in a file of the folder. Raises RunError if it is missing or damaged."""
         path = self.path / name
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
@@ -226,7 +227,7 @@ class RunFolder:
 
     def best(self) -> dict[str, Any] | None:
         """The best checkpoint's `{step, metric, value}`, if one was marked."""
-        return self._read_json(f"checkpoints/{BEST_FILE}") if (self.checkpoints_path / BEST_FILE).exists() else None
+        return self.read_json(f"checkpoints/{BEST_FILE}") if (self.checkpoints_path / BEST_FILE).exists() else None
 
     def prune_checkpoints(self, keep: int | None, best_step: int = 0) -> None:
         """Remove all but the newest `keep` checkpoints and the best one, and what a killed process left half written."""

@@ -62,7 +62,8 @@ class Example:
     """One row of a data file: a conversation, or plain text. Exactly one of `messages` and `text` is set.
 
     `file` and `line` (physical, from 1; the row's number in files without lines) say where it came from. `tools` are
-    function descriptions in OpenAI's form. `label` is the class of a classification row. `desirable` is KTO's label.
+    function descriptions in OpenAI's form. `label` is the class of a classification row. `desirable` is KTO's label. `choices` are the
+    answers that a multiple-choice question allows, as the assistant would give them.
     """
 
     messages: tuple[Message, ...] | None
@@ -72,6 +73,7 @@ class Example:
     tools: tuple[Mapping[str, Any], ...] = ()
     label: str | None = None
     desirable: bool | None = None
+    choices: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -283,17 +285,6 @@ class StepMetrics:
             "tokens_per_second": self.tokens * rate,
             "supervised_tokens_per_second": self.supervised_tokens * rate,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """One metric of one task. `stderr` is the standard error of `value` over the `n` rows; both are fractions of 1."""
-
-    task: str
-    metric: str
-    value: float
-    stderr: float
-    n: int
 
 
 @dataclass(frozen=True, slots=True)

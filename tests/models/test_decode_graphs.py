@@ -190,7 +190,15 @@ def test_a_few_that_go_on_are_asked_again_together(
 
     monkeypatch.setattr(decode_graphs.StaticDecoder, "generate", spy)
     done: list[int] = []
-    assert subject.ours(prompts, batch_size=2, on_progress=done.append, decoding="static") == expected
+    said: dict[int, list[int]] = {}
+
+    def keep(places: Any, answers: Any) -> None:
+        assert not set(places) & said.keys()
+        said.update(zip(places, answers, strict=True))
+
+    options = {"on_progress": done.append, "on_answers": keep}
+    assert subject.ours(prompts, batch_size=2, decoding="static", **options) == expected
+    assert [said[place] for place in range(len(prompts))] == expected, "each when it is whole"
     assert [budgets for budgets, _ in given[:3]] == [[24, 24], [24, 24], [24]]
     assert any(aside for _, aside in given[:3])
     assert len(given) > 3
@@ -383,19 +391,23 @@ class Card:
             monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: answer)
 
 
-def test_a_batch_takes_half_of_the_free_memory(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("in_parts", [True, False])
+def test_a_batch_takes_half_of_the_free_memory(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, in_parts: bool
+) -> None:
     """Two tokens of the cache: 3 layers x keys and values x 2 groups x 8 x 4 bytes; logits of 320 in 2 and 4 bytes."""
     forward = ModelForward(subject.model, "cuda:0", "fp32")
     assert cache_bytes_per_token(subject.model.config) == 3 * 2 * 2 * 8 * 2
     row = 2 * 192 * (2 * 100 + 28) + 6 * 320
-    reading = 2 * 32_768 * 2 * (16 * 32 + 6 * 64)
+    token = 2 * 2 * (16 * 32 + 6 * 64)
 
     def found(**card: float) -> int:
         Card(monkeypatch, **card)
-        return batch_size_for(forward, "auto", longest_prompt=100, max_new_tokens=28)
+        return batch_size_for(forward, "auto", 100, 28, in_parts)
 
     for batch in (1, 2, 64, 512):
-        exact = 2 * (reading + batch * row)
+        read = 32_768 * token if in_parts else batch * 100 * token  # at once
+        exact = 2 * (read + batch * row)
         assert found(total=1e12, free=exact, reserved=0) == batch
         assert found(total=1e12, free=exact - 9, reserved=0) == max(1, batch // 2)
         assert found(total=1e12, free=exact - 5e6, reserved=1e7) == batch, "half of what PyTorch holds is free, too"

@@ -19,6 +19,7 @@ from tunesmith.config import OptimizerConfig, RunConfig, load_config
 from tunesmith.data.batches import StepOrder
 from tunesmith.data.packing import best_fit
 from tunesmith.errors import ConfigError, DataError, MachineError, VerificationError
+from tunesmith.evaluation.statistics import Scores
 from tunesmith.training import loop
 from tunesmith.training.guards import MovementCheck
 from tunesmith.training.loop import accumulate_gradients
@@ -102,7 +103,7 @@ def test_evaluation_during_training(session: Session) -> None:
     metrics = run.train().metrics
     evaluations = events(run, "eval")
     assert [event["step"] for event in evaluations] == [3, 6]
-    assert set(evaluations[0]["metrics"]) == {"eval_loss", "accuracy", "exact_match"}
+    assert set(evaluations[0]["metrics"]) == {"eval_loss", "accuracy", "exact_match", "macro_f1", "micro_f1"}
     assert evaluations[1]["metrics"]["eval_loss"] < evaluations[0]["metrics"]["eval_loss"]
     assert metrics["eval_loss"] == evaluations[1]["metrics"]["eval_loss"]
 
@@ -146,12 +147,8 @@ def test_early_stopping_keeps_the_best_weights(session: Session, monkeypatch: py
 
 
 def test_early_stopping_on_a_metric_that_should_rise(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.types import EvalResult
-
     values = iter([0.2, 0.5, 0.5, 0.5])
-    monkeypatch.setattr(
-        "tunesmith.workflows.train.score", lambda *_: {"accuracy": EvalResult("eval", "accuracy", next(values), 0.0, 8)}
-    )
+    monkeypatch.setattr("tunesmith.workflows.train.score_answers", lambda *_: {"accuracy": Scores(1, (next(values),))})
     run = session(
         "training.epochs=10", "data.eval_path=HELD", "evaluation.generate=true", "evaluation.max_new_tokens=1",
         "training.early_stopping.metric=accuracy", "training.early_stopping.patience=2",

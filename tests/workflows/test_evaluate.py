@@ -10,9 +10,10 @@ import pytest
 
 from tiny import chat_rows, make_tiny_model, write_jsonl
 from trained import ROWS, copy_run, tiny_run
+from tunesmith.config import EvaluationConfig
 from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError, DataError, ModelError, RunError
-from tunesmith.evaluation import answers
+from tunesmith.evaluation import answers, subject
 from tunesmith.evaluation.metrics import is_correct, is_exact
 from tunesmith.evaluation.statistics import mcnemar
 from tunesmith.files import sha256_file
@@ -29,7 +30,7 @@ def run(lora_run: Path, tmp_path: Path) -> Path:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[list[int]], int]]:
     """Every call of the generator: which weights answered, the prompts, the limit."""
     calls: list[tuple[str, list[list[int]], int]] = []
-    real = answers.generate_greedy
+    real = subject.generate_greedy
 
     def spy(forward: Any, tokenizer: Any, prompts: Any, max_new_tokens: int, *rest: Any) -> Any:
         layers = [module for module in forward.model.modules() if hasattr(module, "lora_A")]
@@ -37,7 +38,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[list[int]], i
         calls.append((who, [list(prompt) for prompt in prompts], max_new_tokens))
         return real(forward, tokenizer, prompts, max_new_tokens, *rest)
 
-    monkeypatch.setattr(answers, "generate_greedy", spy)
+    monkeypatch.setattr(subject, "generate_greedy", spy)
     return calls
 
 
@@ -51,6 +52,8 @@ def test_the_result_of_a_run_is_written_with_all_it_takes_to_repeat_it(run: Path
     assert json.loads(path.read_text()) == result
     assert list(result) == [
         "task",
+        "task_kind",
+        "task_reason",
         "n",
         "metrics",
         "baseline",
@@ -61,13 +64,18 @@ def test_the_result_of_a_run_is_written_with_all_it_takes_to_repeat_it(run: Path
         "rows_in_file",
         "sample_seed",
         "created",
+        "tunesmith",
         "settings",
+        "classes",
+        "parts",
         "examples",
     ]
     assert (result["task"], result["n"], result["gate"]) == ("bins", ROWS, None)
     assert (result["data"], result["data_sha256"]) == (str(questions), sha256_file(questions))
     assert (result["rows_in_file"], result["sample_seed"]) == (ROWS, None)
-    assert result["settings"] == {"decoding": "greedy", "max_new_tokens": 8, "batch_size": 16, "max_rows": None}
+    assert (result["task_kind"], result["task_reason"], result["parts"]) == ("label", "4 short answers, 16 rows", {})
+    asked = EvaluationConfig(max_new_tokens=8).model_dump(mode="json", exclude={"generate", "samples"})
+    assert result["settings"] == {"decoding": "greedy", **asked}
     rows = result["examples"]
     assert [row["line"] for row in rows] == list(range(1, ROWS + 1))
     for side, answer, correct in (
@@ -77,16 +85,17 @@ def test_the_result_of_a_run_is_written_with_all_it_takes_to_repeat_it(run: Path
         accuracy = sum(row[correct] for row in rows) / ROWS
         exact = sum(is_exact(row["expected"], row[answer]) for row in rows) / ROWS
         assert all(row[correct] == is_correct(row["expected"], row[answer]) for row in rows)
-        assert result[side] == {
-            "accuracy": {"value": accuracy, "stderr": pytest.approx((accuracy * (1 - accuracy) / ROWS) ** 0.5)},
-            "exact_match": {"value": exact, "stderr": pytest.approx((exact * (1 - exact) / ROWS) ** 0.5)},
+        about = {"n": ROWS, "higher_is_better": True, "share": True}
+        assert {name: result[side][name] for name in ("accuracy", "exact_match")} == {
+            "accuracy": about | {"value": accuracy, "stderr": pytest.approx((accuracy * (1 - accuracy) / ROWS) ** 0.5)},
+            "exact_match": about | {"value": exact, "stderr": pytest.approx((exact * (1 - exact) / ROWS) ** 0.5)},
         }
     better = sum(row["correct"] and not row["baseline_correct"] for row in rows)
     worse = sum(row["baseline_correct"] and not row["correct"] for row in rows)
     found = result["comparison"]["accuracy"]
     assert found["difference"] == pytest.approx((better - worse) / ROWS)
     assert (found["test"], found["p"]) == ("McNemar", mcnemar(better, worse))
-    assert list(result["comparison"]) == ["accuracy", "exact_match"]
+    assert list(result["comparison"]) == ["accuracy", "exact_match", "macro_f1", "micro_f1"]
     assert [row["answer"] for row in rows] != [row["baseline_answer"] for row in rows]
 
 
@@ -174,9 +183,9 @@ def test_the_baseline_of_a_full_run_computes_in_the_runs_type(
     full_run: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[str] = []
-    real = workflow.answer
+    real = subject.generate_greedy
     monkeypatch.setattr(
-        workflow, "answer", lambda loaded, *rest, **more: used.append(loaded.dtype) or real(loaded, *rest, **more)
+        subject, "generate_greedy", lambda forward, *rest: used.append(forward.dtype) or real(forward, *rest)
     )
     run = copy_run(full_run, tmp_path / "run")
     evaluate(str(run), str(questions), baseline=True, changes={"max_rows": 1, "max_new_tokens": 1})
@@ -216,10 +225,10 @@ def test_data_is_looked_at_before_the_model(run: Path, tmp_path: Path, monkeypat
     text.write_text('{"text": "prose"}\n')
     for path, problem in (
         (tmp_path / "absent.jsonl", "no such file"),
-        (text, "1: plain text has no question to answer; evaluation needs conversations"),
+        (text, "1: plain text has no question to answer; only the task perplexity takes it"),
     ):
         with pytest.raises(DataError) as caught:
-            evaluate(str(run), str(path))
+            evaluate(str(run), str(path), changes={"task": "label"})
         assert caught.value.problems == [f"{path}:{' ' if 'absent' in path.name else ''}{problem}"]
 
 

@@ -138,8 +138,13 @@ def test_a_base_with_other_weights_is_refused(
     message = str(caught.value)
     assert message.startswith(f"{other}: its weights (sha256 ")
     assert message.endswith(
-        f") are not those that {run} was trained on ({trained_on[:12]}); pass the right base with --model"
+        f") are not those that {run} was trained on ({trained_on[:12]}); pass the right base with --model "
+        "(`tunesmith eval --force` measures this one all the same)"
     )
+    said: list[str] = []
+    loaded = load(str(run), model=str(other), force=True, progress=lambda stage, *_: said.append(stage))
+    assert loaded.source.path == other
+    assert said[0] == message.partition("; pass")[0] + "; forced"
 
 
 def test_the_base_of_a_full_run_is_checked_too(full_run: Path, tmp_path: Path) -> None:
@@ -176,6 +181,21 @@ def test_an_unknown_compute_type_is_refused(tiny_model: Path) -> None:
 
 
 def test_an_adapter_of_another_base_is_refused(lora_run: Path, tmp_path: Path) -> None:
+    """By the hash in its record, where it has one; at least by its tensors."""
     other = make_tiny_model(tmp_path / "other", layers=3)
-    with pytest.raises(ModelError, match="tensors of the adapter are missing from its file and would be random"):
+    with pytest.raises(ModelError, match=rf"are not those that {lora_run / 'adapter'} was trained on"):
         load(str(lora_run / "adapter"), model=str(other))
+    for force in (True, False):
+        if not force:
+            shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
+            (tmp_path / "adapter" / "tunesmith.json").unlink()
+        adapter = lora_run / "adapter" if force else tmp_path / "adapter"
+        with pytest.raises(ModelError, match="tensors of the adapter are missing from its file and would be random"):
+            load(str(adapter), model=str(other), force=force)
+
+
+def test_a_damaged_record_of_the_base_is_named(lora_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "tunesmith.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"tunesmith.json: cannot be read \('base'\); restore it, or remove it"):
+        load(str(tmp_path / "adapter"))

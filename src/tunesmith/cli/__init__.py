@@ -15,7 +15,9 @@ from typer.core import TyperGroup
 
 from tunesmith.cli.advise import advise
 from tunesmith.cli.bench import bench
+from tunesmith.cli.compare import compare, sweep
 from tunesmith.cli.data import app as data_app
+from tunesmith.cli.evaluate import evaluate, one_line
 from tunesmith.cli.plan import plan
 from tunesmith.errors import TunesmithError
 from tunesmith.version import __version__
@@ -94,7 +96,7 @@ def quickstart(
     console.table(metrics_table(result["evaluation"]))
     for row in result["examples"]:
         print(f"\n  question  {row['prompt']}\n  expected  {row['expected']}")
-        print(f"  base      {_one_line(row['baseline_answer'])}\n  tuned     {_one_line(row['answer'])}")
+        print(f"  base      {one_line(row['baseline_answer'])}\n  tuned     {one_line(row['answer'])}")
     _print_training(result["metrics"])
     run, test = result["run"], result["test_data"]
     print(f"run folder    {run}\nreport        {result['report']}\n\nNext:")
@@ -106,7 +108,7 @@ def train(
     config: Annotated[str | None, typer.Argument(help="Settings (YAML).", metavar="[RUN.yaml]")] = None,
     model: Model = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Training examples, in any form that docs/data.md has.", metavar="FILE")
+        str | None, typer.Option("--data", help="Training examples (docs/data.md).", metavar="FILE")
     ] = None,
     eval_data: Annotated[str | None, typer.Option("--eval-data", help="Held-out examples.", metavar="FILE")] = None,
     method: Annotated[
@@ -116,8 +118,16 @@ def train(
         str | None, typer.Option("--objective", help="sft (default), cpt, dpo, orpo, simpo or kto.", metavar="NAME")
     ] = None,
     skip_bad_rows: Annotated[
-        bool, typer.Option("--skip-bad-rows", help="Leave out rows with errors, and say which, instead of stopping.")
+        bool, typer.Option("--skip-bad-rows", help="Leave out rows with errors; say which.")
     ] = False,
+    poc: Annotated[
+        int | None,
+        typer.Option("--poc", help="First on N rows; on all if that passes.", min=1, metavar="N"),
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option("--gate", help="Of --poc (default: 5 points better than the base).", metavar="CONDITION"),
+    ] = None,
     settings: Set = None,
     out: Annotated[
         str | None, typer.Option("--out", help="Run folder (default: a new one in runs/).", metavar="DIR")
@@ -142,7 +152,7 @@ def train(
     }
     run_config = load_config(config, settings or [], {key: value for key, value in given.items() if value is not None})
     with Console() as console:
-        result = api.train(run_config, out, sink=console.event, progress=console.progress)
+        result = api.train(run_config, out, poc=poc, gates=gate or [], sink=console.event, progress=console.progress)
     _print_run(console, result, as_json)
 
 
@@ -160,48 +170,7 @@ def resume(
     _print_run(console, result, as_json)
 
 
-@app.command("eval")
-def evaluate(
-    target: Target,
-    data: Annotated[str, typer.Option("--data", help="Questions with known answers.", metavar="FILE")],
-    baseline: Annotated[bool, typer.Option("--baseline", help="Ask the base model too, and compare.")] = False,
-    rows: Annotated[
-        int | None, typer.Option("--rows", help="A fixed sample of this many rows.", min=1, metavar="N")
-    ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", help="Longest answer.", min=1, metavar="N")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Prompts at once.", min=1, metavar="N")] = None,
-    model: Model = None,
-    device: Device = "auto",
-    dtype: DTypeOption = "auto",
-    as_json: Json = False,
-) -> None:
-    """Score answers to held-out questions, against the base."""
-    from tunesmith import api
-    from tunesmith.cli.console import Console, metrics_table
-
-    changes = {"max_rows": rows, "max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    with Console() as console:
-        result = api.evaluate(
-            target,
-            data,
-            baseline=baseline,
-            model=model,
-            device=device,
-            dtype=dtype,
-            changes={key: value for key, value in changes.items() if value is not None},
-            progress=console.progress,
-        )
-    if as_json:
-        console.result(result)
-        return
-    console.table(metrics_table(result))
-    wrong = [row for row in result["examples"] if not row["correct"]]
-    for row in wrong[:3]:
-        print(f"  line {row['line']}: expected {_one_line(row['expected'])!r}, answered {_one_line(row['answer'])!r}")
-    if "path" in result:
-        print(f"every answer: {result['path']}")
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -330,6 +299,8 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(3)
 
 
+app.command()(compare)
+app.command()(sweep)
 app.command()(advise)
 app.command()(plan)
 app.command()(bench)
@@ -416,11 +387,6 @@ def _set_up_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-
-
-def _one_line(text: str) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= 90 else line[:87] + "..."
 
 
 def _print_training(metrics: Any) -> None:

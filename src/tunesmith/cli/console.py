@@ -123,15 +123,19 @@ class Console:
         out.print(table)
 
 
-def percent(metric: Mapping[str, float]) -> str:
-    """A metric that is a fraction, with its standard error: `97.5% ± 0.8`."""
-    return f"{metric['value']:.1%} ± {100 * metric['stderr']:.1f}"
+def as_text(metric: Mapping[str, Any]) -> str:
+    """A metric with its standard error: `97.5% ± 0.8`, or `1.234 ± 0.056` of one that is no share."""
+    value, error = metric["value"], metric["stderr"]
+    if metric["share"]:
+        return f"{value:.1%}" + (f" ± {100 * error:.1f}" if error is not None else "")
+    return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
 
 
 def metrics_table(result: Mapping[str, Any]) -> Table:
     """The metrics of one evaluation, before and after where there is a baseline."""
     baseline = result["baseline"]
-    table = Table(title=f"{escape(result['task'])}: {result['n']} of {result['rows_in_file']} rows, greedy decoding")
+    rows = f": {result['n']} of {result['rows_in_file']} rows, greedy decoding" if result["rows_in_file"] else ""
+    table = Table(title=f"{escape(result['task'])}{rows}")
     table.add_column("metric")
     if baseline:
         table.add_column("base", justify="right")
@@ -139,13 +143,21 @@ def metrics_table(result: Mapping[str, Any]) -> Table:
     if baseline:
         table.add_column("difference", justify="right")
     for name, metric in result["metrics"].items():
-        if baseline:
-            found = result["comparison"][name]
-            change = f"{100 * found['difference']:+.1f} points, {as_p(found['p'])}: {found['verdict']}"
-            table.add_row(name, percent(baseline[name]), percent(metric), change)
+        if not baseline:
+            table.add_row(name, as_text(metric))
+        elif name in baseline:
+            table.add_row(
+                name, as_text(baseline[name]), as_text(metric), _difference(result["comparison"][name], metric)
+            )
         else:
-            table.add_row(name, percent(metric))
+            table.add_row(name, "", as_text(metric), "")
     return table
+
+
+def _difference(found: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
+    """`+12.5 points, p < 0.001: better`."""
+    value = f"{100 * found['difference']:+.1f} points" if metric["share"] else f"{found['difference']:+.3g}"
+    return f"{value}, {as_p(found['p'])}: {found['verdict']}" if found["p"] is not None else value
 
 
 def as_p(p: float) -> str:

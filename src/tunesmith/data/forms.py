@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tunesmith.data.columns import Columns
@@ -312,7 +313,8 @@ def _read_multiple_choice(fields: _Fields, file: str, line: int) -> Example:
     listing = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
     answer = LETTERS[_right_choice(fields, texts)]
     messages = [Message("user", f"{question}\n\n{listing}"), Message("assistant", answer)]
-    return _example(fields, messages, "question", file, line)
+    example = _example(fields, messages, "question", file, line)
+    return replace(example, choices=tuple(LETTERS[: len(texts)]))
 
 
 def _right_choice(fields: _Fields, texts: list[str]) -> int:

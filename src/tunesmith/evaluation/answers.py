@@ -90,10 +90,14 @@ def generate_answers(
         lambda done: progress(stage, done, len(prompts)),
         halving or Halving(lambda text: progress(text, 0, 1)),
     )
+    return generations(examples, [tokenizer.decode(ids, skip_special_tokens=True) for ids in answers])
+
+
+def generations(examples: Sequence[Example], answers: Sequence[str]) -> list[Generation]:
+    """Questions, expected answers and answers as rows; right is what equals the expected one but for case, quotes and stops."""
     rows = []
-    for example, ids in zip(examples, answers, strict=True):
+    for example, answer in zip(examples, answers, strict=True):
         assert example.messages is not None
         question, expected = example.messages[-2].content, example.messages[-1].content
-        answer = tokenizer.decode(ids, skip_special_tokens=True)
         rows.append(Generation(question, expected, answer, is_correct(expected, answer), example.line))
     return rows

@@ -21,9 +21,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 SAMPLES = 1000
 """Bootstrap samples and sign flips. The smallest p they can tell is 1 / (SAMPLES + 1)."""
@@ -35,20 +38,27 @@ CLEAR_P = 0.05
 """A difference counts below this p."""
 
 Verdict = Literal["better", "worse", "unclear"]
-Statistic = Callable[[Sequence[int]], float]
+Statistic = Callable[[NDArray[np.int64]], float]
 """The value of a statistic over the rows whose numbers are given, which may repeat."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
     """A metric's value over `n` rows with its standard error (None: unknown). `rows` holds each row's value where it is their
-    mean; `higher_is_better` is false for losses and rates of refusing what is safe."""
+    mean; `higher_is_better` is false for losses and rates of refusing what is safe; `share` says whether it is a fraction of 1,
+    to be written in percent."""
 
     value: float
     stderr: float | None
     n: int
     rows: tuple[float, ...] | None = None
     higher_is_better: bool = True
+    share: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        """As evaluations write it, without the rows."""
+        found: dict[str, Any] = {"value": self.value, "stderr": self.stderr, "n": self.n}
+        return found | {"higher_is_better": self.higher_is_better, "share": self.share}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +71,50 @@ class Difference:
     test: str
     verdict: Verdict
 
+    def as_json(self) -> dict[str, Any]:
+        """As evaluations write it."""
+        return {
+            "difference": self.value,
+            "stderr": self.stderr,
+            "p": self.p,
+            "test": self.test,
+            "verdict": self.verdict,
+        }
 
-def mean(rows: Sequence[float], higher_is_better: bool = True) -> Measured:
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What one metric made of `n` rows: a value of each (`rows`), whose mean is the metric, or a statistic of them together (`of`)."""
+
+    n: int
+    rows: tuple[float, ...] | None = None
+    of: Statistic | None = None
+    higher_is_better: bool = True
+    share: bool = True
+
+    @property
+    def value(self) -> float:
+        """The metric, without its error."""
+        if self.rows is not None:
+            return math.fsum(self.rows) / self.n
+        assert self.of is not None
+        return self.of(np.arange(self.n))
+
+    def measured(self) -> Measured:
+        """The metric with its standard error."""
+        if self.rows is not None:
+            return mean(self.rows, self.higher_is_better, self.share)
+        assert self.of is not None
+        return replace(statistic(self.of, self.n, self.higher_is_better), share=self.share)
+
+    def minus(self, base: Scores) -> Difference:
+        """This metric minus that of the base's answers to the same rows, with a paired test."""
+        if self.of is not None and base.of is not None:
+            return compare_statistic(self.of, base.of, self.n, self.higher_is_better)
+        return compare(self.measured(), base.measured())
+
+
+def mean(rows: Sequence[float], higher_is_better: bool = True, share: bool = True) -> Measured:
     """The mean of one value a row, with its standard error. Raises ValueError without rows."""
     if not rows:
         raise ValueError("a mean needs at least one row")
@@ -72,7 +124,7 @@ def mean(rows: Sequence[float], higher_is_better: bool = True) -> Measured:
         error: float | None = math.sqrt(max(0.0, value * (1 - value)) / n)
     else:
         error = _deviation(rows) / math.sqrt(n) if n > 1 else None
-    return Measured(value, error, n, tuple(rows), higher_is_better)
+    return Measured(value, error, n, tuple(rows), higher_is_better, share)
 
 
 def statistic(of: Statistic, n: int, higher_is_better: bool = True, samples: int = SAMPLES) -> Measured:
@@ -80,7 +132,7 @@ def statistic(of: Statistic, n: int, higher_is_better: bool = True, samples: int
     if n < 1:
         raise ValueError("a statistic needs at least one row")
     values = [of(sample) for sample in _samples(n, samples)] if n > 1 else []
-    return Measured(of(range(n)), _deviation(values) if values else None, n, None, higher_is_better)
+    return Measured(of(np.arange(n)), _deviation(values) if values else None, n, None, higher_is_better)
 
 
 def compare(tuned: Measured, base: Measured) -> Difference:
@@ -113,7 +165,7 @@ def compare_statistic(
     of_tuned: Statistic, of_base: Statistic, n: int, higher_is_better: bool = True, samples: int = SAMPLES
 ) -> Difference:
     """A statistic of the tuned model's rows minus that of the base's, by a paired bootstrap over the `n` rows."""
-    value = of_tuned(range(n)) - of_base(range(n))
+    value = of_tuned(np.arange(n)) - of_base(np.arange(n))
     found = [of_tuned(sample) - of_base(sample) for sample in _samples(n, samples)] if n > 1 else []
     if not found:
         return _difference(value, None, None, "paired bootstrap", higher_is_better)
@@ -152,9 +204,9 @@ def _two_sided(z: float) -> float:
     return math.erfc(abs(z) / math.sqrt(2))
 
 
-def _samples(n: int, count: int) -> list[list[int]]:
-    generator = random.Random(SEED)
-    return [generator.choices(range(n), k=n) for _ in range(count)]
+def _samples(n: int, count: int) -> Iterator[NDArray[np.int64]]:
+    generator = np.random.default_rng(SEED)
+    return (generator.integers(n, size=n) for _ in range(count))
 
 
 def _sign_flips(changes: Sequence[float]) -> float:

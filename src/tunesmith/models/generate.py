@@ -54,13 +54,17 @@ def cache_bytes_per_token(config: Any) -> int:
 
 
 def batch_size_for(
-    forward: ModelForward, asked: int | Literal["auto"], longest_prompt: int, max_new_tokens: int = 0
+    forward: ModelForward,
+    asked: int | Literal["auto"],
+    longest: int,
+    max_new_tokens: int = 0,
+    in_parts: bool = False,
 ) -> int:
-    """`evaluation.batch_size` as a number. `auto` is 16 on the CPU; on a GPU as many prompts as half of the free memory holds.
+    """`evaluation.batch_size` as a number. `auto` is 16 on the CPU; on a GPU as many texts as half of the free memory holds.
 
-    A power of two, at most 1,024. A prompt takes its keys and values with room for the answer, those of the prompt once more
-    while it is read, and its logits (in 16 and 32 bits). What reading itself takes is set aside: 32,768 tokens with some
-    16 hidden and 6 MLP vectors each, in 16 bits.
+    A power of two, at most 1,024, for texts of at most `longest` tokens. A text takes its keys and values with room for its
+    answer, those of the text once more while it is read, and one row of logits (in 16 and 32 bits). Reading takes some 16
+    hidden and 6 MLP vectors a token in 16 bits: of all texts of a batch, or with `in_parts` of 32,768 tokens at a time.
     """
     import torch
 
@@ -74,11 +78,13 @@ def batch_size_for(
     share = torch.cuda.get_per_process_memory_fraction(forward.device)  # less than all under memory.limit_gb
     free = min(free, int(total * share) - reserved)
     free += reserved - torch.cuda.memory_allocated(forward.device)
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    reading = READ_TOKENS * 2 * (16 * config.hidden_size + 6 * inner)
     width = 1 if forward.dtype != "fp32" else 2
-    row = cache_bytes_per_token(config) * (2 * longest_prompt + max_new_tokens) * width + 6 * config.vocab_size
-    fitting = int((SHARE_OF_FREE_MEMORY * free - reading * width) // row)
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    token = 2 * (16 * config.hidden_size + 6 * inner) * width
+    row = cache_bytes_per_token(config) * (2 * longest + max_new_tokens) * width + 6 * config.vocab_size
+    if not in_parts:
+        row += longest * token
+    fitting = int((SHARE_OF_FREE_MEMORY * free - (READ_TOKENS * token if in_parts else 0)) // row)
     return min(MAX_BATCH, 1 << max(0, fitting.bit_length() - 1)) if fitting > 0 else 1
 
 
@@ -90,11 +96,13 @@ def generate_greedy(
     batch_size: int | Literal["auto"] = "auto",
     on_progress: Callable[[int], None] = lambda done: None,
     halving: Halving | None = None,
+    on_answers: Callable[[Sequence[int], Sequence[list[int]]], None] = lambda places, answers: None,
     decoding: Decoding = "auto",
 ) -> list[list[int]]:
     """The greedy answer to each prompt, as token ids without the end token, in the prompts' order.
 
-    `on_progress` is called with the number of prompts done, at least after each batch. Prompts are sorted by length, so that a
+    After each batch `on_answers` is called with the places of the prompts that are done and their answers, and `on_progress`
+    with the number of prompts done, which it is also told in between. Prompts are sorted by length, so that a
     batch holds little padding; results do not depend on batches beyond rounding. A batch that runs out of memory is halved,
     which `halving` remembers; its `warn` is also told where a CUDA graph was wanted and could not be captured. Nothing of the
     graphs outlives the call. Raises MachineError when one prompt is too much.
@@ -105,8 +113,8 @@ def generate_greedy(
         return []
     halving = halving or Halving()
     ends = end_tokens(forward.base, tokenizer)
-    size = batch_size_for(forward, batch_size, max(map(len, prompts)), max_new_tokens)
     decoder = _static_decoder(forward, ends, decoding, halving.warn)
+    size = batch_size_for(forward, batch_size, max(map(len, prompts)), max_new_tokens, in_parts=decoder is not None)
     answers: list[list[int]] = [[] for _ in prompts]
     shared = shared_prefix(prompts) if _can_share(forward) else 0
     prefix = None
@@ -158,11 +166,12 @@ def generate_greedy(
                 chunks = _chunks(waiting, size, even=decoder is not None)
                 waiting = []  # those whose batch stopped before them: asked again together, with what they have of an answer
                 for chunk, batch in halving.run(chunks, generate, "answering {} prompts", refusal):
+                    over: list[int] = []
                     for index, (answer, ended) in zip(chunk, batch, strict=True):
                         answers[index] += answer
-                        done += ended
-                        if not ended:
-                            waiting.append(index)
+                        (over if ended else waiting).append(index)
+                    on_answers(over, [answers[index] for index in over])
+                    done += len(over)
                     on_progress(done)
     finally:
         forward.model.train(was_training)

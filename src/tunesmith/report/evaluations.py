@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith.report.classes import Classes, read_classes
+from tunesmith.report.facts import flattened
 from tunesmith.report.text import as_number, as_text, moment, number, percent, plural, shortened
 
 LOWER_IS_BETTER = ("loss", "perplexity")
@@ -24,6 +26,9 @@ CLEAR = 2.0
 """Standard errors from which a difference counts."""
 
 ROWS_PER_GROUP = 15
+PART_DETAILS = 60
+"""Lines of a part's details; the file has all."""
+
 MAX_TEXT = 1500
 """Characters of one cell. With ROWS_PER_GROUP it keeps the examples of a page below about half a megabyte."""
 
@@ -76,6 +81,25 @@ class ExampleGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class GateRow:
+    """One condition of a gate, as text."""
+
+    condition: str
+    measured: str
+    needed: str
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PartNotes:
+    """What a part of the evaluation says beside its metrics: what to change, and its details by key."""
+
+    name: str
+    advice: tuple[str, ...]
+    details: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluation:
     """One file of `RUN/evaluations/`."""
 
@@ -89,6 +113,10 @@ class Evaluation:
     groups: tuple[ExampleGroup, ...]
     has_baseline: bool
     examples_have_base: bool
+    kind: str
+    conditions: tuple[GateRow, ...]
+    classes: Classes | None
+    parts: tuple[PartNotes, ...]
 
 
 def read_evaluations(folder: Path) -> tuple[list[Evaluation], list[Evaluation], list[str]]:
@@ -136,7 +164,45 @@ def _evaluation(name: str, raw: Mapping[str, Any], comparisons: tuple[Comparison
         groups=_groups(examples, rows),
         has_baseline=any(comparison.base for comparison in comparisons),
         examples_have_base=any(row.get("baseline_answer") is not None for row in examples),
+        kind=as_text(raw.get("task_kind") or ""),
+        conditions=_conditions(gate),
+        classes=read_classes(raw.get("classes")),
+        parts=_parts(raw.get("parts")),
     )
+
+
+def _conditions(gate: Any) -> tuple[GateRow, ...]:
+    rows = gate.get("conditions") if isinstance(gate, dict) else None
+    return tuple(
+        GateRow(
+            as_text(row.get("condition")),
+            number(row.get("value"), 4),
+            f"{as_text(row.get('sign'))} {number(row.get('needed'), 4)}",
+            row.get("passed") is True,
+        )
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+        and as_number(row.get("value")) is not None
+        and as_number(row.get("needed")) is not None
+    )
+
+
+def _parts(raw: Any) -> tuple[PartNotes, ...]:
+    """The parts beside the task: lists of rows stay in the file."""
+    found = []
+    for name, details in raw.items() if isinstance(raw, dict) else ():
+        if not isinstance(details, dict):
+            continue
+        said = [details.get("note"), *_list(details.get("notes")), *_list(details.get("advice"))]
+        shown = {key: value for key, value in details.items() if key not in ("note", "notes", "advice")}
+        pairs = [(key, value) for key, value in flattened(shown) if len(value) <= MAX_TEXT]
+        notes = tuple(as_text(line) for line in said if line)
+        found.append(PartNotes(as_text(name), notes, tuple(pairs[:PART_DETAILS])))
+    return tuple(found)
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _comparisons(raw: Mapping[str, Any]) -> tuple[Comparison, ...]:
@@ -148,9 +214,16 @@ def _comparisons(raw: Mapping[str, Any]) -> tuple[Comparison, ...]:
     paired = raw.get("comparison")
     tests = paired if isinstance(paired, dict) else {}
     compared = [
-        _by_paired_test(compare(name, measured, base.get(name), n), tests.get(name)) for name, measured in tuned.items()
+        _by_paired_test(compare(name, measured, base.get(name), n, *_form(raw["metrics"][name])), tests.get(name))
+        for name, measured in tuned.items()
     ]
     return tuple(sorted(compared, key=lambda comparison: comparison.base is None))
+
+
+def _form(raw: Mapping[str, Any]) -> tuple[bool | None, bool | None]:
+    """(whether smaller is better, whether it is a share) of a metric, where the file says."""
+    larger, share = _flag(raw.get("higher_is_better")), _flag(raw.get("share"))
+    return None if larger is None else not larger, share
 
 
 def _by_paired_test(comparison: Comparison, test: Any) -> Comparison:
@@ -177,11 +250,16 @@ def compare(
     tuned: tuple[float, float | None],
     base: tuple[float, float | None] | None = None,
     n: float | None = None,
+    smaller: bool | None = None,
+    share: bool | None = None,
 ) -> Comparison:
-    """Judge one metric, measured on `n` rows: `tuned` and `base` are (value, standard error or None)."""
+    """Judge one metric, measured on `n` rows: `tuned` and `base` are (value, standard error or None).
+
+    `smaller` says whether less is better and `share` whether it is a fraction of 1; None: by its name and its values.
+    """
     measured = [tuned] if base is None else [base, tuned]
-    smaller = metric.endswith(LOWER_IS_BETTER)
-    share = not smaller and all(0 <= value <= 1 for value, _ in measured)
+    smaller = metric.endswith(LOWER_IS_BETTER) if smaller is None else smaller
+    share = not smaller and all(0 <= value <= 1 for value, _ in measured) if share is None else share
     scale = 1.0 if share else max(value + (error or 0.0) for value, error in measured)
     # A bar compares: with the base, or with 100%.
     drawable = (share or base is not None) and scale > 0 and all(value >= 0 for value, _ in measured)

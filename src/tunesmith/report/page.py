@@ -49,7 +49,7 @@ def write_report(run: RunFolder) -> Path:
     """
     path = run.path / REPORT_FILE
     # Data may hold lone surrogates, which UTF-8 has no bytes for: they become question marks.
-    write_atomic(path, _render(_collect(run)).encode("utf-8", errors="replace"))
+    write_atomic(path, render("page.html.jinja", _collect(run)).encode("utf-8", errors="replace"))
     return path
 
 
@@ -132,7 +132,9 @@ def _settings(run: RunFolder, config: RunConfig | None) -> list[facts.SettingLin
     return [facts.SettingLine(line) for line in text.splitlines()]
 
 
-def _render(page: dict[str, Any]) -> str:
+def render(template: str, page: dict[str, Any]) -> str:
+    """The page that a template of this package makes of the values in `page`."""
+
     def load(name: str) -> str:
         return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
@@ -145,4 +147,4 @@ def _render(page: dict[str, Any]) -> str:
     )
     environment.filters["duration"] = duration
     environment.filters["drawing"] = Markup  # for the SVG that plots.py made: it holds none of the data's text
-    return environment.get_template("page.html.jinja").render(page)
+    return environment.get_template(template).render(page)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -240,6 +240,18 @@ def _described(x: Values, y: Values) -> str:
 
 
 def _draw(name: str, label: str, series: Sequence[Series], tick_unit: float) -> str:
+    def fill(axes: Axes) -> None:
+        for item in series:
+            _draw_series(axes, item)
+        _set_scale(axes, series[0].y, min(float(np.nanmin(item.y)) for item in series))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value / tick_unit)))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+
+    return draw(name, label, "step", fill)
+
+
+def draw(name: str, label: str, x_label: str, fill: Callable[[Axes], None]) -> str:
+    """The SVG of what `fill` draws in axes of this report's look. `name` is the prefix of its element ids, `label` says what it is."""
     settings = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,  # the same run gives the same bytes
@@ -257,14 +269,11 @@ def _draw(name: str, label: str, series: Sequence[Series], tick_unit: float) -> 
         axes.grid(axis="y", color=COLOURS["grid"], alpha=0.25, linewidth=0.8)
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", pad=5)
-        for item in series:
-            _draw_series(axes, item)
         axes.margins(x=0.02, y=0.08)
-        _set_scale(axes, series[0].y, min(float(np.nanmin(item.y)) for item in series))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value / tick_unit)))
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
-        axes.set_xlabel("step", color=COLOURS["axis"], labelpad=4)
+        fill(axes)
+        axes.set_xlabel(x_label, color=COLOURS["axis"], labelpad=4)
         buffer = io.BytesIO()
         FigureCanvasSVG(figure).print_svg(buffer)
     return _inline(buffer.getvalue(), name, label)

@@ -1,143 +1,299 @@
-"""Evaluate a model on a file of questions with known answers, against its base if asked, and write the result down."""
+"""Evaluate a model, against its base if asked, hold it to gates, and write the result down.
+
+An evaluation is a list of parts (evaluation/parts.py): the questions of a file, general ability, safety, and so on. Each asks the tuned
+model, then the base the same, and is scored; all metrics stand in one table. Answers are kept as they come, so that an interrupted
+evaluation goes on (evaluation/journal.py).
+"""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tunesmith.config import EvaluationConfig, config_from_dict
-from tunesmith.errors import ConfigError
-from tunesmith.evaluation.answers import (
-    SAMPLE_SEED,
-    check_questions,
-    encode_questions,
-    generate_answers,
-    sample_rows,
-)
-from tunesmith.evaluation.metrics import differences, score
+from tunesmith.config import EvaluationConfig, RunConfig, config_from_dict
+from tunesmith.data.chat import ChatFormat
+from tunesmith.errors import ConfigError, DataError, RunError
+from tunesmith.evaluation.answers import SAMPLE_SEED, sample_rows
+from tunesmith.evaluation.gates import Condition, Metrics, check_gates, parse_gates
+from tunesmith.evaluation.journal import Journal, key_of
+from tunesmith.evaluation.parts import Part, PartResult
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.task_part import TaskPart
+from tunesmith.evaluation.tasks import Task, find_task
 from tunesmith.files import disk_errors, sha256_file, write_json
+from tunesmith.models.load import weight_hash
+from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder
-from tunesmith.types import EvalResult, Example, Generation, Progress, no_progress
+from tunesmith.types import Example, Progress, no_progress
+from tunesmith.version import __version__
+from tunesmith.workflows.evaluation_parts import judge_part, named_parts
 from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.rows import read_questions
+
+FOLDER = "evaluations"
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """The rows of a file that are asked, the task that the whole file is, and what the result says of them."""
+
+    path: str
+    rows: tuple[Example, ...]
+    rows_in_file: int
+    task: Task
+
+    @classmethod
+    def read(cls, path: str, config: RunConfig | None, settings: EvaluationConfig) -> Questions:
+        """The file's rows, or the fixed sample of them. Raises DataError with every problem."""
+        rows = read_questions(path, config.data if config else None)
+        if not rows:
+            raise DataError(f"{path}: no rows to evaluate on")
+        return cls(path, tuple(sample_rows(rows, settings.max_rows)), len(rows), find_task(rows, settings))
+
+    def part(self, window: int = 2048) -> TaskPart:
+        """The rows as a part of an evaluation."""
+        return TaskPart(self.task, self.rows, window)
+
+    def facts(self) -> dict[str, Any]:
+        """What stands in the result, to repeat it."""
+        return {
+            "data": self.path,
+            "data_sha256": sha256_file(Path(self.path)),
+            "rows_in_file": self.rows_in_file,
+            "sample_seed": SAMPLE_SEED if len(self.rows) < self.rows_in_file else None,
+        }
+
+
+@dataclass(slots=True)
+class Asked:
+    """What the two models said, by part."""
+
+    tuned: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] | None = None
 
 
 def evaluate(
     target: str | Path,
-    data: str | Path,
+    data: str | Path | None = None,
     *,
     baseline: bool = False,
+    gates: Sequence[str] = (),
+    retain: bool = False,
+    tasks: Sequence[str] = (),
+    parts: Sequence[Part] = (),
     model: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    force: bool = False,
     changes: Mapping[str, Any] | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Score the greedy answers of `target` (run, adapter or model) to the questions in `data`.
+    """Measure `target` (run, adapter or model): on the questions in `data`, in general (`retain`), by `tasks` and in `parts`.
 
-    `changes` are evaluation settings that differ from the run's (or the defaults), e.g. {"max_rows": 200}.
-    With `baseline` the base model answers the same prompts. The result (see docs/run-folder.md) is returned, and written
-    to RUN/evaluations/ when `target` is a run. Raises ConfigError for wrong `changes`, and DataError with every row that
-    cannot be asked, before the model is loaded.
+    `changes` are evaluation settings that differ from the run's (or the defaults), e.g. {"max_rows": 200}. `tasks` are `safety`,
+    `memorization`, and names of lm-evaluation-harness. With `baseline`, or a gate that names it, the base model gets the same prompts.
+    `gates` are conditions on the metrics (evaluation/gates.py), to which `retain` adds that it may fall by `evaluation.retain_drop` at
+    most; the result says which failed. An adapter over another base than it was trained on is refused, unless
+    `force`. The result (see docs/run-folder.md) is returned, and written to RUN/evaluations/ when `target` is a run. Raises ConfigError
+    for wrong `changes` or gates, and DataError with every row that cannot be asked, before the model is loaded.
     """
-    data = str(data)
+    conditions = parse_gates(gates)
     changed = _changed_settings(changes or {})
-    config = RunFolder.open(target).config if RunFolder.is_run(target) else None
-    rows = read_questions(data, config.data if config else None)
-    check_questions(rows)
-    settings = (config.evaluation if config else EvaluationConfig()).model_copy(update=changed)
+    run = RunFolder.open(target) if RunFolder.is_run(target) else None
+    config = run.config if run else None
+    settings = _with_changes(config.evaluation if config else EvaluationConfig(), changed)
+    can_compare = run is not None or (Path(target) / "adapter_config.json").is_file()
+    if retain and can_compare:
+        conditions += parse_gates([f"retain >= baseline - {100 * settings.retain_drop:g}pt"])
+    for condition in conditions:
+        if condition.run:
+            _folder_of(condition.run, run)
+    questions = Questions.read(str(data), config, settings) if data is not None else None
+    everything: list[Part] = [*named_parts(settings, config, retain, tasks), *parts]
+    if questions is not None:
+        window = config.data.max_seq_length if config and isinstance(config.data.max_seq_length, int) else 2048
+        everything.insert(0, questions.part(window))
+    judge = settings.judge
+    if judge.url:
+        if questions is None or not questions.task.generates:
+            raise ConfigError("a judge reads generated answers: pass --data with questions that are answered by text")
+        everything.append(judge_part(settings, questions.rows, run, device, progress))
+    if not everything:
+        raise ConfigError("nothing to evaluate: pass --data FILE, --retain, or --tasks NAME,NAME")
+    pairwise = judge.url is not None and judge.mode == "pairwise"
+    baseline = baseline or pairwise or any(condition.other == "baseline" for condition in conditions)
+
+    def check(chat: ChatFormat) -> None:
+        for part in everything:
+            part.check(chat)
+
     full = config is not None and config.method == "full"
-    rows_used = sample_rows(rows, settings.max_rows)
     loaded = load(
         target,
         None if full and baseline else model,  # the base's, which is loaded below
         dtype,
         device,
         progress=progress,
-        check=lambda chat: encode_questions(chat, rows_used),
+        check=check,
+        force=force,
     )
     if baseline and not (loaded.adapted or full):
-        raise ConfigError(f"{target} is itself a base model: there is no other to compare with; leave --baseline out")
-    tuned = answer(loaded, rows_used, settings, progress, "answers of the tuned model" if baseline else "answers")
-    before = None
-    if baseline and full:
-        base = load(target, model, dtype, device, base=True, progress=progress)
-        before = answer(base, rows_used, settings, progress, "answers of the base model")
-    elif baseline:
-        before = answer(loaded, rows_used, settings, progress, "answers of the base model", base=True)
-    result = summarize(data, rows, tuned, before, settings)
-    if loaded.run:
-        result["path"] = str(write_evaluation(loaded.run, result))
+        why = (
+            "a pairwise judge compares with the base; set evaluation.judge.mode=score"
+            if pairwise
+            else "leave --baseline out"
+        )
+        raise ConfigError(f"{target} is itself a base model: there is no other to compare with; {why}")
+    subject_of = _asking(loaded, everything, questions, settings, progress)
+    subject = subject_of(loaded)
+    asked = Asked()
+    with subject.journal:
+        asked.tuned = {part.name: part.ask(subject) for part in everything}
+        if baseline:
+            if full:
+                del loaded, subject  # two models may not fit
+                base = load(target, model, dtype, device, base=True, progress=progress, force=force)
+            else:
+                base = loaded
+            subject = subject_of(base, True)
+            asked.base = {part.name: part.ask(subject) for part in everything}
+        result = summarize(questions, everything, asked, settings)
+        check_result(result, conditions, run)
+        if run:
+            result["path"] = str(write_evaluation(run, result))
     return result
 
 
-def answer(
+def _asking(
     loaded: LoadedModel,
-    rows: Sequence[Example],
+    parts: Sequence[Part],
+    questions: Questions | None,
     settings: EvaluationConfig,
     progress: Progress,
-    stage: str,
-    base: bool = False,
-) -> list[Generation]:
-    """Answers of a loaded model, or (`base`) of the base below its adapter."""
-    with loaded.forward.model.disable_adapter() if base else nullcontext():
-        return generate_answers(loaded.forward, loaded.tokenizer, loaded.chat, rows, settings, progress, stage)
+) -> Callable[..., Subject]:
+    """A function that makes a subject of a loaded model; all of them share one journal, of a run in its folder."""
+    identity = {
+        "tunesmith": __version__,
+        "weights": weight_hash(loaded.source),
+        "tuned": _tuned_hash(loaded.run),
+        "dtype": loaded.dtype,
+        "device": loaded.hardware.name,
+        "template": loaded.chat.hash,
+        "variables": loaded.chat.variables,
+    }
+    asked = [questions.path if questions else None, sorted(part.name for part in parts)]
+    key = key_of(asked, settings.model_dump(mode="json"))[:12]
+    path = loaded.run.path / FOLDER / f".unfinished-{key}.jsonl" if loaded.run else None
+    journal = Journal(path, identity)
+    halving = Halving(lambda text: progress(text, 0, 1))
+
+    def subject(model: LoadedModel, base: bool = False) -> Subject:
+        return Subject(
+            "base" if base else "tuned",
+            model.forward,
+            model.tokenizer,
+            model.chat,
+            settings,
+            journal,
+            progress,
+            base and model.adapted,
+            halving,
+        )
+
+    return subject
+
+
+def _tuned_hash(run: RunFolder | None) -> str | None:
+    """Of the weights that a run trained."""
+    if run is None:
+        return None
+    folder = run.adapter_path if run.adapter_path.is_dir() else run.model_path
+    return key_of(*([file.name, sha256_file(file)] for file in sorted(folder.glob("*.safetensors"))))
 
 
 def summarize(
-    data: str,
-    rows: Sequence[Example],
-    tuned: Sequence[Generation],
-    base: Sequence[Generation] | None,
-    settings: EvaluationConfig,
+    questions: Questions | None, parts: Sequence[Part], asked: Asked, settings: EvaluationConfig
 ) -> dict[str, Any]:
-    """The evaluation as JSON: metrics with standard errors, the baseline's, the paired comparison of both, the settings to repeat it, every answer."""
+    """The evaluation as JSON: metrics with standard errors, the baseline's, their paired comparison, the settings to repeat it, every answer."""
+    results: dict[str, PartResult] = {
+        part.name: part.score(asked.tuned[part.name], asked.base[part.name] if asked.base is not None else None)
+        for part in parts
+    }
+    task = results["task"].details if "task" in results else {}
     return {
-        "task": Path(data).stem,
-        "n": len(tuned),
-        "metrics": _metrics(score(Path(data).stem, tuned)),
-        "baseline": _metrics(score(Path(data).stem, base)) if base is not None else None,
-        "comparison": {
-            name: {
-                "difference": found.value,
-                "stderr": found.stderr,
-                "p": found.p,
-                "test": found.test,
-                "verdict": found.verdict,
-            }
-            for name, found in differences(tuned, base).items()
-        }
-        if base is not None
+        "task": Path(questions.path).stem if questions else "-".join(results),
+        "task_kind": task.get("kind"),
+        "task_reason": task.get("reason"),
+        "n": len(questions.rows) if questions else max(m.n for one in results.values() for m in one.metrics.values()),
+        "metrics": {name: m.as_json() for one in results.values() for name, m in one.metrics.items()},
+        "baseline": {name: m.as_json() for one in results.values() for name, m in (one.baseline or {}).items()}
+        if asked.base is not None
+        else None,
+        "comparison": {name: d.as_json() for one in results.values() for name, d in one.comparison().items()}
+        if asked.base is not None
         else None,
         "gate": None,
-        "data": data,
-        "data_sha256": sha256_file(Path(data)),
-        "rows_in_file": len(rows),
-        "sample_seed": SAMPLE_SEED if len(tuned) < len(rows) else None,
+        **(
+            questions.facts()
+            if questions
+            else {"data": None, "data_sha256": None, "rows_in_file": None, "sample_seed": None}
+        ),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "settings": {"decoding": "greedy", **settings.model_dump(exclude={"generate", "samples"})},
-        "examples": [
-            {
-                "line": row.line,
-                "prompt": row.prompt,
-                "expected": row.expected,
-                "answer": row.answer,
-                "correct": row.correct,
-                "baseline_answer": base[index].answer if base is not None else None,
-                "baseline_correct": base[index].correct if base is not None else None,
-            }
-            for index, row in enumerate(tuned)
-        ],
+        "tunesmith": __version__,
+        "settings": {"decoding": "greedy", **settings.model_dump(mode="json", exclude={"generate", "samples"})},
+        "classes": task.get("classes"),
+        "parts": {name: dict(one.details) for name, one in results.items() if name != "task"},
+        "examples": task.get("examples", []),
     }
+
+
+def check_result(result: dict[str, Any], conditions: Sequence[Condition], run: RunFolder | None) -> None:
+    """Put `gate` into the result: whether all conditions hold, and what each needed. Raises ConfigError, RunError."""
+    if not conditions:
+        return
+    outcomes = check_gates(
+        conditions, result["metrics"], result["baseline"], lambda name: _metrics_of(_folder_of(name, run), result)
+    )
+    result["gate"] = {
+        "passed": all(outcome.passed for outcome in outcomes),
+        "conditions": [outcome.as_json() for outcome in outcomes],
+    }
+
+
+def _folder_of(name: str, run: RunFolder | None) -> RunFolder:
+    """The run that a gate names: a path, or the name of a folder beside the run. Raises RunError."""
+    places = [Path(name), *([run.path.parent / name] if run else []), Path("runs") / name]
+    for place in places:
+        if RunFolder.is_run(place):
+            return RunFolder.open(place)
+    raise RunError(f"gate: there is no run {name!r}; looked at {', '.join(map(str, places))}")
+
+
+def _metrics_of(run: RunFolder, result: Mapping[str, Any]) -> Metrics:
+    """The metrics of a run's newest evaluation on the same rows. Raises RunError if there is none."""
+    same = ("data_sha256", "n", "sample_seed")
+    found = [one for one in read_results(run) if all(one.get(key) == result[key] for key in same)]
+    if not found:
+        raise RunError(
+            f"gate: {run.path} was not evaluated on these rows ({result['data']}, {result['n']} of them); evaluate it first: "
+            f"tunesmith eval {run.path} --data {result['data']}"
+        )
+    newest: Metrics = max(found, key=lambda one: str(one.get("created")))["metrics"]
+    return newest
+
+
+def read_results(run: RunFolder) -> list[dict[str, Any]]:
+    """Every evaluation in a run's folder, in the order of file names. Raises RunError for a damaged file."""
+    return [run.read_json(f"{FOLDER}/{path.name}") for path in sorted((run.path / FOLDER).glob("[!.]*.json"))]
 
 
 def write_evaluation(run: RunFolder, result: dict[str, Any]) -> Path:
     """Write to RUN/evaluations/<task>.json, or <task>-2.json and so on: an earlier result is never overwritten."""
-    folder = run.path / "evaluations"
+    folder = run.path / FOLDER
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
     stem = re.sub(r"[^\w.-]+", "-", result["task"]) or "evaluation"
@@ -147,12 +303,15 @@ def write_evaluation(run: RunFolder, result: dict[str, Any]) -> Path:
     return path
 
 
+def _with_changes(settings: EvaluationConfig, changes: Mapping[str, Any]) -> EvaluationConfig:
+    """`settings` with the changed keys, of the judge's section too."""
+    judge = changes.get("judge")
+    found = settings.model_copy(update={key: value for key, value in changes.items() if key != "judge"})
+    return found if judge is None else found.model_copy(update={"judge": settings.judge.model_copy(update=judge)})
+
+
 def _changed_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
     """`changes`, validated. Raises ConfigError with a line for each that is wrong."""
     if "generate" in changes:
         raise ConfigError("evaluation.generate has no effect here: answers are always generated; remove it")
     return config_from_dict({"evaluation": dict(changes)}).evaluation.model_dump(exclude_unset=True)
-
-
-def _metrics(results: dict[str, EvalResult]) -> dict[str, dict[str, float]]:
-    return {name: {"value": result.value, "stderr": result.stderr} for name, result in results.items()}

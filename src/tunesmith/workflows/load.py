@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,9 +19,13 @@ from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
+from tunesmith.version import __version__
 
 TEMPLATE_NAME = "chat_template.jinja"
 """Beside an adapter: the template that it was trained with. transformers has the same name for it."""
+
+RECORD_NAME = "tunesmith.json"
+"""Beside an adapter: the base that it was trained on, with the hash of its weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +51,15 @@ def load(
     base: bool = False,
     progress: Progress = no_progress,
     check: Callable[[ChatFormat], object] = lambda chat: None,
+    force: bool = False,
 ) -> LoadedModel:
     """Load `target`: a run folder, a PEFT adapter folder, a model folder, a .gguf file or a hub id.
 
     `model` overrides the base of an adapter. A QLoRA run's base is quantized as in training unless `quantized` is False.
     With `base`, a run's base is loaded as the run had it at its start, with the same settings and chat template; an
     adapter folder's own `chat_template.jinja` applies. `check` sees the chat format before the weights are fetched and
-    read, and may raise. Raises ModelError, RunError or MachineError; a run whose base has other weights than it was
-    trained on is refused.
+    read, and may raise. Raises ModelError, RunError or MachineError; a base with other weights than the run or the adapter was
+    trained on is refused, unless `force`: then `progress` is told.
     """
     path, target, model = Path(target), str(target), str(model) if model else None
     run = RunFolder.open(path) if RunFolder.is_run(path) else None
@@ -94,8 +100,8 @@ def load(
         chat = chat_format(tokenizer, config, run)
     check(chat)
     source = fetch_weights(source, settings)
-    if run and (adapter or base):
-        _check_base(run, source)
+    if adapter or (run and base):
+        _check_base(run, adapter, source, progress if force else None)
     progress("loading the model", 0, 1)
     quantization: QuantizationConfig | None = config.quantization if config.method == "qlora" and quantized else None
     loaded: Any = load_model(source, settings, hardware, computes, quantization)
@@ -147,11 +153,35 @@ def _finished(run: RunFolder, folder: Path) -> Path:
     return folder
 
 
-def _check_base(run: RunFolder, source: ModelSource) -> None:
-    trained_on = run.metadata.get("model", {}).get("weight_hash")
-    found = weight_hash(source)
-    if trained_on and trained_on != found:
+def base_record(name: str, weights: str) -> dict[str, Any]:
+    """What stands in `RECORD_NAME` beside an adapter."""
+    return {"tunesmith": __version__, "base": {"name": name, "weight_hash": weights}}
+
+
+def _trained_on(run: RunFolder | None, adapter: Path | None) -> str | None:
+    """The hash of the base's weights that a run, or a lone adapter's record, has; None where neither says."""
+    if run is not None:
+        return run.metadata.get("model", {}).get("weight_hash")
+    record = adapter / RECORD_NAME if adapter else None
+    if record is None or not record.is_file():
+        return None
+    try:
+        found: str = json.loads(record.read_text(encoding="utf-8"))["base"]["weight_hash"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{record}: cannot be read ({error}); restore it, or remove it to load on any base") from None
+    return found
+
+
+def _check_base(run: RunFolder | None, adapter: Path | None, source: ModelSource, forced: Progress | None) -> None:
+    trained_on = _trained_on(run, adapter)
+    if trained_on is None or trained_on == (found := weight_hash(source)):
+        return
+    said = (
+        f"{source.name}: its weights (sha256 {found[:12]}) are not those that {run.path if run else adapter} was trained on "
+        f"({trained_on[:12]})"
+    )
+    if forced is None:
         raise ModelError(
-            f"{source.name}: its weights (sha256 {found[:12]}) are not those that {run.path} was trained on "
-            f"({trained_on[:12]}); pass the right base with --model"
+            f"{said}; pass the right base with --model (`tunesmith eval --force` measures this one all the same)"
         )
+    forced(f"{said}; forced", 0, 1)

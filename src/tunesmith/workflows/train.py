@@ -1,8 +1,8 @@
 """Train a run from its configuration, or go on with one: check everything, load, train, save, report.
 
 `start` and `restart` do all that can fail early, in the order of what it costs: settings, rows, the model's small files,
-tokens, then the weights.
-`TrainingSession.run` trains.
+tokens (so far `check`), then the weights.
+`TrainingSession.train` trains.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from tunesmith.config import RunConfig
+from tunesmith.config import ModelConfig, QuantizationConfig, RunConfig
 from tunesmith.data.batches import StepOrder, num_steps
 from tunesmith.data.chat import ChatFormat
 from tunesmith.data.pairs import PairStore
 from tunesmith.errors import ConfigError, MachineError, RunError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
-from tunesmith.evaluation.metrics import score
+from tunesmith.evaluation.tasks import find_training_task, generated_metrics, judged, score_answers
 from tunesmith.files import atomic_folder, disk_errors, write_atomic, write_json
 from tunesmith.hardware import (
     ComputeDType,
@@ -81,12 +81,15 @@ from tunesmith.types import (
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.dry_step import DryStep, calibrated
 from tunesmith.workflows.lineage import refuse_changed, run_metadata
-from tunesmith.workflows.load import TEMPLATE_NAME, chat_format, tokenizer_source
+from tunesmith.workflows.load import RECORD_NAME, TEMPLATE_NAME, base_record, chat_format, tokenizer_source
 from tunesmith.workflows.measure import StepTimes, keep_measured
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 from tunesmith.workflows.rules import settings_warnings
 from tunesmith.workflows.run_plan import RunPlan, limit_memory, plan_run, refuse_what_cannot_fit
 from tunesmith.workflows.setups import training_dtype
+
+LoadBase = Callable[[ModelSource, ModelConfig, Hardware, ComputeDType, QuantizationConfig | None], Any]
+"""Loads a base as `load_model` does. Several runs over one base can share it (workflows/shared_base.py)."""
 
 
 def no_event(event: Event) -> None:
@@ -116,7 +119,7 @@ class TrainingSession:
     def train(self, sink: EventSink = no_event, progress: Progress = no_progress) -> TrainResult:
         """Train to the end, save the result, write metrics.json. Events go to events.jsonl and to `sink`."""
         with (
-            _locked(self.run),
+            locked(self.run.path, "another process is training this run"),
             self.run.event_log() as write,
             tracking(self.config, self.run) as track,
             stop_on_signal() as stop,
@@ -224,6 +227,7 @@ class TrainingSession:
         config = self.config
         asked = config.evaluation.max_rows if config.evaluation.generate else config.evaluation.samples
         questions = sample_rows(self.data.eval_rows, asked)
+        task = find_training_task(self.data.eval_rows, config.evaluation) if config.evaluation.generate else None
         now, crowded = 0, False
 
         def warn(text: str) -> None:
@@ -273,8 +277,8 @@ class TrainingSession:
                     f"evaluating step {step}",
                     for_answers,
                 )
-                if config.evaluation.generate:
-                    values |= {name: result.value for name, result in score("eval", rows).items()}
+                if task is not None:
+                    values |= {name: one.value for name, one in score_answers(task, judged(task, rows)).items()}
                 for row in rows[: config.evaluation.samples]:
                     log({"event": "sample", "step": step, **asdict(row)})
             return values
@@ -290,6 +294,8 @@ class TrainingSession:
                 if self.saves_tokenizer:
                     self.tokenizer.save_pretrained(folder)
                 write_atomic(folder / TEMPLATE_NAME, self.chat.template)
+                model = self.run.metadata["model"]
+                write_json(folder / RECORD_NAME, base_record(model["name"], model["weight_hash"]))
             return
         dtype = torch_dtype(self.forward.dtype)
         converted: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay tied
@@ -351,23 +357,46 @@ class TrainingSession:
         }
 
 
-def start(config: RunConfig, out: Path | None = None, progress: Progress = no_progress) -> TrainingSession:
-    """Check everything about a new run, load it, and make its folder. Raises UserError or MachineError."""
-    config = _with_absolute_paths(config.resolved())
+def start(
+    config: RunConfig, out: Path | None = None, progress: Progress = no_progress, load_base: LoadBase | None = None
+) -> TrainingSession:
+    """Check everything about a new run, load it (with `load_base`, else `load_model`), and make its folder.
+
+    Raises UserError or MachineError.
+    """
+    config = with_absolute_paths(config.resolved())
     path = out or default_run_path(config)
     RunFolder.refuse_existing(path)
-    return _build(config, path, None, progress)
+    return _build(config, path, None, progress, load_base)
 
 
-def restart(path: Path, progress: Progress = no_progress) -> TrainingSession:
+def restart(path: Path, progress: Progress = no_progress, load_base: LoadBase | None = None) -> TrainingSession:
     """Load a run to go on with it from its newest checkpoint. Refused if its data or base has changed since."""
     run = RunFolder.open(path)
     if run.metrics:
         raise RunError(f"{path}: this run is finished ({run.metrics['steps']} steps); there is nothing to resume")
-    return _build(run.config, path, run, progress)
+    return _build(run.config, path, run, progress, load_base)
 
 
-def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: Progress) -> TrainingSession:
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What is known of a run before its model's weights are fetched and read."""
+
+    hardware: Hardware
+    dtype: ComputeDType
+    source: ModelSource
+    tokenizer: Any
+    saves_tokenizer: bool
+    new_ids: Sequence[int]
+    chat: ChatFormat
+    data: RunData
+
+
+def check(config: RunConfig, existing: RunFolder | None = None, progress: Progress = no_progress) -> Checked:
+    """All that can be found wrong with a run, or with going on with `existing`, before weights are read.
+
+    Writes into `config` what `model.dtype: auto` means here. Raises UserError or MachineError.
+    """
     _check_settings(config)
     trackers_of(config)
     hardware = probe(config.model.device)
@@ -385,7 +414,16 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     data = tokenize_rows(config, chat, rows, progress, source.context_length)
     data.notes.extend(_never_seen(config.adapter.new_tokens, new_ids, data.train))
     refuse_what_cannot_fit(config, source.config, hardware, dtype, data.train)
-    source = fetch_weights(source, config.model)
+    saves_tokenizer = bool(new_ids) or with_tokenizer is not source
+    return Checked(hardware, dtype, source, tokenizer, saves_tokenizer, new_ids, chat, data)
+
+
+def _build(
+    config: RunConfig, path: Path, existing: RunFolder | None, progress: Progress, load_base: LoadBase | None
+) -> TrainingSession:
+    known = check(config, existing, progress)
+    hardware, dtype, data = known.hardware, known.dtype, known.data
+    source = fetch_weights(known.source, config.model)
     config.model.revision = source.revision  # what a branch meant when it began
     base_hash = weight_hash(source)
     if existing:
@@ -394,29 +432,32 @@ def _build(config: RunConfig, path: Path, existing: RunFolder | None, progress: 
     progress("loading the model", 0, 1)
     limit_memory(config, hardware)
     torch.manual_seed(config.training.seed)
-    model = _load_trainable(config, source, hardware, dtype, new_ids)
+    model = _load_trainable(config, source, hardware, dtype, known.new_ids, load_base or load_model)
     data.notes.extend(filter(None, [unquantized_experts(model), misread_on_cpu(model), _left_out(config, model)]))
     progress("loading the model", 1, 1)
     forward = ModelForward(model, hardware.device, dtype)
     _check_disk(path, model, config)
-    ready = make_ready(config, forward, hardware, data.train, pad_token(tokenizer))
+    ready = make_ready(config, forward, hardware, data.train, pad_token(known.tokenizer))
     run = existing or RunFolder.create(
-        path, config, run_metadata(config, source, base_hash, chat, data, hardware, forward), chat.raw_template
+        path,
+        config,
+        run_metadata(config, source, base_hash, known.chat, data, hardware, forward),
+        known.chat.raw_template,
     )
     return TrainingSession(
         config=config,
         run=run,
         data=data,
         source=source,
-        tokenizer=tokenizer,
-        chat=chat,
+        tokenizer=known.tokenizer,
+        chat=known.chat,
         hardware=hardware,
         forward=forward,
         objective=ready.objective,
         optimizer=ready.optimizer,
         plan=ready.plan,
         resumed=existing is not None,
-        saves_tokenizer=bool(new_ids) or with_tokenizer is not source,
+        saves_tokenizer=known.saves_tokenizer,
         engine_notes=ready.engine_notes,
         calibration=ready.calibration,
     )
@@ -466,7 +507,7 @@ def pad_token(tokenizer: Any) -> int:
     return int(pad if pad is not None else tokenizer.eos_token_id)
 
 
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
+def with_absolute_paths(config: RunConfig) -> RunConfig:
     """A run must be usable from any folder: paths that exist are written out whole. Hub ids stay as they are."""
     paths = (
         ("model", "name"), ("data", "path"), ("data", "eval_path"), ("data", "general_path"), ("adapter", "init_from"),
@@ -497,26 +538,31 @@ def _check_settings(config: RunConfig) -> None:
     known = ["eval_loss", *(["perplexity"] if config.objective.name == "cpt" else [])] if held_out else []
     known += [f"eval_{name}" for name in METRICS[config.objective.name]] if held_out else []
     known += ["general_loss", "general_perplexity"] if config.data.general_path else []
-    known += ["accuracy", "exact_match"] if config.evaluation.generate else []
+    known += generated_metrics(config.evaluation.task) if config.evaluation.generate else []
     if metric is not None and metric not in known:
-        hint = "; set evaluation.generate: true for accuracy" if metric in ("accuracy", "exact_match") else ""
+        hint = "; set evaluation.generate: true for accuracy" if metric in generated_metrics("auto") else ""
         problems.append(f"training.early_stopping.metric is {metric!r}: this run evaluates {', '.join(known)}{hint}")
     if problems:
         raise ConfigError(problems)
 
 
 def _load_trainable(
-    config: RunConfig, source: ModelSource, hardware: Hardware, dtype: ComputeDType, new_ids: Sequence[int]
+    config: RunConfig,
+    source: ModelSource,
+    hardware: Hardware,
+    dtype: ComputeDType,
+    new_ids: Sequence[int],
+    load_base: LoadBase,
 ) -> Any:
     """The model with its trainable weights in fp32: an adapter over a frozen base, or the whole model, which may be in bf16."""
     if config.method == "full" and config.optimizer.weights_dtype == "bf16":
-        return load_model(source, config.model, hardware, "bf16")
+        return load_base(source, config.model, hardware, "bf16", None)
     if config.method == "full":
-        model = load_model(source, config.model, hardware, "fp32")
+        model = load_base(source, config.model, hardware, "fp32", None)
         keep_trainable_in_fp32(model)
         return model
     quantization = config.quantization if config.method == "qlora" else None
-    model = load_model(source, config.model, hardware, dtype, quantization)
+    model = load_base(source, config.model, hardware, dtype, quantization)
     # A hub id stays one; a folder is recorded by its absolute path (for a GGUF file, where its safetensors are).
     base_name = source.name if source.revision else str(source.path.absolute())
     return add_adapter(model, config.adapter, base_name, new_ids, source.path)
@@ -561,15 +607,18 @@ def _check_disk(path: Path, model: Any, config: RunConfig) -> None:
 
 
 @contextmanager
-def _locked(run: RunFolder) -> Iterator[None]:
-    """Hold the run: two processes that train it would write over each other. The system frees it when we die."""
-    with disk_errors(run.path):
-        lock = (run.path / ".lock").open("w")
+def locked(folder: Path, otherwise: str) -> Iterator[None]:
+    """Hold a folder: two processes that work in it would write over each other. The system frees it when we die.
+
+    Raises RunError that says `otherwise` where another process holds it.
+    """
+    with disk_errors(folder):
+        lock = (folder / ".lock").open("w")
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RunError(f"{run.path}: another process is training this run") from None
+            raise RunError(f"{folder}: {otherwise}") from None
         file.write(str(os.getpid()))
         file.flush()
         yield

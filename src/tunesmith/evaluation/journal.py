@@ -1,0 +1,63 @@
+"""What models said during an evaluation that is not finished, so that an interrupted one goes on where it stopped.
+
+A JSON Lines file. Its first line says of what (weights, settings, versions): a file of anything else is begun anew. Each further line is one
+answer under its key, the SHA-256 of who was asked what with which limit. Lines are flushed as they come; a cut last line is dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from tunesmith.files import disk_errors
+
+
+def key_of(*asked: Any) -> str:
+    """The key of a question: any JSON values."""
+    return hashlib.sha256(json.dumps(asked, separators=(",", ":")).encode()).hexdigest()
+
+
+class Journal:
+    """Answers by key, kept in the file `path` (None: in memory alone). A context: left without an error, the file is removed."""
+
+    def __init__(self, path: Path | None = None, identity: Mapping[str, Any] | None = None):
+        self.path = path
+        self.known: dict[str, Any] = {}
+        self._file: IO[str] | None = None
+        if path is None:
+            return
+        header = json.dumps({"journal": dict(identity or {})}, sort_keys=True)
+        with disk_errors(path.parent):
+            path.parent.mkdir(exist_ok=True)
+        with disk_errors(path):
+            whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a cut line has no end
+            if whole[:1] != [header]:
+                whole = [header]
+            for line in whole[1:]:
+                key, value = json.loads(line)
+                self.known[key] = value
+            self._file = path.open("w", encoding="utf-8")
+            self._file.write("".join(f"{line}\n" for line in whole))
+            self._file.flush()
+
+    def add(self, answers: Mapping[str, Any]) -> None:
+        """Keep answers by key."""
+        self.known.update(answers)
+        if self._file is not None and self.path is not None:
+            with disk_errors(self.path):
+                self._file.write("".join(f"{json.dumps([key, value])}\n" for key, value in answers.items()))
+                self._file.flush()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Close the file; remove it when the evaluation is written, keep it when it was interrupted or failed."""
+        if self._file is not None and self.path is not None:
+            self._file.close()
+            self._file = None
+            if kind is None:
+                self.path.unlink(missing_ok=True)

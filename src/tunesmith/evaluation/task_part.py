@@ -1,0 +1,215 @@
+"""The user's own questions as a part of an evaluation: asked or scored as their task needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tunesmith.data.chat import ChatFormat
+from tunesmith.errors import DataError
+from tunesmith.evaluation.answers import check_questions, encode_questions, generations
+from tunesmith.evaluation.labels import Labels
+from tunesmith.evaluation.metrics import normalize
+from tunesmith.evaluation.parts import PartResult
+from tunesmith.evaluation.statistics import Difference, Measured, Scores
+from tunesmith.evaluation.subject import Subject
+from tunesmith.evaluation.tasks import Task, judged, score_answers
+from tunesmith.models.likelihood import Likelihood
+from tunesmith.types import Example, Generation, Message
+
+MAX_CHOICES = 200
+"""Answers that a row may be scored with; a file of more different answers is no choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextLoss:
+    """One text's loss: the sum over its tokens in nats, how many were predicted, and their bytes in UTF-8."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskPart:
+    """`examples` as the task `task`. Texts are cut into windows of `window` tokens."""
+
+    task: Task
+    examples: Sequence[Example]
+    window: int = 2048
+    name: str = "task"
+
+    def check(self, chat: ChatFormat) -> None:
+        """Every row can be asked. Raises DataError."""
+        if self.task.kind == "perplexity":
+            self._texts(chat)
+            return
+        check_questions(self.examples)
+        encode_questions(chat, self.examples)
+        if self.task.kind == "choice":
+            self._choices()
+
+    def ask(self, subject: Subject) -> list[Generation] | list[TextLoss]:
+        """Rows with what the model made of them."""
+        whose = f"answers of the {subject.name} model"
+        if self.task.kind == "perplexity":
+            return self._text_losses(subject)
+        if self.task.kind == "choice":
+            return self._chosen(subject)
+        texts = subject.generate(encode_questions(subject.chat, self.examples), whose)
+        return judged(self.task, generations(self.examples, texts))
+
+    def score(self, tuned: Any, base: Any | None) -> PartResult:
+        """The task's metrics. `details`: kind, reason, classes, examples."""
+        of = text_loss_scores if self.task.kind == "perplexity" else self._scores
+        after, before = of(tuned), of(base) if base is not None else None
+        return PartResult(
+            measured_of(after),
+            measured_of(before) if before is not None else None,
+            differences_of(after, before) if before is not None else {},
+            {
+                "kind": self.task.kind,
+                "reason": self.task.reason,
+                "classes": self._classes(tuned, base) if self.task.kind == "label" else None,
+                "examples": _loss_rows(tuned, base) if self.task.kind == "perplexity" else _answer_rows(tuned, base),
+            },
+        )
+
+    def _scores(self, rows: Sequence[Generation]) -> dict[str, Scores]:
+        return score_answers(self.task, rows)
+
+    def _classes(self, tuned: Sequence[Generation], base: Sequence[Generation] | None) -> dict[str, Any]:
+        before = Labels(base, normalize).report() if base is not None else None
+        return {"tuned": Labels(tuned, normalize).report(), "baseline": before}
+
+    # -- choices ------------------------------------------------------------------------------------------------------
+
+    def _choices(self) -> list[tuple[str, ...]]:
+        """What each row may be answered with: its own choices, or every answer that the file has."""
+        texts: dict[str, None] = {}
+        for example in self.examples:
+            assert example.messages is not None
+            texts.setdefault(example.messages[-1].content)
+        if not all(example.choices for example in self.examples) and len(texts) > MAX_CHOICES:
+            raise DataError(
+                f"the rows have no choices and {len(texts)} different answers: a choice is between {MAX_CHOICES} at most; "
+                "name another task"
+            )
+        return [example.choices or tuple(texts) for example in self.examples]
+
+    def _chosen(self, subject: Subject) -> list[Generation]:
+        """The likeliest choice of each row: the log-probability of its tokens, the end of the turn among them, as in training."""
+        choices = self._choices()
+        rows = [
+            replace(example, messages=(*example.messages[:-1], Message("assistant", choice)))
+            for example, of_row in zip(self.examples, choices, strict=True)
+            if example.messages is not None
+            for choice in of_row
+        ]
+        requests = []
+        for encoded in subject.chat.encode(rows, train_on="last"):
+            ids, targets = encoded.input_ids.tolist(), np.flatnonzero(encoded.loss_mask)
+            requests.append((ids[: targets[0]], ids[targets[0] : targets[-1] + 1]))
+        found = iter(subject.log_likelihoods(requests, f"choices of the {subject.name} model"))
+        answers = []
+        for of_row in choices:
+            totals = [next(found).total for _ in of_row]
+            answers.append(of_row[totals.index(max(totals))])
+        return judged(self.task, generations(self.examples, answers))
+
+    # -- texts --------------------------------------------------------------------------------------------------------
+
+    def _texts(self, chat: ChatFormat) -> list[list[int]]:
+        """The token ids of each row: a text, or a conversation as it is trained on."""
+        texts = [encoded.input_ids.tolist() for encoded in chat.encode(self.examples)]
+        short = [
+            f"{example.where}: one token has no loss"
+            for example, ids in zip(self.examples, texts, strict=True)
+            if len(ids) < 2
+        ]
+        if short:
+            raise DataError(short)
+        return texts
+
+    def _text_losses(self, subject: Subject) -> list[TextLoss]:
+        """Each window's first token is read and not predicted."""
+        texts = self._texts(subject.chat)
+        windows = [
+            [ids[start : start + self.window] for start in range(0, len(ids) - 1, self.window - 1)] for ids in texts
+        ]
+        requests = [(window[:1], window[1:]) for of_text in windows for window in of_text]
+        found = iter(subject.log_likelihoods(requests, f"texts under the {subject.name} model"))
+        losses = []
+        for example, ids, of_text in zip(self.examples, texts, windows, strict=True):
+            parts: list[Likelihood] = [next(found) for _ in of_text]
+            predicted = subject.tokenizer.decode(ids[1:])
+            losses.append(
+                TextLoss(
+                    -math.fsum(part.total for part in parts),
+                    sum(part.tokens for part in parts),
+                    len(predicted.encode()),
+                    example.line,
+                )
+            )
+        return losses
+
+
+def measured_of(scores: dict[str, Scores]) -> dict[str, Measured]:
+    """Each metric with its error."""
+    return {name: one.measured() for name, one in scores.items()}
+
+
+def differences_of(tuned: dict[str, Scores], base: dict[str, Scores]) -> dict[str, Difference]:
+    """Each metric that both have, tuned minus base."""
+    return {name: one.minus(base[name]) for name, one in tuned.items() if name in base}
+
+
+def text_loss_scores(rows: Sequence[TextLoss]) -> dict[str, Scores]:
+    """`loss` (nats a token), `perplexity` (its exponential) and `bits_per_byte`, which compares models with other tokenizers."""
+    nats = np.array([row.nats for row in rows])
+    tokens = np.array([row.tokens for row in rows])
+    size = np.array([max(1, row.bytes) for row in rows])
+
+    def loss(sample: NDArray[np.int64]) -> float:
+        return float(nats[sample].sum() / tokens[sample].sum())
+
+    def bits(sample: NDArray[np.int64]) -> float:
+        return float(nats[sample].sum() / math.log(2) / size[sample].sum())
+
+    def of(statistic: Callable[[NDArray[np.int64]], float]) -> Scores:
+        return Scores(len(rows), of=statistic, higher_is_better=False, share=False)
+
+    return {"loss": of(loss), "perplexity": of(lambda s: math.exp(min(loss(s), 700.0))), "bits_per_byte": of(bits)}
+
+
+def _answer_rows(tuned: Sequence[Generation], base: Sequence[Generation] | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "line": row.line,
+            "prompt": row.prompt,
+            "expected": row.expected,
+            "answer": row.answer,
+            "correct": row.correct,
+            "baseline_answer": base[index].answer if base is not None else None,
+            "baseline_correct": base[index].correct if base is not None else None,
+        }
+        for index, row in enumerate(tuned)
+    ]
+
+
+def _loss_rows(tuned: Sequence[TextLoss], base: Sequence[TextLoss] | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "line": row.line,
+            "tokens": row.tokens,
+            "loss": row.nats / row.tokens,
+            "baseline_loss": base[index].nats / base[index].tokens if base is not None else None,
+        }
+        for index, row in enumerate(tuned)
+    ]

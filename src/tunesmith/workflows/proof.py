@@ -1,0 +1,73 @@
+"""Proof of concept: train on a few hundred rows first, and on all of them only if that made the model better.
+
+The sample is drawn with the run's seed (`data.max_rows`), every other setting is the full run's. Its run stands beside the full one, in
+FOLDER-poc, and stays there whatever comes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.config import RunConfig
+from tunesmith.errors import ConfigError, VerificationError
+from tunesmith.evaluation.gates import parse_gates
+from tunesmith.report import write_report
+from tunesmith.runs import RunFolder, default_run_path
+from tunesmith.types import EventSink, Progress
+from tunesmith.workflows.evaluate import Questions, evaluate
+from tunesmith.workflows.train import start
+
+DEFAULT_STEP = "5pt"
+"""How many points better than the base the sample must make the task's main metric."""
+
+DEFAULT_FACTOR = 0.95
+"""Of the loss of plain text, which has no points."""
+
+
+def prove(
+    config: RunConfig,
+    rows: int,
+    gates: Sequence[str],
+    out: Path | None,
+    sink: EventSink,
+    progress: Progress,
+) -> tuple[Path, dict[str, Any]]:
+    """Train on `rows` rows and evaluate that on `data.eval_path` against the base.
+
+    Returns the full run's folder to be, and the evaluation. Raises ConfigError without held-out data, and VerificationError, with
+    what was measured, if a gate fails (default: the task's main metric 5 points above the base's).
+    """
+    if not config.data.eval_path:
+        raise ConfigError(
+            "a proof of concept needs held-out data that it is measured on: pass --eval-data, or set data.eval_path"
+        )
+    parse_gates(gates)
+    held_out = str(config.data.eval_path)
+    task = Questions.read(held_out, config, config.evaluation).task
+    folder = out or default_run_path(config)
+    small = config.model_copy(deep=True)
+    small.data.max_rows = min(rows, config.data.max_rows or rows)
+    result = start(small, folder.with_name(f"{folder.name}-poc"), progress).train(sink, progress)
+    default = (
+        f"loss <= baseline * {DEFAULT_FACTOR}"
+        if task.main_metric == "loss"
+        else f"{task.main_metric} >= baseline + {DEFAULT_STEP}"
+    )
+    found = evaluate(result.run, held_out, gates=list(gates) or [default], progress=progress)
+    report = write_report(RunFolder.open(result.run))
+    if not found["gate"]["passed"]:
+        raise VerificationError(
+            f"the proof of concept on {small.data.max_rows} rows failed ({_outcome(found)}); the full run was not started. "
+            f"{report} shows its answers"
+        )
+    return folder, found
+
+
+def _outcome(found: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{one['condition']}: {one['value']:.4g}, needed {one['sign']} {one['needed']:.4g}"
+        for one in found["gate"]["conditions"]
+        if not one["passed"]
+    )
