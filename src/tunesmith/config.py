@@ -375,8 +375,8 @@ class EvaluationConfig(Section):
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 64
     """Longest generated answer."""
-    batch_size: Annotated[int, Field(ge=1)] = 16
-    """Prompts generated at once."""
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Prompts generated at once. `auto`: 16 on the CPU, on a GPU as many as half of its free memory holds, at most 1,024."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
     """Generate answers to this many rows at most: a fixed sample, the same at every evaluation. `eval_loss` uses every row."""
     samples: Annotated[int, Field(ge=0)] = 0
