@@ -28,6 +28,8 @@ COMMANDS = (
     "merge",
     "report",
     "doctor",
+    "compare",
+    "sweep",
     "advise",
     "plan",
     "bench",

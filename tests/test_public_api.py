@@ -16,6 +16,7 @@ from tunesmith import errors
 NAMES = [
     "RunConfig",
     "check_data",
+    "compare",
     "data_stats",
     "evaluate",
     "fuse",
@@ -27,6 +28,7 @@ NAMES = [
     "reply",
     "resume",
     "split_data",
+    "sweep",
     "train",
     "unfuse",
     "write_report",

@@ -24,7 +24,9 @@ def tiny_base(factory: pytest.TempPathFactory, hidden: int = 32) -> Path:
 
 def tiny_data(factory: pytest.TempPathFactory) -> Path:
     """The file that the runs were trained on: `ROWS` questions of unequal length."""
-    return write_jsonl(factory.getbasetemp() / "trained" / "bins.jsonl", chat_rows(ROWS))
+    folder = factory.getbasetemp() / "trained"
+    folder.mkdir(exist_ok=True)
+    return write_jsonl(folder / "bins.jsonl", chat_rows(ROWS))
 
 
 def tiny_run(factory: pytest.TempPathFactory, method: str = "lora", **values: Any) -> Path:

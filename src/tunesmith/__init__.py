@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from tunesmith.api import compare as compare
     from tunesmith.api import evaluate as evaluate
     from tunesmith.api import fuse as fuse
     from tunesmith.api import load as load
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from tunesmith.api import quickstart as quickstart
     from tunesmith.api import reply as reply
     from tunesmith.api import resume as resume
+    from tunesmith.api import sweep as sweep
     from tunesmith.api import train as train
     from tunesmith.api import unfuse as unfuse
     from tunesmith.api import write_report as write_report
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "RunConfig": "tunesmith.config",
     "load_config": "tunesmith.config",
+    "compare": "tunesmith.api",
     "evaluate": "tunesmith.api",
     "fuse": "tunesmith.api",
     "load": "tunesmith.api",
@@ -39,6 +42,7 @@ _HOMES = {
     "quickstart": "tunesmith.api",
     "reply": "tunesmith.api",
     "resume": "tunesmith.api",
+    "sweep": "tunesmith.api",
     "train": "tunesmith.api",
     "unfuse": "tunesmith.api",
     "write_report": "tunesmith.api",

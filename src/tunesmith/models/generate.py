@@ -116,7 +116,7 @@ def generate_greedy(
     decoder = _static_decoder(forward, ends, decoding, halving.warn)
     size = batch_size_for(forward, batch_size, max(map(len, prompts)), max_new_tokens, in_parts=decoder is not None)
     answers: list[list[int]] = [[] for _ in prompts]
-    shared = shared_prefix(prompts) if _can_share(forward) else 0
+    shared = shared_prefix(prompts) if can_share_prefix(forward) else 0
     prefix = None
     done = 0
 
@@ -282,7 +282,7 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def _can_share(forward: ModelForward) -> bool:
+def can_share_prefix(forward: ModelForward) -> bool:
     """Padding behind the prefix would count towards a sliding window, and recurrent states cannot skip it."""
     config = forward.base.config.get_text_config()
     layers = getattr(config, "layer_types", None) or ["full_attention"]

@@ -22,10 +22,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from tunesmith.errors import MachineError, ModelError
-from tunesmith.models.generate import _can_share, shared_prefix
+from tunesmith.models.generate import batch_size_for, can_share_prefix, shared_prefix
 from tunesmith.out_of_memory import Halving, OutOfMemory, within_memory
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Likelihood:
 def log_likelihoods(
     forward: ModelForward,
     requests: Sequence[Request],
-    batch_size: int,
+    batch_size: int | Literal["auto"],
     on_progress: Callable[[int], None] = lambda done: None,
     halving: Halving | None = None,
 ) -> list[Likelihood]:
@@ -68,7 +68,7 @@ def log_likelihoods(
 
     An empty context is replaced by the model's beginning-of-sequence token, or its end-of-sequence token where it has none:
     nothing else could predict the first token. An empty continuation has the log-probability 0. `batch_size` is how many
-    rows are run at once. `on_progress` is called with the number of requests done after each batch. Results depend on how
+    rows are run at once (`auto`: generate.batch_size_for). `on_progress` is called with the number of requests done after each batch. Results depend on how
     requests are batched by rounding alone. A batch that runs out of memory is halved, which `halving` remembers. Raises
     MachineError when one request is too much, ModelError for an empty context of a model without either token.
     """
@@ -77,14 +77,15 @@ def log_likelihoods(
     whole = [(tuple(context) or start_token(forward), tuple(continuation)) for context, continuation in requests]
     found = [Likelihood(0.0, 0, True, 0) for _ in whole]
     asked = [index for index, (_, continuation) in enumerate(whole) if continuation]
-    cached = _can_share(forward)
+    cached = can_share_prefix(forward)
     # Longest first: what does not fit shows at once, and rows of about one length are read together.
     longest: dict[Tokens, int] = {}
     for index in asked:
         context, continuation = whole[index]
         longest[context] = max(longest.get(context, 0), len(context) + len(continuation))
     order = sorted(asked, key=lambda index: (-longest[whole[index][0]], whole[index][0], -len(whole[index][1])))
-    chunks = _chunks(order, whole, batch_size)
+    size = batch_size_for(forward, batch_size, max(longest.values(), default=1))
+    chunks = _chunks(order, whole, size)
     shared = shared_prefix(list({whole[index][0] for index in asked})) if cached else 0
     prefix = None
     done = len(whole) - len(asked)
