@@ -55,7 +55,6 @@ def configuration(model: str, data: Path, seed: int, changes: list[str]) -> RunC
         "training.log_every": 50,
         "training.seed": seed,
         "evaluation.max_new_tokens": 24,
-        "evaluation.batch_size": 512,
     }
     return load_config(None, changes, values)
 
@@ -74,7 +73,7 @@ def measure(name: str, config: RunConfig, data: Path, run: Path) -> dict[str, An
     """Train one setting, and score it with the model that comes out of the training."""
     from tunesmith.data.formats import read_examples
     from tunesmith.evaluation.answers import generate_answers
-    from tunesmith.evaluation.metrics import score
+    from tunesmith.evaluation.statistics import mean
     from tunesmith.files import sha256_file
     from tunesmith.workflows.train import start
 
@@ -83,7 +82,7 @@ def measure(name: str, config: RunConfig, data: Path, run: Path) -> dict[str, An
     began = time.perf_counter()
     rows = read_examples(data / "test.jsonl").examples
     answers = generate_answers(session.forward, session.tokenizer, session.chat, rows, config.evaluation)
-    accuracy = score("banking77", answers)["accuracy"]
+    accuracy = mean([float(row.correct) for row in answers])
     weights = session.run.path / ("model" if config.method == "full" else "adapter")
     metadata = session.run.metadata
     return {

@@ -15,7 +15,7 @@ from pathlib import Path
 from tunesmith.config import load_config
 from tunesmith.data.formats import read_examples
 from tunesmith.evaluation.answers import generate_answers
-from tunesmith.evaluation.metrics import score
+from tunesmith.evaluation.statistics import mean
 from tunesmith.workflows.quickstart import files
 from tunesmith.workflows.train import start
 
@@ -40,7 +40,7 @@ def accuracy(model: str, run: Path, lr: float, rows: int, seed: int) -> tuple[fl
     loss = session.train().metrics["train_loss"]
     questions = read_examples(folder / "test.jsonl").examples
     answers = generate_answers(session.forward, session.tokenizer, session.chat, questions, config.evaluation)
-    return score("ten intents", answers)["accuracy"].value, loss
+    return mean([float(row.correct) for row in answers]).value, loss
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ import torch
 from tunesmith.config import load_config
 from tunesmith.data.formats import read_examples
 from tunesmith.evaluation.answers import generate_answers
-from tunesmith.evaluation.metrics import score
+from tunesmith.evaluation.statistics import mean
 from tunesmith.workflows.quickstart import files
 from tunesmith.workflows.train import start
 
@@ -66,7 +66,7 @@ def measure(name: str, model: str, out: Path) -> dict[str, Any]:
     began = time.perf_counter()
     answers = generate_answers(session.forward, session.tokenizer, session.chat, rows, config.evaluation)
     seconds = time.perf_counter() - began
-    accuracy = score("ten intents", answers)["accuracy"]
+    accuracy = mean([float(row.correct) for row in answers])
     return {
         "setting": name,
         "accuracy": accuracy.value,

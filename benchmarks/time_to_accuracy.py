@@ -54,7 +54,6 @@ def configuration(model: str, data: Path, engine: str, more: list[str]) -> RunCo
         "training.micro_batch_tokens": 2048,  # holds any 32 of the questions: one shape for all steps
         "training.log_every": 50,
         "evaluation.max_new_tokens": 24,
-        "evaluation.batch_size": 512,
     }
     return tunesmith.load_config(None, more, values)
 
