@@ -166,3 +166,12 @@ def test_values_as_text() -> None:
         None,
         None,
     ]
+
+
+def test_one_with_a_base_is_shown_before_a_newer_one_without(tmp_path: Path) -> None:
+    """A finished run's weights stay: a later look at the tuned model alone says less."""
+    compared, alone = evaluation(), evaluation(baseline=None, created="2026-11-21T10:00:00+00:00")
+    run = make_run(tmp_path / "run", evaluations={"classify.json": compared, "classify-2.json": alone})
+    current, earlier, _ = read_evaluations(run.path / "evaluations")
+    assert [one.file for one in current] == ["evaluations/classify.json"]
+    assert [one.file for one in earlier] == ["evaluations/classify-2.json"]

@@ -120,7 +120,8 @@ class Evaluation:
 
 
 def read_evaluations(folder: Path) -> tuple[list[Evaluation], list[Evaluation], list[str]]:
-    """The newest evaluation of each task and data file, the older ones, and a line for each file that is damaged."""
+    """The newest evaluation of each task and data file, one with a base before others, the older ones, and a line for each file that is
+    damaged."""
     found: list[tuple[str, dict[str, Any], tuple[Comparison, ...]]] = []
     problems = []
     for path in sorted(folder.glob("*.json")):
@@ -133,7 +134,8 @@ def read_evaluations(folder: Path) -> tuple[list[Evaluation], list[Evaluation], 
         except (ValueError, OSError) as error:  # not JSON and not UTF-8 are ValueErrors too
             problems.append(f"{name} cannot be read ({error}); it is left out.")
     found.sort(key=lambda item: as_text(item[1].get("created")), reverse=True)
-    newest = {_subject(raw): name for name, raw, _ in reversed(found)}
+    by_worth = sorted(found, key=lambda item: any(comparison.base for comparison in item[2]), reverse=True)
+    newest = {_subject(raw): name for name, raw, _ in reversed(by_worth)}
     current = [item for item in found if newest[_subject(item[1])] == item[0]]
     rows = max(3, ROWS_PER_GROUP // max(1, sum(bool(raw.get("examples")) for _, raw, _ in current)))
     return (
