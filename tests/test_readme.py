@@ -80,6 +80,14 @@ def test_own_data_commands_yaml_and_python(tmp_path: Path) -> None:
         from tunesmith.data.formats import read_examples
 
         assert len(read_examples(path).examples) == 1
+    (better,) = [block for block in blocks("bash") if "tunesmith sweep" in block]
+    lines = better.strip().splitlines()
+    for command, expected in zip(
+        lines, ("passed", "retain.mmlu", "refusal_unsafe", "Settings that differ", "the cheapest of these"), strict=True
+    ):
+        quick = " --set training.max_steps=2 --set method=lora" if "sweep" in command else ""
+        printed = shell(command.partition("#")[0] + quick + (" --rows 12" if "--retain" in command else ""), tmp_path)
+        assert expected in printed, command
     (tmp_path / "program.py").write_text(blocks("python")[0], encoding="utf-8")
     assert "'accuracy'" in shell(f"{sys.executable} program.py", tmp_path)
     assert RunFolder.open(tmp_path / "runs" / "python").config.adapter.r == 8

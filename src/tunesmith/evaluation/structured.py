@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ConfigError, MachineError
+from tunesmith.errors import ConfigError
 
 FENCE = re.compile(r"\A\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 NUMBER = re.compile(
@@ -76,12 +76,10 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read_schema(path: str) -> Any:
-    """A validator of the JSON Schema in a file. Raises ConfigError if it is none, MachineError without `jsonschema`."""
-    try:
-        from jsonschema import SchemaError
-        from jsonschema.validators import validator_for
-    except ModuleNotFoundError:
-        raise MachineError("a JSON Schema needs the package jsonschema; pip install 'tunesmith[metrics]'") from None
+    """A validator of the JSON Schema in a file. Raises ConfigError if it is none."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import validator_for
+
     try:
         schema = json.loads(Path(path).read_text(encoding="utf-8"))
         kind = validator_for(schema)

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tunesmith.errors import MachineError
 from tunesmith.evaluation.statistics import Scores
 from tunesmith.types import Generation
 
@@ -32,14 +31,9 @@ class _Words:
 
 
 def text_scores(rows: Sequence[Generation]) -> dict[str, Scores]:
-    """The metrics above. Raises MachineError where the packages are missing."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-        from sacrebleu.metrics import BLEU, CHRF
-    except ModuleNotFoundError as error:
-        raise MachineError(
-            f"ROUGE, BLEU and chrF need the package {error.name}; pip install 'tunesmith[metrics]', or name another task"
-        ) from None
+    """The metrics above."""
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU, CHRF
 
     n = len(rows)
     scorer = RougeScorer(list(ROUGE), tokenizer=_Words())
