@@ -147,7 +147,7 @@ def test_plain_text_has_a_loss(run: Path, tmp_path: Path) -> None:
     result = evaluate(run, write_jsonl(tmp_path / "prose.jsonl", rows), gates=["loss <= baseline * 2"])
     assert result["task_kind"] == "perplexity"
     assert list(result["metrics"]) == ["loss", "perplexity", "bits_per_byte"]
-    assert result["comparison"]["loss"]["test"] == "paired bootstrap"
+    assert result["comparison"]["loss"]["test"] == "randomization"
     tokens = sum(row["tokens"] for row in result["examples"])
     weighted = sum(row["tokens"] * row["loss"] for row in result["examples"]) / tokens
     assert result["metrics"]["loss"]["value"] == pytest.approx(weighted)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.errors import ConfigError
@@ -75,7 +75,7 @@ def parse_gates(texts: Sequence[str]) -> list[Condition]:
         if match is None:
             problems.append(f"gate {text!r}: {FORM}")
             continue
-        metric = ALIASES.get(match["metric"], match["metric"])
+        metric = match["metric"]
         if match["value"] is not None:
             unit = match["unit"] or ""
             value = float(match["value"]) / (100 if unit else 1)
@@ -84,8 +84,8 @@ def parse_gates(texts: Sequence[str]) -> list[Condition]:
         step, unit = match["step"] or "+", match["step_unit"] or ""
         if unit == "%" or (step == "*" and unit):
             problems.append(
-                f"gate {text!r}: {match['amount']}% of what? Write `{step} {match['amount']}pt` for percentage points, "
-                "or `baseline * 1.05` for a factor"
+                f"gate {text!r}: {match['amount']}{unit} of what? Write `+ {match['amount']}pt` for percentage points, or "
+                "`* 1.05` for a factor"
             )
             continue
         amount = float(match["amount"] or 0) / (100 if unit == "pt" else 1)
@@ -103,7 +103,9 @@ def check_gates(
 ) -> list[Outcome]:
     """Each condition's outcome. Raises ConfigError for metrics that were not measured, and what `metrics_of_run` raises."""
     outcomes, problems = [], []
-    for condition in conditions:
+    for written in conditions:
+        name = written.metric if written.metric in metrics else ALIASES.get(written.metric, written.metric)
+        condition = replace(written, metric=name)
         sources = [("this evaluation", metrics)]
         if condition.run:
             sources.append((f"run {condition.run}", metrics_of_run(condition.run)))

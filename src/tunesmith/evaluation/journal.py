@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,16 +32,19 @@ class Journal:
             return
         header = json.dumps({"journal": dict(identity or {})}, sort_keys=True)
         with disk_errors(path.parent):
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
         with disk_errors(path):
             whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a cut line has no end
             if whole[:1] != [header]:
                 whole = [header]
             for line in whole[1:]:
-                key, value = json.loads(line)
-                self.known[key] = value
+                with suppress(ValueError):  # what a crash of the machine left of a line is asked again
+                    key, value = json.loads(line)
+                    self.known[key] = value
             self._file = path.open("w", encoding="utf-8")
-            self._file.write("".join(f"{line}\n" for line in whole))
+            self._file.write(
+                "".join(f"{line}\n" for line in (header, *(json.dumps([k, v]) for k, v in self.known.items())))
+            )
             self._file.flush()
 
     def add(self, answers: Mapping[str, Any]) -> None:
