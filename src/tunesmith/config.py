@@ -12,14 +12,17 @@ what the field's guides agree on.
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from tunesmith.contradictions import CAUSES, contradictions
 from tunesmith.errors import ConfigError
@@ -352,22 +355,49 @@ class JudgeConfig(Section):
     """What good answers are: a shipped rubric's name, or a Markdown file."""
     api_key_env: str | None = "OPENAI_API_KEY"
     """The environment variable that holds the key; null for a server that needs none."""
-    temperature: float | None = 0.0
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.0
     """Not sent where it is null (some models refuse it)."""
-    max_completion_tokens: int | None = 4096
-    """Longest reply; not sent where it is null."""
-    timeout: float = 60.0
+    seed: int | None = None
+    """The seed of the endpoint's sampling; not sent where it is null."""
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = 4096
+    """Longest reply; where it is null it is not sent (a local model: 4096)."""
+    timeout: Annotated[float, Field(gt=0)] = 60.0
     """Seconds without a byte until a request is repeated."""
-    max_retries: int = 6
+    max_retries: Annotated[int, Field(ge=0)] = 6
     """Repetitions of a request after a rate limit, a server's error, a timeout or a lost connection."""
-    workers: int = 8
+    workers: Annotated[int, Field(ge=1)] = 8
     """Requests at once."""
-    price_per_million: tuple[float, float] | None = None
+    price_per_million: tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]] | None = None
     """The price of a million prompt and completion tokens, to be told the cost."""
-    max_requests: int | None = None
+    max_requests: Annotated[int, Field(ge=1)] | None = None
     """Refuse to ask more than this."""
-    max_unjudged: float = 0.1
+    max_unjudged: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the rows that may stay without a readable verdict."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_address_without_secrets(cls, url: str | None) -> str | None:
+        if url is None or (url.startswith("local:") and url != "local:"):
+            return url
+        if re.search("[@?#;]", url):  # looked for in the text: a password may hold what makes the address malformed
+            raise PydanticCustomError(
+                "secret",
+                "it holds a password, a query, a fragment or a parameter (one of @ ? # ;), and would be written to files; "
+                "pass the key in an environment variable (api_key_env)",
+            )
+        try:
+            parts = urlsplit(url)
+            host = parts.hostname or ""
+            if ":" in host:
+                ipaddress.IPv6Address(host)
+            # Labels as DNS knows them; names in other alphabets are written as xn--... there.
+            sound = parts.scheme in ("http", "https") and parts.port != 0
+            sound = sound and (":" in host or re.fullmatch(r"([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?", host) is not None)
+        except ValueError:  # brackets that do not match, a port that is no number, an address that is none
+            sound = False
+        if not sound or not re.fullmatch(r"[!-~]+", url):
+            raise PydanticCustomError("judge_url", "allowed are http://HOST/v1, https://HOST/v1 and local:PATH")
+        return url
 
 
 class EvaluationConfig(Section):
@@ -401,6 +431,8 @@ class EvaluationConfig(Section):
     """`--tasks`: solved examples in each prompt. Default: each task's own."""
     tasks_chat_template: bool = False
     """`--tasks`: ask in turns of the model's chat template, where the harness asks in plain text by default."""
+    safety_path: str | None = None
+    """`--tasks safety`: a file of prompts {prompt, label, type} to ask instead of the shipped ones; label is safe or unsafe."""
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
 
     @field_validator("pattern")
@@ -568,6 +600,7 @@ def _validate(raw: dict[str, Any], origin: Mapping[tuple[str, ...], str]) -> tup
     """Validate; where keys are wrong, take them out and check the rest too, so that all problems come at once."""
     problems: list[str] = []
     wrong: set[str] = set()
+    secrets: list[str] = []
     config: RunConfig | None = None
     while config is None:
         try:
@@ -584,15 +617,24 @@ def _validate(raw: dict[str, Any], origin: Mapping[tuple[str, ...], str]) -> tup
                 path = ".".join(_prune(raw, loc))
                 if path not in wrong:  # a union reports each of its branches: one line is enough
                     problems.append(_describe(item, loc, origin, words.get(_known_path(loc))))
+                if item["type"] == "secret":
+                    secrets.append(str(item["input"]))
                 wrong.add(path)
             if json.dumps(raw, default=str) == before:
-                return None, problems
+                return None, _without(secrets, problems)
     for key, message in contradictions(config).items():
         if any(cause in wrong and key.startswith(CAUSES[cause]) for cause in CAUSES):
             continue  # the cause was taken out: what it leaves unused is not known
         if not any(f"{key}.".startswith(f"{bad}.") for bad in wrong):
             problems.append(_place(tuple(key.split(".")), origin) + message)
-    return (config if not problems else None), problems
+    return (config if not problems else None), _without(secrets, problems)
+
+
+def _without(secrets: Sequence[str], problems: list[str]) -> list[str]:
+    """`problems` without values that hold secrets: the place of each names the override that it came from."""
+    for secret in secrets:
+        problems = [problem.replace(secret, "[not shown]") for problem in problems]
+    return problems
 
 
 def _describe(item: Any, loc: tuple[str, ...], origin: Mapping[tuple[str, ...], str], word: str | None = None) -> str:
@@ -604,6 +646,8 @@ def _describe(item: Any, loc: tuple[str, ...], origin: Mapping[tuple[str, ...], 
         hint = _nearest(loc)
         return f"{prefix}unknown key `{dotted}`" + (f"; did you mean `{hint}`?" if hint else "")
     dotted = ".".join(known) or ".".join(loc)
+    if item["type"] == "secret":
+        return f"{prefix}`{dotted}`: {item['msg']}"
     found = item.get("input")
     shown = json.dumps(found, default=str, ensure_ascii=False)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."

@@ -28,7 +28,7 @@ from typing import Any
 
 from tunesmith.errors import ConfigError
 from tunesmith.evaluation.judge_prompts import Chat, pairwise_chat, rubric_text, score_chat
-from tunesmith.evaluation.judge_requests import Question, Session, read_cache, request_key
+from tunesmith.evaluation.judge_requests import Question, Session, request_key
 from tunesmith.evaluation.judges import Judge, JudgeSettings
 from tunesmith.evaluation.parts import PartResult
 from tunesmith.evaluation.statistics import CLEAR_P, Difference, Measured, Verdict, mcnemar, mean
@@ -61,16 +61,12 @@ def judge_rows(
     where rows do not fit the mode or more requests are needed than `max_requests`, before the first one; VerificationError
     where too many rows have no verdict; RunError and MachineError where the file cannot be written.
     """
-    session = Session(judge, settings, _questions(rows, settings), [row.line for row in rows], cache_path)
+    names = ("tuned first", "base first") if settings.mode == "pairwise" else ("tuned", "base")
+    lines = [row.line for row in rows]
+    session = Session(judge, settings, _questions(rows, settings), lines, cache_path, settings.form, names)
     session.run(progress)
     measure = _measure_pairs if settings.mode == "pairwise" else _measure_scores
     return measure(rows, session)
-
-
-def requests_needed(rows: Sequence[JudgedRow], settings: JudgeSettings, cache_path: Path | None) -> int:
-    """How many requests `judge_rows` will send before any repetition. Raises ConfigError as it does."""
-    known = read_cache(cache_path, settings.form)
-    return sum(question.key not in known for question in _questions(rows, settings))
 
 
 def _check_rows(rows: Sequence[JudgedRow], settings: JudgeSettings) -> None:
@@ -152,7 +148,11 @@ def _measure_pairs(rows: Sequence[JudgedRow], session: Session) -> PartResult:
     }
     verdict_on_models: Verdict = "unclear" if p >= CLEAR_P else "better" if wins > losses else "worse"
     difference = Difference(rate.value - 0.5, rate.stderr, p, "sign test", verdict_on_models)
-    details = _details(session, len(outcomes)) | counts | {"verdicts": verdicts}
+    note = (
+        f"tuned against base: {wins} wins, {counts['ties']} ties, {losses} losses; {inconsistent} of the ties because the two "
+        f"orders disagree, {counts['identical']} because the answers are the same"
+    )
+    details = _details(session, len(outcomes), [note]) | counts | {"verdicts": verdicts}
     itself = Measured(0.5, 0.0, len(outcomes))  # the base against itself: only ties, by definition
     return PartResult({"judge_win_rate": rate}, {"judge_win_rate": itself}, {"judge_win_rate": difference}, details)
 
@@ -171,22 +171,18 @@ def _measure_scores(rows: Sequence[JudgedRow], session: Session) -> PartResult:
         verdicts.append({"line": row.line, **values, "reasons": [verdict.reason for verdict in given]})
     measured = [mean(column, share=False) for column in zip(*scores, strict=True)]
     baseline = {"judge_score": measured[1]} if answers == 2 else None
-    details = _details(session, len(scores)) | {"verdicts": verdicts}
+    details = _details(session, len(scores), []) | {"verdicts": verdicts}
     return PartResult({"judge_score": measured[0]}, baseline, {}, details)
 
 
-def _details(session: Session, judged: int) -> dict[str, Any]:
+def _details(session: Session, judged: int, notes: list[str]) -> dict[str, Any]:
     """What both modes report."""
     settings = session.settings
-    sampling = {"temperature": settings.temperature, "seed": settings.seed}
     return {
         "mode": settings.mode,
-        "judge": {"url": settings.url, "model": settings.model, **sampling},
         "rubric": {"name": settings.rubric, "sha256": sha256_text([rubric_text(settings.rubric)])},
         "rows": len(session.lines),
         "judged": judged,
-        "unjudged_rows": len(session.unjudged_rows),
-        "unjudged": sorted(session.unjudged, key=lambda entry: (entry["line"], entry["of"])),
-        "cost": session.cost.summary(settings.price_per_million),
-        "file": session.path.name if session.path else None,
+        **session.report(),
+        "notes": notes + session.notes(),
     }

@@ -75,17 +75,31 @@ class Cost:
             money = (self.prompt_tokens * price[0] + self.completion_tokens * price[1]) / 1e6
         return asdict(self) | {"money": money}
 
+    def text(self, price: tuple[float, float] | None) -> str:
+        """The summary in a line."""
+        money = self.summary(price)["money"]
+        parts = [
+            f"{self.requests} requests ({self.retries} repetitions, {self.from_cache} verdicts kept from before)",
+            f"{self.prompt_tokens} prompt and {self.completion_tokens} completion tokens",
+            *([f"{self.replies_without_usage} replies did not say theirs"] if self.replies_without_usage else []),
+            *([f"cost {money:.4g}"] if money is not None else []),
+        ]
+        return ", ".join(parts)
+
 
 @dataclass(slots=True)
 class Session:
-    """One judging: `lines` are those of the rows. `verdicts` has what is known, by what it stands for (see Question);
-    `unjudged` what came to nothing, of the rows `unjudged_rows`."""
+    """One judging: `lines` are those of the rows, `form` is what replies must hold, `names` says what a row's two requests are.
+    `verdicts` has what is known, by what it stands for (see Question); `unjudged` what came to nothing, of the rows
+    `unjudged_rows`."""
 
     judge: Judge
     settings: JudgeSettings
     questions: Sequence[Question]
     lines: Sequence[int]
     path: Path | None
+    form: Form
+    names: tuple[str, str]
     verdicts: dict[tuple[int, int], Verdict] = field(default_factory=dict)
     unjudged: list[dict[str, Any]] = field(default_factory=list)
     unjudged_rows: set[int] = field(default_factory=set)
@@ -128,6 +142,28 @@ class Session:
             spare -= len(again)
             self._ask_again(again)
 
+    def report(self) -> dict[str, Any]:
+        """Who judged, what has no verdict and why, what it cost, and where verdicts are kept, as JSON."""
+        settings = self.settings
+        sampling = {"temperature": settings.temperature, "seed": settings.seed}
+        return {
+            "judge": {"url": settings.url, "model": settings.model, **sampling},
+            "unjudged_rows": len(self.unjudged_rows),
+            "unjudged": sorted(self.unjudged, key=lambda entry: (entry["line"], entry["of"])),
+            "cost": self.cost.summary(settings.price_per_million),
+            "file": self.path.name if self.path else None,
+        }
+
+    def notes(self) -> list[str]:
+        """The same for people, in a line or two."""
+        found = []
+        if self.unjudged:
+            first = min(self.unjudged, key=lambda entry: (entry["line"], entry["of"]))
+            found.append(
+                f"{len(self.unjudged_rows)} of {len(self.lines)} rows have no verdict, first line {first['line']}: {first['problem']}"
+            )
+        return [*found, self.cost.text(self.settings.price_per_million)]
+
     def _ask(
         self, asked: Sequence[tuple[Question, Chat]], told: Callable[[int], None]
     ) -> list[tuple[Question, Reply, str]]:
@@ -143,8 +179,7 @@ class Session:
 
     def _ask_again(self, unread: Sequence[tuple[Question, Reply, str]]) -> None:
         """Tell the judge what was wrong with its replies. What cannot be read now has no verdict."""
-        form = self.settings.form
-        chats = [correction(question.chat, reply.text, problem, form) for question, reply, problem in unread]
+        chats = [correction(question.chat, reply.text, problem, self.form) for question, reply, problem in unread]
         with closing(self.judge.replies(chats)) as replies:
             for number, reply in replies:
                 question = unread[number][0]
@@ -159,11 +194,14 @@ class Session:
         if isinstance(reply, Failure):
             self._give_up(question, reply.message, None)
             return None
+        limit = self.settings.max_completion_tokens
+        cut = "it was cut at " + ("the endpoint's limit" if limit is None else f"{limit} tokens")
         try:
-            verdict = Verdict(*read_reply(reply.text, self.settings.form))
+            verdict = Verdict(*read_reply(reply.text, self.form))
         except Unreadable as error:
-            cut = f" (it was cut at {self.settings.max_completion_tokens} tokens)" if reply.cut else ""
-            return f"{error}{cut}"
+            return f"{error} ({cut})" if reply.cut else str(error)
+        if reply.cut:  # a verdict weighed on the way, or one of several: the rest is not known
+            return cut
         self._record(question, reply, value=verdict.value, reason=verdict.reason)
         self._settle(question, verdict)
         return None
@@ -177,9 +215,8 @@ class Session:
         kind = "failed" if reply is None else "unparsable"
         text = None if reply is None else reply.text
         self._record(question, reply, value=None, kind=kind, problem=problem)
-        names = ("tuned first", "base first") if self.settings.mode == "pairwise" else ("tuned", "base")
         for row, place in question.stands_for:
-            entry = {"line": self.lines[row], "of": names[place], "kind": kind, "problem": problem, "text": text}
+            entry = {"line": self.lines[row], "of": self.names[place], "kind": kind, "problem": problem, "text": text}
             self.unjudged.append(entry)
             self.unjudged_rows.add(row)
         if len(self.unjudged_rows) > self.settings.max_unjudged * len(self.lines):
@@ -234,7 +271,11 @@ def read_cache(path: Path | None, form: Form) -> dict[str, Verdict]:
     for line in whole.splitlines():
         try:
             entry = json.loads(line)
-            found[entry["key"]] = Verdict(*read_reply(entry["text"], form))
+            verdict = Verdict(*read_reply(entry["text"], form))
+            if (
+                verdict.value == entry["value"]
+            ):  # null where the reply was cut behind something that reads like a verdict
+                found[entry["key"]] = verdict
         except (
             ValueError,
             KeyError,

@@ -38,6 +38,9 @@ from tunesmith.types import Batch, Evaluate, EventSink, Term, TokenizedExample
 CHECK_MOVEMENT_AT = 10
 """Steps after which trainable tensors that have not moved are reported; at the end of the run they are an error."""
 
+JUDGE_SCORE = "judge_score"
+"""The metric that an evaluation may fail to give: it comes from another machine."""
+
 
 def train_loop(
     *,
@@ -389,10 +392,16 @@ def _tracked(config: RunConfig) -> tuple[str, str]:
 
 
 def _is_best(state: TrainState, values: Mapping[str, float], config: RunConfig) -> bool:
-    """Whether this evaluation is the best so far; keeps the count of evaluations without improvement."""
+    """Whether this evaluation is the best so far; keeps the count of evaluations without improvement.
+
+    Where the judge gave no score nothing is known: the evaluation is not the best, and spends no patience.
+    """
     metric, mode = _tracked(config)
     if metric not in values and config.training.early_stopping.metric is None:
         return False  # general text alone is evaluated
+    if metric not in values and metric == JUDGE_SCORE:
+        state.eval_loss = values.get("eval_loss", state.eval_loss)
+        return False
     if metric not in values:
         raise ConfigError(f"training.early_stopping.metric is {metric!r}; this run evaluates {', '.join(values)}")
     value = values[metric]

@@ -9,22 +9,18 @@ from typing import Any
 
 from tunesmith.config import EvaluationConfig, RunConfig
 from tunesmith.data.chat import ChatFormat
-from tunesmith.errors import ConfigError, MachineError, RunError, VerificationError
+from tunesmith.errors import MachineError, UserError, VerificationError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
-from tunesmith.evaluation.judge import JudgedRow, judge_rows
-from tunesmith.evaluation.judge_prompts import question_text
 from tunesmith.evaluation.tasks import Task, find_training_task, generated_metrics, judged, score_answers
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import pad_token
 from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder
-from tunesmith.training.loop import evaluate_loss
+from tunesmith.training.loop import JUDGE_SCORE, evaluate_loss
 from tunesmith.training.objectives import Objective, SupervisedFineTuning
-from tunesmith.types import EventSink, Example, Generation, Progress, TokenizedExample
-from tunesmith.workflows.evaluation_parts import judge_part
+from tunesmith.types import EventSink, Example, Generation, Progress, TokenizedExample, no_progress
+from tunesmith.workflows.evaluation_parts import judge_part, make_judge
 from tunesmith.workflows.rows import RunData
-
-JUDGE_SCORE = "judge_score"
 
 
 def measured_answers(settings: EvaluationConfig) -> list[str]:
@@ -35,13 +31,23 @@ def measured_answers(settings: EvaluationConfig) -> list[str]:
 
 
 def judge_problems(settings: EvaluationConfig) -> list[str]:
-    """What of the judge's settings training cannot do."""
-    if settings.generate and settings.judge.url and settings.judge.mode == "pairwise":
-        return [
+    """What is wrong with the judge that training would ask, found out before weights are read: settings, rubric, key, mode.
+
+    Raises MachineError without the package that an endpoint needs.
+    """
+    if not settings.generate or settings.judge.url is None:
+        return []
+    problems = []
+    if settings.judge.mode == "pairwise":
+        problems.append(
             "evaluation.judge.mode pairwise compares with the base, which training does not ask; set evaluation.judge.mode: score, "
             "or evaluation.generate: false"
-        ]
-    return []
+        )
+    try:
+        make_judge(settings, None, "auto", no_progress)
+    except UserError as error:
+        problems += str(error).splitlines()
+    return problems
 
 
 def perplexity(loss: float) -> float:
@@ -143,15 +149,10 @@ class TrainingEvaluation:
 
     def _judge(self, answers: Sequence[Generation]) -> dict[str, float]:
         """The judge's mean score; nothing, with a warning, where it failed."""
-        rows = []
-        for example, answer in zip(self.questions, answers, strict=True):
-            assert example.messages is not None
-            *asked, expected = example.messages
-            rows.append(JudgedRow(example.line, question_text(asked), expected.content, answer.answer))
         try:
             part = judge_part(self.config.evaluation, self.questions, self.run, self.device, self.progress)
-            found = judge_rows(rows, part.judge, part.settings, part.path, self.progress)
-        except (ConfigError, VerificationError, MachineError, RunError) as error:
+            found = part.score([row.answer for row in answers], None)
+        except (UserError, VerificationError, MachineError) as error:
             self._warn(f"the judge gave no score at step {self.step}: {error}")
             return {}
         return {JUDGE_SCORE: found.metrics[JUDGE_SCORE].value}
