@@ -98,7 +98,7 @@ class JudgeServer:
 
     def reply(self, handler: BaseHTTPRequestHandler, mode: str, body: dict[str, Any]) -> None:
         prompt = body["messages"][0]["content"]
-        key = "score" if '"score"' in prompt else "verdict"
+        key = next(key for key in ("score", "class", "verdict") if f'"{key}"' in prompt)
         verdict = self.judging(blocks_of(prompt))
         right = json.dumps({"reason": "because", key: verdict})
         errors = {"rate_limit": 429, "error": 500, "unauthorized": 401, "not_found": 404, "too_long": 400}
@@ -122,8 +122,9 @@ class JudgeServer:
             send(handler, 200, "<html>a gateway's page</html>", {})
         else:
             choice = {"message": {"content": texts.get(mode, right)}, "finish_reason": "stop"}
-            if mode == "cut":
-                choice = {"message": {"content": right[:12]}, "finish_reason": "length"}
+            cuts = {"cut": right[:12], "cut_late": f"{right} But then again"}
+            if mode in cuts:
+                choice = {"message": {"content": cuts[mode]}, "finish_reason": "length"}
             completion = {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}
             if mode == "no_usage":
                 del completion["usage"]

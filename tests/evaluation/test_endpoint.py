@@ -22,7 +22,7 @@ from evaluation.judge_server import (
 )
 from tunesmith.errors import ConfigError, MachineError, VerificationError
 from tunesmith.evaluation.endpoint import Endpoint
-from tunesmith.evaluation.judge import JudgedRow, judge_rows, requests_needed
+from tunesmith.evaluation.judge import JudgedRow, judge_rows
 from tunesmith.evaluation.judges import JudgeSettings
 
 pytestmark = pytest.mark.usefixtures("judge_key")
@@ -174,6 +174,8 @@ def test_an_interrupted_run_ends_at_once_and_keeps_what_came(longer: JudgeServer
         assert process.wait(30) == 130  # the requests under way stall for 60 s, and would then be repeated
     assert len(path.read_text().splitlines()) == 6
     longer.mode = "good"
+    longer.requests.clear()
     settings = JudgeSettings(longer.url, "stub")
     rows = [JudgedRow(line, f"question {line}", None, f"long {line}", f"{line}") for line in range(20)]
-    assert requests_needed(rows, settings, path) == 34
+    judge_rows(rows, Endpoint(settings), settings, path)
+    assert len(longer.requests) == 34

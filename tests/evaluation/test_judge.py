@@ -26,12 +26,13 @@ from evaluation.judge_server import (
     row,
     score_by_words,
 )
+from tunesmith.config import JudgeConfig, config_from_dict, load_config
 from tunesmith.errors import ConfigError, RunError, VerificationError
 from tunesmith.evaluation.endpoint import Endpoint
 from tunesmith.evaluation.gates import check_gates, parse_gates
-from tunesmith.evaluation.judge import JudgedRow, judge_rows, requests_needed
+from tunesmith.evaluation.judge import JudgedRow, judge_rows
 from tunesmith.evaluation.judge_part import JudgePart
-from tunesmith.evaluation.judges import JudgeSettings, LocalJudge
+from tunesmith.evaluation.judges import JudgeSettings, LocalJudge, Reply
 from tunesmith.evaluation.statistics import Measured, compare
 from tunesmith.types import Example, Message
 
@@ -286,14 +287,14 @@ def test_a_verdict_is_kept_for_the_same_judge_and_request_only(tmp_path: Path, c
     with JudgeServer(either) as server:
         settings = JudgeSettings(server.url, "stub", workers=1)
         path = tmp_path / "judge.jsonl"
-        judge_rows(differing(2), Endpoint(settings), settings, path)
-        assert requests_needed(differing(2), settings, path) == 0
         changed = replace(settings, **change)
-        assert requests_needed(differing(2), changed, path) == 4
-        judge_rows(differing(2), Endpoint(changed), changed, path)
-        assert requests_needed(differing(2), settings, path) == 0
-        assert requests_needed(differing(2), changed, path) == 0
-        assert requests_needed(differing(2), replace(settings, url="http://127.0.0.1:1/v1"), path) == 4
+        elsewhere = replace(settings, url=server.url.replace("127.0.0.1", "localhost"))
+        sent = []
+        for one in (settings, settings, changed, settings, changed, elsewhere):
+            server.requests.clear()
+            judge_rows(differing(2), Endpoint(one), one, path)
+            sent.append(len(server.requests))
+        assert sent == [4, 0, 4, 0, 0, 4]
 
 
 def test_a_cut_last_line_is_dropped_and_asked_for_again(longer: JudgeServer, tmp_path: Path) -> None:
@@ -305,6 +306,42 @@ def test_a_cut_last_line_is_dropped_and_asked_for_again(longer: JudgeServer, tmp
     assert (found["cost"]["requests"], found["cost"]["from_cache"]) == (1, 5)
     entries = [json.loads(line) for line in path.read_text().splitlines()]
     assert (len(entries), {entry["value"] for entry in entries}) == (6, {"A", "B"})
+
+
+def test_a_verdict_in_a_reply_that_was_cut_is_not_taken_nor_kept(longer: JudgeServer, tmp_path: Path) -> None:
+    """What stands there may be the first of two verdicts, or weighed and dropped again."""
+    longer.modes = ["cut_late"] * 2
+    found = judge(longer, [row(1, "longer", "short")], tmp_path, max_unjudged=0.9).details
+    assert (counts(found), len(longer.requests)) == ((1, 0, 0), 4)  # both orders were asked again
+    assert "cannot be used: it was cut at 4096 tokens." in longer.requests[2]["messages"][2]["content"]
+    longer.mode = "cut_late"
+    for limit, said in ((4096, "4096 tokens"), (None, "the endpoint's limit")):
+        with pytest.raises(VerificationError, match=f"it was cut at {said}"):
+            judge(longer, [row(2, "longer", "short")], tmp_path, max_completion_tokens=limit)
+    longer.mode = "good"
+    found = judge(longer, [row(2, "longer", "short")], tmp_path).details
+    assert (counts(found), found["cost"]["from_cache"]) == ((1, 0, 0), 0)  # of the cut replies no verdict was kept
+
+
+def test_the_notes_tell_results_cost_and_what_has_no_verdict(longer: JudgeServer, tmp_path: Path) -> None:
+    longer.modes = ["third"] * 2
+    rows = [*differing(10), row(11, "same", "same")]
+    found = judge(longer, rows, tmp_path, workers=1, max_requests=21, price_per_million=(2.0, 50.0)).details
+    line = found["unjudged"][0]["line"]
+    assert found["notes"] == [
+        f"tuned against base: 0 wins, 1 ties, {found['losses']} losses; 0 of the ties because the two orders disagree, 1 because "
+        "the answers are the same",
+        f"{found['unjudged_rows']} of 11 rows have no verdict, first line {line}: {found['unjudged'][0]['problem']}",
+        "21 requests (0 repetitions, 0 verdicts kept from before), 2100 prompt and 210 completion tokens, cost 0.0147",
+    ]
+    assert found["unjudged_rows"] >= 1
+    longer.modes = ["no_usage"]
+    (tmp_path / "other").mkdir()
+    (note,) = judge(longer, differing(2), tmp_path / "other", mode="pairwise").details["notes"][1:]
+    assert note == (
+        "4 requests (0 repetitions, 0 verdicts kept from before), 300 prompt and 30 completion tokens, "
+        "1 replies did not say theirs"
+    )
 
 
 def test_a_kept_line_holds_what_was_said(longer: JudgeServer, tmp_path: Path) -> None:
@@ -375,13 +412,13 @@ def test_progress_counts_the_requests(longer: JudgeServer, tmp_path: Path) -> No
 def test_a_local_model_judges_in_batches(tmp_path: Path) -> None:
     batches: list[int] = []
 
-    def answer(chats: Sequence[list[dict[str, str]]]) -> list[str]:
+    def answer(chats: Sequence[list[dict[str, str]]]) -> list[Reply]:
         batches.append(len(chats))
         prompts = [chat[0]["content"] for chat in chats]
         first = [prompt.split("===== ANSWER A =====\n")[1].startswith("tuned") for prompt in prompts]
-        return [json.dumps({"reason": "", "verdict": "A" if tuned else "B"}) for tuned in first]
+        return [Reply(json.dumps({"reason": "", "verdict": "A" if tuned else "B"})) for tuned in first]
 
-    settings = JudgeSettings("local:models/judge", "sha256-of-it", workers=1)
+    settings = JudgeSettings("local:models/judge", "sha256-of-it")
     result = judge_rows(differing(10), LocalJudge(answer, batch_size=8), settings, tmp_path / "judge.jsonl")
     assert counts(result.details) == (10, 0, 0)
     assert batches == [8, 8, 4]
@@ -445,33 +482,110 @@ def test_a_part_of_an_evaluation_judges_what_the_models_said(tmp_path: Path, lon
     assert {blocks["ANSWER A"], blocks["ANSWER B"]} == {"long", "s"}
 
 
-def test_wrong_settings_are_all_told_at_once() -> None:
+WRONG: dict[str, Any] = {
+    "mode": "best",
+    "temperature": 2.5,
+    "max_completion_tokens": 0,
+    "timeout": 0,
+    "max_retries": -1,
+    "workers": 0,
+    "price_per_million": (-1, 0),
+    "max_requests": 0,
+    "max_unjudged": 1.0,
+}
+
+
+def test_wrong_settings_are_all_told_at_once_and_by_a_configuration_too() -> None:
     with pytest.raises(ConfigError) as caught:
-        JudgeSettings("judge.example", "", mode="best", timeout=0, workers=0, max_unjudged=1.0)  # type: ignore[arg-type]
+        JudgeSettings("judge.example", "m", **WRONG)
     assert caught.value.problems == [
-        "judge model: '' found; name the model as the endpoint does",
-        "judge mode: 'best' found; allowed are pairwise and score",
-        "judge timeout: 0 found; it must be a number of seconds above 0",
-        "judge workers: 0 found; it must be 1 or more",
-        "judge max_unjudged: 1.0 found; it must be a share from 0 to below 1",
-        "judge url: 'judge.example' found; allowed are http://HOST/v1, https://HOST/v1 and local:PATH",
+        '`evaluation.judge.url` is "judge.example": allowed are http://HOST/v1, https://HOST/v1 and local:PATH',
+        "`evaluation.judge.mode` is \"best\": input should be 'pairwise' or 'score'",
+        "`evaluation.judge.temperature` is 2.5: input should be less than or equal to 2",
+        "`evaluation.judge.max_completion_tokens` is 0: input should be greater than or equal to 1",
+        "`evaluation.judge.timeout` is 0: input should be greater than 0",
+        "`evaluation.judge.max_retries` is -1: input should be greater than or equal to 0",
+        "`evaluation.judge.workers` is 0: input should be greater than or equal to 1",
+        "`evaluation.judge.price_per_million` is -1: input should be greater than or equal to 0",
+        "`evaluation.judge.max_requests` is 0: input should be greater than or equal to 1",
+        "`evaluation.judge.max_unjudged` is 1.0: input should be less than 1",
     ]
+    with pytest.raises(ConfigError) as of_config:
+        config_from_dict({"evaluation": {"judge": {"url": "judge.example", **WRONG}}})
+    assert of_config.value.problems == caught.value.problems
+    with pytest.raises(ConfigError, match=r"judge\.model is not set; name the model as the endpoint does"):
+        JudgeSettings("https://judge.example/v1", "")
 
 
-@pytest.mark.parametrize("url", ["https://me:secret@judge.example/v1", "https://judge.example/v1?key=secret"])
+def test_a_configuration_has_the_same_settings() -> None:
+    defaults = {name: field.default for name, field in JudgeConfig.model_fields.items()}
+    own = {field.name: field.default for field in dataclasses.fields(JudgeSettings)}
+    assert defaults == own | {"url": None, "model": ""}
+    judge = JudgeConfig(url="https://judge.example/v1", model="m", seed=3, price_per_million=(1, 2))
+    assert dataclasses.asdict(JudgeSettings.of(judge, judge.model)) == judge.model_dump()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://me:SECRET@judge.example/v1",
+        "https://SECRET@judge.example/v1",
+        "https://me:SEC/RET@judge.example:no/v1",
+        "me:SECRET@judge.example/v1",
+        "https://me:SECRET@[::1/v1",
+        "https://judge.example/v1?key=SECRET",
+        "https://judge.example/v1#key=SECRET",
+        "https://judge.example/v1;key=SECRET",
+    ],
+)
 def test_a_url_with_a_secret_is_refused_without_repeating_it(url: str) -> None:
-    with pytest.raises(ConfigError, match="it holds a password or a query") as caught:
+    """Wherever it comes from: the message names the override, the file, or neither."""
+    wrong = f"evaluation.judge={{url: '{url}', workers: 0}}"
+    for refused in (
+        lambda: JudgeSettings(url, "m"),
+        lambda: load_config(None, [f"evaluation.judge.url={url}"]),
+        lambda: load_config(None, [wrong]),
+        lambda: load_config(None, [], {"evaluation.judge.url": url}),
+    ):
+        with pytest.raises(ConfigError, match="it holds a password, a query, a fragment") as caught:
+            refused()
+        assert not re.search("SEC|RET", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1/v1", "http://[zz]/v1", "http://127.0.0.1:notaport/v1", "http://127.0.0.1:99999/v1", "http:///v1",
+        "http://a b/v1", "http://h/v1\n", "http://h/\x7f", "http://b\u00fccher.example/v1", f"http://{'a' * 70}.com/v1", "", "local:",
+        "ftp://judge.example/v1",
+    ],
+)  # fmt: skip
+def test_a_malformed_url_is_one_line(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"allowed are http://HOST/v1, https://HOST/v1 and local:PATH") as caught:
         JudgeSettings(url, "m")
-    assert "secret" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1]:80/v1", "HTTP://My_Host:8000/v1/", "http://10.0.0.1/v1", "https://xn--bcher-kva.example/v1"]
+)
+def test_sound_urls_make_an_endpoint(url: str) -> None:
+    Endpoint(JudgeSettings(url, "m"))
 
 
 def test_what_a_local_model_ignores_is_refused() -> None:
+    ignored: dict[str, Any] = {
+        "api_key_env": "KEY", "temperature": 0.7, "seed": 1, "timeout": 3.0, "max_retries": 0, "workers": 1,
+        "price_per_million": (1, 1),
+    }  # fmt: skip
     with pytest.raises(ConfigError) as caught:
-        JudgeSettings("local:judge", "m", temperature=0.7, seed=1, price_per_million=(1, 1))
+        JudgeSettings("local:judge", "m", **ignored)
+    defaults = ("OPENAI_API_KEY", 0.0, "null", 60.0, 6, 8, "null")
     assert caught.value.problems == [
-        f"judge {name}: it has no effect on a local model; remove it"
-        for name in ("temperature", "seed", "price_per_million")
+        f"evaluation.judge.{name} is {value!r}, which has no effect on a local model; remove it (the default is {default})"
+        for (name, value), default in zip(ignored.items(), defaults, strict=True)
     ]
+    JudgeSettings("local:judge", "m", api_key_env=None, temperature=None)
 
 
 @pytest.mark.parametrize(

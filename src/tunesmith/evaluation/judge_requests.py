@@ -109,9 +109,9 @@ class Session:
         """Ask for every verdict that is not kept, a chunk at a time, and once more for what could not be read.
 
         Raises ConfigError before the first request where there are more than `max_requests`; VerificationError as soon as more
-        than `max_unjudged` of the rows have no verdict.
+        than `max_unjudged` of the rows have no verdict. `progress` is told the number of requests before the first one.
         """
-        known = read_cache(self.path, self.settings.form)
+        known = read_cache(self.path, self.form)
         if self.path:  # found out before anything is paid for
             with disk_errors(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,14 +272,8 @@ def read_cache(path: Path | None, form: Form) -> dict[str, Verdict]:
         try:
             entry = json.loads(line)
             verdict = Verdict(*read_reply(entry["text"], form))
-            if (
-                verdict.value == entry["value"]
-            ):  # null where the reply was cut behind something that reads like a verdict
+            if verdict.value == entry["value"]:  # null: the reply was cut behind what reads like a verdict
                 found[entry["key"]] = verdict
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-        ):  # of the other mode, without a reply, or damaged: it is asked for again
-            continue
+        except (ValueError, KeyError, TypeError):
+            continue  # of another form, without a reply, or damaged: it is asked for again
     return found
