@@ -392,7 +392,9 @@ class JudgeConfig(Section):
                 ipaddress.IPv6Address(host)
             # Labels as DNS knows them; names in other alphabets are written as xn--... there.
             sound = parts.scheme in ("http", "https") and parts.port != 0
-            sound = sound and (":" in host or re.fullmatch(r"([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?", host) is not None)
+            sound = sound and (
+                ":" in host or re.fullmatch(r"([a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}\.?", host) is not None
+            )
         except ValueError:  # brackets that do not match, a port that is no number, an address that is none
             sound = False
         if not sound or not re.fullmatch(r"[!-~]+", url):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import pytest
 from tiny import write_jsonl
 from tunesmith.cli.console import Console
 from tunesmith.config import RunConfig, load_config
-from tunesmith.errors import ConfigError, DataError
+from tunesmith.errors import ConfigError, DataError, MachineError, UserError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
 from tunesmith.report.facts import samples
 from tunesmith.report.page import write_report
 from tunesmith.runs import RunFolder
+from tunesmith.training.checkpoint import TrainState
+from tunesmith.training.loop import _is_best
 from tunesmith.workflows.train import TrainingSession, start
 
 Session = Callable[..., TrainingSession]
@@ -89,6 +92,12 @@ def test_samples_need_questions(tiny_model: Path, tmp_path: Path) -> None:
         start(load_config(None, [], values), tmp_path / "run")
 
 
+JUDGED = (
+    "data.eval_path=HELD", "evaluation.generate=true", "evaluation.max_new_tokens=2", "evaluation.judge.model=stub",
+    "evaluation.judge.mode=score",
+)  # fmt: skip
+
+
 # -- a judge ----------------------------------------------------------------------------------------------------------
 
 
@@ -101,14 +110,7 @@ def test_a_judge_scores_the_answers_of_each_evaluation(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with JudgeServer(score_by_words) as server:
         config = configure(
-            "data.eval_path=HELD",
-            "training.max_steps=2",
-            "training.eval_every=1",
-            "evaluation.generate=true",
-            "evaluation.max_new_tokens=2",
-            f"evaluation.judge.url={server.url}",
-            "evaluation.judge.model=stub",
-            "evaluation.judge.mode=score",
+            *JUDGED, "training.max_steps=2", "training.eval_every=1", f"evaluation.judge.url={server.url}"
         )
         run = start(config, tmp_path / "run")
         run.train()
@@ -126,9 +128,90 @@ def test_a_judge_scores_the_answers_of_each_evaluation(
 
 
 def test_a_judge_cannot_compare_during_training(configure: Configure, tmp_path: Path) -> None:
-    config = configure(
-        "data.eval_path=HELD", "evaluation.generate=true", "evaluation.judge.url=http://127.0.0.1:1/v1",
-        "evaluation.judge.model=stub",
-    )  # fmt: skip
+    config = configure(*JUDGED, "evaluation.judge.url=http://127.0.0.1:1/v1", "evaluation.judge.mode=pairwise")
     with pytest.raises(ConfigError, match=r"mode pairwise compares with the base, which training does not ask"):
         start(config, tmp_path / "run")
+
+
+def test_what_keeps_a_judge_from_judging_is_refused_before_weights_are_read(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("tunesmith.workflows.train.find_model", never)
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    url = "evaluation.judge.url=http://127.0.0.1:1/v1"
+    keyless = "the environment variable JUDGE_KEY is not set"
+    for overrides, problem in (
+        ([url, "evaluation.judge.api_key_env=JUDGE_KEY"], keyless),
+        ([url, "evaluation.judge.api_key_env=null", "evaluation.judge.model=''"], r"judge\.model is not set"),
+        (
+            [url, "evaluation.judge.api_key_env=null", "evaluation.judge.rubric=none.md"],
+            "rubric none.md: there is no such file",
+        ),
+        (
+            ["evaluation.judge.url=local:none", "evaluation.judge.model=''", "evaluation.judge.seed=1"],
+            "seed is 1, which has no effect",
+        ),
+        ([f"evaluation.judge.url=local:{tmp_path}/none", "evaluation.judge.model=''"], "none"),
+    ):
+        config = configure(*JUDGED, *overrides, "training.early_stopping.metric=judge_score")
+        with pytest.raises(UserError, match=problem):
+            start(config, tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=r"`evaluation\.judge\.workers` is 0: input should be greater than or equal to 1"
+    ):
+        configure(*JUDGED, url, "evaluation.judge.workers=0")
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(MachineError, match=r"pip install 'tunesmith\[judge\]'"):
+        start(configure(*JUDGED, url, "evaluation.judge.api_key_env=null"), tmp_path / "run")
+
+
+def test_an_outage_costs_scores_and_no_patience(
+    configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four evaluations, of which the judge answers the second alone: that is the best, and nothing stops the run."""
+    from judge_server import KEY, JudgeServer, score_by_words
+
+    from tunesmith.training.loop import evaluate_loss
+
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with JudgeServer(score_by_words) as server:
+        evaluations: list[int] = []
+
+        def evaluated(*arguments: Any) -> float:
+            evaluations.append(1)
+            server.mode = "good" if len(evaluations) == 2 else "too_long"
+            return evaluate_loss(*arguments)
+
+        monkeypatch.setattr("tunesmith.workflows.training_evaluation.evaluate_loss", evaluated)
+        monkeypatch.setattr("tunesmith.workflows.evaluation_parts.VERDICTS", "nothing/is-kept.jsonl")
+        config = configure(
+            *JUDGED, f"evaluation.judge.url={server.url}", "evaluation.judge.max_retries=0",
+            "training.early_stopping.metric=judge_score", "training.early_stopping.patience=1",
+            "training.max_steps=4", "training.eval_every=1",
+        )  # fmt: skip
+        run = start(config, tmp_path / "run")
+        run.train()
+    events = run.run.events()
+    metrics = [event["metrics"] for event in events if event["event"] == "eval"]
+    assert ["judge_score" in values for values in metrics] == [False, True, False, False]
+    assert [event["step"] for event in events if event["event"] == "best"] == [2]
+    assert "kept the weights of step 2, the best judge_score" in [event.get("message") for event in events]
+
+
+def test_an_evaluation_without_the_judges_score_is_neither_better_nor_worse(configure: Configure) -> None:
+    config = configure(
+        *JUDGED, "evaluation.judge.url=http://127.0.0.1:1/v1", "training.early_stopping.metric=judge_score"
+    ).resolved()
+    state = TrainState(best_value=5.0, best_step=1, evaluations_without_improvement=1, eval_loss=3.0)
+    assert not _is_best(state, {"eval_loss": 2.0}, config)
+    assert (state.best_value, state.best_step, state.evaluations_without_improvement) == (5.0, 1, 1)
+    assert state.eval_loss == 2.0
+    assert not _is_best(state, {"eval_loss": 2.0, "judge_score": 5.0}, config)
+    assert state.evaluations_without_improvement == 2
+    assert _is_best(state, {"eval_loss": 2.0, "judge_score": 6.0}, config)
+    config.training.early_stopping.metric = "accuracy"
+    with pytest.raises(ConfigError, match=r"early_stopping\.metric is 'accuracy'; this run evaluates eval_loss"):
+        _is_best(state, {"eval_loss": 2.0}, config)

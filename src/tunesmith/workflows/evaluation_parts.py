@@ -23,7 +23,7 @@ from tunesmith.evaluation.safety import SafetyPart
 from tunesmith.models.generate import generate_greedy
 from tunesmith.models.load import fetch_weights, find_model, weight_hash
 from tunesmith.runs import RunFolder
-from tunesmith.types import Example, Message, Progress
+from tunesmith.types import Example, Message, Progress, no_progress
 from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.rows import question_of, read_rows
 
@@ -54,8 +54,9 @@ def named_parts(
     """The parts that `--retain` and `--tasks` ask for.
 
     `given` are the settings that were changed for this evaluation, as {key: value, "judge": {key: value}}: one without its part
-    would be ignored. What a run's configuration says of parts that are not asked for is no mistake. `judge` says what a refusal
-    is, in place of the rules. Raises ConfigError for settings without their part.
+    would be ignored. What a run's configuration says of parts that are not asked for is no mistake. Where the settings name
+    a judge, `judge` (or one made here, whose verdicts are kept nowhere) says what a refusal is, in place of the rules. Raises
+    ConfigError for settings without their part, and what `make_judge` raises.
     """
     parts: list[Part] = []
     of_harness = [name for name in tasks if name not in OWN_TASKS]
@@ -90,6 +91,7 @@ def named_parts(
     if retain:
         parts.append(RetainPart(settings.max_rows, settings.retain_path, settings.retain_drop, config))
     if "safety" in tasks:
+        judge = judge or make_judge(settings, None, "auto", no_progress)
         refusals = RefusalJudge(judge.judge, judge.settings, judge.path, judge.progress) if judge else None
         parts.append(SafetyPart(settings.safety_path, refusals))
     if "memorization" in tasks and config is not None:
