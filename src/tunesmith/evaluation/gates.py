@@ -95,20 +95,34 @@ def parse_gates(texts: Sequence[str]) -> list[Condition]:
     return found
 
 
+def refuse_unmeasured(conditions: Sequence[Condition], measures: Callable[[str], bool], what: str) -> None:
+    """Raise ConfigError for conditions on metrics that `what` will not measure, before it is asked."""
+    problems = [
+        f"gate {condition.text!r}: {what} has no metric {condition.metric}"
+        for condition in conditions
+        if not measures(condition.metric) and not measures(ALIASES.get(condition.metric, condition.metric))
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def check_gates(
     conditions: Sequence[Condition],
     metrics: Metrics,
     baseline: Metrics | None,
-    metrics_of_run: Callable[[str], Metrics],
+    metrics_of_run: Callable[[str, str], Metrics],
 ) -> list[Outcome]:
-    """Each condition's outcome. Raises ConfigError for metrics that were not measured, and what `metrics_of_run` raises."""
+    """Each condition's outcome. `metrics_of_run(run, metric)` gives the metrics of another run, of which that one is looked at.
+
+    Raises ConfigError for metrics that were not measured, and what `metrics_of_run` raises.
+    """
     outcomes, problems = [], []
     for written in conditions:
         name = written.metric if written.metric in metrics else ALIASES.get(written.metric, written.metric)
         condition = replace(written, metric=name)
         sources = [("this evaluation", metrics)]
         if condition.run:
-            sources.append((f"run {condition.run}", metrics_of_run(condition.run)))
+            sources.append((f"run {condition.run}", metrics_of_run(condition.run, name)))
         elif condition.other:
             sources.append(("the baseline", baseline or {}))
         missing = [
@@ -116,7 +130,18 @@ def check_gates(
             for where, there in sources
             if condition.metric not in there
         ]
+        missing += [
+            f"gate {condition.text!r}: {condition.metric} of {where} is not a finite number"
+            for where, there in sources
+            if condition.metric in there and there[condition.metric].get("value") is None
+        ]
         share = metrics.get(condition.metric, {}).get("share", True)
+        if not missing and share and not condition.unit and condition.step != "*" and condition.value > 1:
+            number = f"{condition.value:g}"
+            points = f"{number}pt" if condition.other else f"{number}%"
+            missing.append(
+                f"gate {condition.text!r}: {condition.metric} is a share of 1, {number} is beyond it; write {points}"
+            )
         if condition.unit and not share:
             missing.append(
                 f"gate {condition.text!r}: {condition.metric} is no share of 1; write a number without %, pt"

@@ -85,7 +85,9 @@ class TaskPart:
                 "kind": self.task.kind,
                 "reason": self.task.reason,
                 "classes": self._classes(tuned, base) if self.task.kind == "label" else None,
-                "examples": _loss_rows(tuned, base) if self.task.kind == "perplexity" else _answer_rows(tuned, base),
+                "examples": _loss_rows(tuned, base)
+                if self.task.kind == "perplexity"
+                else _answer_rows(tuned, base, after, before),
             },
         )
 
@@ -198,7 +200,15 @@ def text_loss_scores(rows: Sequence[TextLoss]) -> dict[str, Scores]:
     return {"loss": of(loss), "perplexity": of(lambda s: math.exp(min(loss(s), 700.0))), "bits_per_byte": of(bits)}
 
 
-def _answer_rows(tuned: Sequence[Generation], base: Sequence[Generation] | None) -> list[dict[str, Any]]:
+def _answer_rows(
+    tuned: Sequence[Generation],
+    base: Sequence[Generation] | None,
+    after: dict[str, Scores],
+    before: dict[str, Scores] | None,
+) -> list[dict[str, Any]]:
+    """Of free texts each with its ROUGE-L, as hardly one is right to the letter."""
+    overlap = after["rougeL"].rows if "rougeL" in after else None
+    of_base = before["rougeL"].rows if before is not None and "rougeL" in before else None
     return [
         {
             "line": row.line,
@@ -208,6 +218,7 @@ def _answer_rows(tuned: Sequence[Generation], base: Sequence[Generation] | None)
             "correct": row.correct,
             "baseline_answer": base[index].answer if base is not None else None,
             "baseline_correct": base[index].correct if base is not None else None,
+            **({"rougeL": overlap[index], "baseline_rougeL": of_base[index] if of_base else None} if overlap else {}),
         }
         for index, row in enumerate(tuned)
     ]

@@ -125,6 +125,13 @@ def generated_metrics(kind: str) -> list[str]:
     return list(dict.fromkeys(name for one in kinds for name in TASK_METRICS.get(one, TASK_METRICS["label"])))
 
 
+def may_measure(task: Task, metric: str) -> bool:
+    """Whether a task measures a metric, as far as that is known before: a user's function may give several, `FUNCTION.NAME`."""
+    known = ("loss", "perplexity", "bits_per_byte") if task.kind == "perplexity" else ("accuracy", "exact_match")
+    own = [name for name, _ in task.user_metrics]
+    return metric in (*known, *TASK_METRICS.get(task.kind, ()), *own) or metric.partition(".")[0] in own
+
+
 def _kind_of(examples: Sequence[Example]) -> tuple[TaskName, str]:
     if all(example.messages is None for example in examples):
         return "perplexity", "the rows are plain text"
