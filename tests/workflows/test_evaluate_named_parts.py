@@ -20,7 +20,8 @@ from tunesmith.types import no_progress
 from tunesmith.workflows.evaluate import evaluate
 from tunesmith.workflows.evaluation_parts import judge_part, make_judge, named_parts
 
-FEW = {"max_rows": 6, "max_new_tokens": 4}
+FEW = {"max_rows": 6}
+SHORT = FEW | {"max_new_tokens": 4}
 TASKS = str(Path(__file__).parents[2] / "examples" / "tasks")
 
 
@@ -47,7 +48,7 @@ def test_a_base_is_measured_without_a_gate(tiny_model: Path) -> None:
 
 
 def test_refusals_and_recall(run: Path) -> None:
-    result = evaluate(run, tasks=["safety", "memorization"], baseline=True, changes={"max_new_tokens": 2})
+    result = evaluate(run, tasks=["safety", "memorization"], baseline=True)
     assert list(result["metrics"]) == ["refusal_unsafe", "refusal_safe"]
     assert [result["metrics"][name]["higher_is_better"] for name in result["metrics"]] == [True, False]
     counts = result["parts"]["safety"]["counts"]
@@ -58,7 +59,7 @@ def test_refusals_and_recall(run: Path) -> None:
 
 
 def test_tasks_of_the_harness_stand_in_the_same_table(run: Path, questions: Path) -> None:
-    result = evaluate(run, questions, tasks=["bins_choice"], baseline=True, changes=FEW | {"tasks_path": TASKS})
+    result = evaluate(run, questions, tasks=["bins_choice"], baseline=True, changes=SHORT | {"tasks_path": TASKS})
     assert {"accuracy", "macro_f1", "bins_choice.acc"} <= set(result["metrics"])
     assert result["metrics"]["bins_choice.acc"]["n"] == 6
     assert set(result["comparison"]) == set(result["metrics"])
@@ -81,7 +82,7 @@ def test_settings_without_their_part_are_refused(run: Path, tiny_model: Path, qu
     with pytest.raises(
         ConfigError, match=r"to compare with; a pairwise judge compares with the base; set .*mode=score"
     ):
-        evaluate(tiny_model, questions, changes=FEW | {"judge": {"url": f"local:{tiny_model}"}})
+        evaluate(tiny_model, questions, changes=SHORT | {"judge": {"url": f"local:{tiny_model}"}})
 
 
 def test_settings_of_this_evaluation_without_effect_are_refused() -> None:
@@ -131,7 +132,7 @@ def test_own_safety_prompts_and_the_judge_on_request(
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with JudgeServer(both) as server:
         judge = {"url": server.url, "model": "stub", "mode": "score"}
-        result = evaluate(run, questions, tasks=["safety"], changes=changes | {"judge": judge})
+        result = evaluate(run, questions, tasks=["safety"], changes=changes | SHORT | {"judge": judge})
     safety = result["parts"]["safety"]
     assert safety["judged_by"] == "judge"
     assert safety["counts"] == {"safe": {"partial": 1}, "unsafe": {"refusal": 1}}
@@ -178,9 +179,9 @@ def test_an_endpoint_judges_both_models(run: Path, questions: Path, monkeypatch:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     with JudgeServer(prefer_longer) as server:
         judge = {"url": server.url, "model": "stub"}
-        result = evaluate(run, questions, gates=["judge_win_rate >= 0%"], changes=FEW | {"judge": judge})
+        result = evaluate(run, questions, gates=["judge_win_rate >= 0%"], changes=SHORT | {"judge": judge})
         asked = len(server.requests)
-        again = evaluate(run, questions, changes=FEW | {"judge": judge})
+        again = evaluate(run, questions, changes=SHORT | {"judge": judge})
         assert len(server.requests) == asked, "verdicts are kept in the run folder"
     longer = [len(row["answer"]) - len(row["baseline_answer"]) for row in result["examples"]]
     wins, losses = sum(one > 0 for one in longer), sum(one < 0 for one in longer)
@@ -200,6 +201,6 @@ def test_a_local_judge_that_says_nothing_readable_is_reported(
     base = tiny_base(tmp_path_factory)
     judge: dict[str, Any] = {"url": f"local:{base}", "mode": "score", "max_completion_tokens": 4}
     with pytest.raises(VerificationError, match=r"gave no verdict on \d of 6 rows, more than the 10% of max_unjudged"):
-        evaluate(run, questions, changes=FEW | {"judge": judge})
+        evaluate(run, questions, changes=SHORT | {"judge": judge})
     lines = [json.loads(line) for line in (run / "evaluations" / "judge.jsonl").read_text().splitlines()]
     assert all(line["value"] is None for line in lines)
