@@ -379,7 +379,8 @@ class JudgeConfig(Section):
     def _is_address_without_secrets(cls, url: str | None) -> str | None:
         if url is None or (url.startswith("local:") and url != "local:"):
             return url
-        if re.search("[@?#;]", url):  # looked for in the text: a password may hold what makes the address malformed
+        # Looked for in the text: a password may hold what makes the address malformed.
+        if re.search("[@?#;]|%(40|3f|23|3b)", url, re.IGNORECASE):
             raise PydanticCustomError(
                 "secret",
                 "it holds a password, a query, a fragment or a parameter (one of @ ? # ;), and would be written to files; "

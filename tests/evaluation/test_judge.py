@@ -534,6 +534,7 @@ def test_a_configuration_has_the_same_settings() -> None:
         "me:SECRET@judge.example/v1",
         "https://me:SECRET@[::1/v1",
         f"https://me:SECRET@judge.example/{'long/' * 20}v1",
+        "https://me:SECRET%40judge.example/v1",
         "https://judge.example/v1?key=SECRET",
         "https://judge.example/v1#key=SECRET",
         "https://judge.example/v1;key=SECRET",

@@ -25,9 +25,10 @@ class JudgeSettings:
     For a local model let `model` hold the hash of its weights: both stand in the key of a kept verdict. `api_key_env` names the
     environment variable with the key; None for a server that needs none. `temperature` and `max_completion_tokens` are not
     sent where they are None (some models refuse them); a local model then replies in at most 4,096 tokens. `timeout` is in
-    seconds without a byte. `max_retries` bounds the repetitions of one request after a rate limit, a server's error, a timeout or a lost connection. `price_per_million` is
-    the price of a million prompt and completion tokens, in any currency. `max_requests` bounds the requests of a run
-    without such repetitions; `max_unjudged` is the share of rows that may stay without a verdict.
+    seconds without a byte. `max_retries` bounds the repetitions of one request after a rate limit, a server's error, a timeout
+    or a lost connection. `price_per_million` is the price of a million prompt and completion tokens, in any currency.
+    `max_requests` bounds the requests of a run without such repetitions; `max_unjudged` is the share of rows that may stay
+    without a verdict.
     """
 
     url: str
