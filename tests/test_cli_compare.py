@@ -15,6 +15,7 @@ from command_line import Result, tunesmith
 from tiny import chat_rows, write_jsonl
 from trained import copy_run, tiny_run
 from tunesmith.runs import RunFolder
+from tunesmith.workflows import sweep_runs
 
 NUMBER = {"type": ["number", "null"]}
 TEXT = {"type": ["string", "null"]}
@@ -35,14 +36,27 @@ COMPARISON = {
         "metrics": {
             "type": "array",
             "items": {
-                "required": ["metric", "task", "data_sha256", "n", "values", "stderr", "lower_is_better", "best"],
+                "required": [
+                    "metric",
+                    "task",
+                    "data_sha256",
+                    "n",
+                    "setup",
+                    "values",
+                    "stderr",
+                    "lower_is_better",
+                    "best",
+                ],
                 "properties": {
                     "values": {"type": "array", "items": NUMBER},
                     "best": {"type": "array", "items": {"type": "integer"}},
                 },
             },
         },
-        "comparisons": {"type": "array", "items": {"allOf": [DIFFERENCE, {"required": ["run", "against", "n"]}]}},
+        "comparisons": {
+            "type": "array",
+            "items": {"allOf": [DIFFERENCE, {"required": ["run", "against", "n", "share"]}]},
+        },
     },
 }
 
@@ -50,7 +64,7 @@ SWEEP = {
     "type": "object",
     "required": [
         "sweep", "metric", "over", "runs", "best", "within_error", "cheapest", "conclusions", "warnings", "html",
-        "base_loads",
+        "base_loads", "tied", "no_best",
     ],
     "properties": {
         "runs": {
@@ -127,9 +141,12 @@ def test_compare_prints_what_differs_and_marks_the_best(runs: tuple[Path, Path])
     losses[best] += " ★"
     assert table["train_loss"] == losses
     assert table["adapter or model MB"][1].endswith("★")
-    assert re.search(
-        r"bins: accuracy of rank-2 against rank-16: [+-]\d+\.\d points on the same 12 rows \(p", result.out
-    )
+    for metric, test in (("accuracy", "McNemar"), ("macro_f1", "randomization")):
+        line = (
+            rf"bins: {metric} of rank-2 against rank-16: [+-]\d+\.\d points on the same 12 rows \(p .*, {test}\): \w+\n"
+        )
+        assert re.search(line, result.out)
+    assert "★" not in "".join(table["peak GB"])  # a CPU has the peak of the process
     assert "Data and base that differ" not in result.out
 
 
@@ -145,7 +162,38 @@ def test_compare_prints_one_object(runs: tuple[Path, Path], tmp_path: Path) -> N
     assert value["settings"] == {"adapter.r": [16, 2]}
     assert value["html"] == str(page)
     assert page.is_file()
-    assert [(each["run"], each["against"], each["n"]) for each in value["comparisons"]] == [("rank-2", "rank-16", 12)]
+    found = [(each["metric"], each["run"], each["against"], each["n"]) for each in value["comparisons"]]
+    assert found == [(name, "rank-2", "rank-16", 12) for name in ("accuracy", "exact_match", "macro_f1", "micro_f1")]
+
+
+def test_compare_says_what_has_no_test_and_what_is_no_share(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    copies = [copy_run(run, tmp_path / run.name) for run in runs]
+    for number, copy in enumerate(copies):
+        (path,) = (copy / "evaluations").glob("*.json")
+        content = json.loads(path.read_text())
+        content["metrics"] = {
+            "retain": {"value": 0.5 + number / 4, "stderr": 0.01, "n": 80, "higher_is_better": True, "share": True},
+            "letters": {"value": 5.0 - number, "stderr": 0.5, "n": 12, "higher_is_better": False, "share": False},
+        }
+        path.write_text(json.dumps(content))
+    out = tunesmith("compare", *copies).out
+    no_test = "(no test: its rows are not kept): unclear\n"
+    assert f"bins: retain of rank-2 against rank-16: +25.0 points on the same 80 rows {no_test}" in out
+    assert f"bins: letters of rank-2 against rank-16: -1 on the same 12 rows {no_test}" in out
+
+
+def test_compare_warns_of_evaluations_in_another_way(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    other = copy_run(runs[1], tmp_path / "other")
+    (path,) = (other / "evaluations").glob("*.json")
+    content = json.loads(path.read_text())
+    content["settings"]["max_new_tokens"] = 64
+    path.write_text(json.dumps(content))
+    result = tunesmith("compare", runs[0], other)
+    assert (
+        "warning: other was evaluated on bins in another way than rank-16 (max_new_tokens 64, not 2): their answers are not compared"
+    ) in result.err
+    assert "points" not in result.out
+    assert {"bins: accuracy (max_new_tokens 2)", "bins: accuracy (max_new_tokens 64)"} <= rows(result).keys()
 
 
 def test_compare_warns_on_stderr(runs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -164,6 +212,10 @@ def test_compare_warns_on_stderr(runs: tuple[Path, Path], tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
+        (
+            ["{run}", "{run}", "--html", "/nowhere/x.html"],
+            "/nowhere/x.html: there is no folder /nowhere for the page; make it, or choose another --html",
+        ),
         (["{run}"], "one run is no comparison: name two or more run folders"),
         (["{run}", "/nowhere"], "/nowhere: not a run folder (it has no config.yaml)"),
         ([], "Missing argument 'RUN'. (see --help)"),
@@ -214,6 +266,14 @@ def test_sweep_prints_one_object(config: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "sweep" / "sweep.json").read_text()) == value
 
 
+def test_sweep_looks_at_where_its_page_goes_first(config: Path, tmp_path: Path) -> None:
+    arguments = ("--over", "adapter.r=2,4", "--out", tmp_path / "sweep", "--html", "/nowhere/x.html")
+    result = tunesmith("sweep", config, *arguments)
+    problem = "tunesmith: /nowhere/x.html: there is no folder /nowhere for the page; make it, or choose another --html"
+    assert (result.code, result.problems) == (2, [problem])
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_sweep_with_a_failed_run_exits_1_after_the_table(config: Path, tmp_path: Path) -> None:
     over = "adapter.target_modules=[q_proj],[q_projection]"
     result = tunesmith("sweep", config, "--over", over, "--out", tmp_path / "sweep")
@@ -261,6 +321,9 @@ def test_the_commands_of_the_page_run(
     for run, name in zip(runs, ("first", "second"), strict=True):
         copy_run(run, tmp_path / "runs" / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        sweep_runs, "write_report", lambda run: run.path / "report.html"
+    )  # takes longer than the training
     page = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
     commands = [shlex.split(line) for line in re.findall(r"^\$ tunesmith (.+)$", page, re.M)]
     assert [command[0] for command in commands] == ["compare", "compare", "sweep", "sweep"]

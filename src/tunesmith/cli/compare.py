@@ -34,10 +34,11 @@ def compare(
     for part in comparison_tables(result):
         console.table(rich_table(part))
     for found in result["comparisons"]:
-        p = "no test" if found["p"] is None else f"{as_p(found['p'])}, {found['test']}"
+        test = "no test: its rows are not kept" if found["p"] is None else f"{as_p(found['p'])}, {found['test']}"
+        change = f"{100 * found['difference']:+.1f} points" if found["share"] else f"{found['difference']:+.4g}"
         print(
             f"{found['task']}: {found['metric']} of {found['run']} against {found['against']}: "
-            f"{100 * found['difference']:+.1f} points on the same {found['n']} rows ({p}): {found['verdict']}"
+            f"{change} on the same {found['n']} rows ({test}): {found['verdict']}"
         )
     for warning in result["warnings"]:
         console.event({"event": "warning", "message": warning})

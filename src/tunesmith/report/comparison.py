@@ -92,12 +92,17 @@ def shown(metric: str, value: float | None, error: float | None = None, share: b
         return duration(value)
     if metric == "trainable_parameters":
         return count(value)
-    if metric in ("peak_memory_gb", "artifact_mb"):
-        return f"{value:.2f}"
+    if metric in ("peak_memory_gb", "artifact_mb", "tokens_per_second"):
+        return number(to_three_digits(value))
     text = percent(value) if share else number(value, 4)
     if error is None:
         return text
     return f"{text} ± {100 * error:.1f}" if share else f"{text} ± {number(error, 2)}"
+
+
+def to_three_digits(value: float | None) -> float | None:
+    """A cost as far as it can be told from another: no repetition gives it again to the last digit."""
+    return None if value is None else float(f"{value:.3g}")
 
 
 def is_share(metric: str, values: Sequence[float | None], said: bool | None = None) -> bool:
@@ -143,9 +148,16 @@ def _label(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
         return LABELS.get(metric, metric)
     same = [other for other in rows if (other["task"], other["metric"]) == (row["task"], metric)]
     text = f"{row['task']}: {metric}"
-    if len({other["data_sha256"] for other in same}) > 1:
-        text += f" (data {row['data_sha256'][:8]})"
-    return f"{text} ({row['n']} rows)" if len({other["n"] for other in same}) > 1 else text
+    if any(other["data_sha256"] != row["data_sha256"] for other in same):
+        text += f" (data {(row['data_sha256'] or 'unknown')[:8]})"
+    if any(other["n"] != row["n"] for other in same):
+        text += f" ({row['n']} rows)"
+    told = [
+        f"{key} {as_text(value)}"
+        for key, value in row["setup"].items()
+        if key not in ("n", "sample_seed") and any(other["setup"].get(key) != value for other in same)
+    ]
+    return f"{text} ({', '.join(told)})" if told else text
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[Cell, ...]:

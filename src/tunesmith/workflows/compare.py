@@ -2,12 +2,11 @@
 
 Only files are read, so runs may be dead, copied, still running or unfinished. Every value stands beside the others in a row;
 the best of a row is named where it can be: among finished runs, and for losses only where they are over the same rows. Runs that
-were evaluated on the same rows are compared with the first-named one that was, row by row (evaluation/statistics.py).
+were asked the same rows in the same way are compared with the first-named one that was, row by row (compare_evaluations.py).
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RunError
-from tunesmith.evaluation.statistics import Difference, mean
-from tunesmith.evaluation.statistics import compare as compare_measured
-from tunesmith.report.comparison import comparison_tables, write_page
+from tunesmith.files import check_writable
+from tunesmith.report.comparison import comparison_tables, is_share, to_three_digits, write_page
 from tunesmith.report.comparison_plots import Point, loss_curves, scatter_plots
 from tunesmith.report.facts import Status, eval_metric, events_of, status, wall_seconds
 from tunesmith.report.text import as_number, as_text
 from tunesmith.runs import RunFolder
 from tunesmith.types import Event
+from tunesmith.workflows.compare_evaluations import Setup, differences, other_setups, read_evaluations
 from tunesmith.yaml_files import read_yaml
 
 LOWER_IS_BETTER = ("loss", "perplexity", "kl", "/rejected", "bits_per_byte")
@@ -64,7 +63,8 @@ MB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class ReadRun:
-    """What one run folder holds. `evaluations` has the newest of each task and data file, `problems` those that are damaged."""
+    """What one run folder holds. `evaluations` has the newest of each setup, `problems` those that are damaged; `device` is what it
+    trained on."""
 
     path: Path
     name: str
@@ -72,9 +72,11 @@ class ReadRun:
     settings: Mapping[str, Any]
     hashes: Mapping[str, str | None]
     metrics: Mapping[str, float | None]
-    evaluations: Sequence[Mapping[str, Any]]
+    evaluations: Mapping[Setup, Mapping[str, Any]]
     events: Sequence[Event]
     objective: str
+    device: str | None = None
+    eval_rows: float | None = None
     problems: Sequence[str] = ()
 
     @property
@@ -86,8 +88,10 @@ class ReadRun:
 def compare(runs: Sequence[str | Path], html: str | Path | None = None) -> dict[str, Any]:
     """What two or more runs have in common and what not (docs/compare.md); with `html` a page of it is written there too.
 
-    Raises RunError for fewer than two runs, one that is named twice, and a folder that is no run.
+    Raises RunError for fewer than two runs, one that is named twice, a folder that is no run, and a page that cannot be written.
     """
+    if html is not None:
+        check_page(Path(html))
     paths = [Path(run) for run in runs]
     problems = [
         f"{path} is named twice" for number, path in enumerate(paths) if path.resolve() in _resolved(paths[:number])
@@ -108,38 +112,36 @@ def read_run(path: Path, name: str | None = None) -> ReadRun:
     run = RunFolder.open(path)
     metadata, metrics, events = run.metadata, run.metrics, run.events()
     now = time.time()
-    evaluations, problems = _evaluations(path / "evaluations")
+    settings = dict(flattened(read_yaml(run.config_path)[0]))
+    evaluations, problems = read_evaluations(path / "evaluations")
     return ReadRun(
         path=path,
         name=name or path.resolve().name,
         status=status(events, metrics, now),
-        settings=dict(_flattened(read_yaml(run.config_path)[0])),
+        settings=settings,
         hashes={key: _text_at(metadata, key) for key in HASHES},
         metrics=_metrics(run, events, metrics, now),
         evaluations=evaluations,
         events=events,
         objective=as_text(metadata.get("objective") or ""),
+        device=_text_at(metadata, "hardware.device"),
+        eval_rows=as_number(_value_at(metadata, "data.eval_rows")),
         problems=problems,
     )
 
 
 def compare_runs(runs: Sequence[ReadRun]) -> dict[str, Any]:
     """The comparison as JSON."""
-    settings = {key: [run.settings.get(key) for run in runs] for run in runs for key in run.settings}
-    settings = {key: values for key, values in settings.items() if key not in NOT_SETTINGS and _differ(values)}
-    hashes = {key: [run.hashes[key] for run in runs] for key in HASHES}
-    hashes = {key: values for key, values in hashes.items() if _differ(values)}
-    same_loss = _why_losses_differ(runs, settings, hashes) is None
+    settings = {
+        key: values for key, values in differing([run.settings for run in runs]).items() if key not in NOT_SETTINGS
+    }
+    hashes = differing([run.hashes for run in runs])
+    same_loss = why_losses_differ(runs) is None
+    incomparable = {name for name in TRAINING_METRICS if name.endswith("loss") and not same_loss}
+    if any(run.device == "cpu" for run in runs):
+        incomparable.add("peak_memory_gb")  # the peak of the process, whatever it did before
     rows = [
-        _row(
-            runs,
-            name,
-            None,
-            [run.metrics.get(name) for run in runs],
-            None,
-            less,
-            same_loss or not name.endswith("loss"),
-        )
+        _row(runs, name, None, [run.metrics.get(name) for run in runs], None, less, name not in incomparable)
         for name, less in TRAINING_METRICS.items()
     ]
     return {
@@ -149,10 +151,51 @@ def compare_runs(runs: Sequence[ReadRun]) -> dict[str, Any]:
         ],
         "settings": settings,
         "hashes": hashes,
-        "warnings": list(_warnings(runs, settings, hashes)),
+        "warnings": warnings_of(runs),
         "metrics": [row for row in rows if any(value is not None for value in row["values"])] + _evaluated(runs),
         "comparisons": _comparisons(runs),
     }
+
+
+def warnings_of(runs: Sequence[ReadRun]) -> list[str]:
+    """What is not comparable, not finished, or damaged."""
+    return list(_warnings(runs))
+
+
+def why_losses_differ(runs: Sequence[ReadRun]) -> str | None:
+    """Why the runs' evaluation losses are not of the same thing; None where they are."""
+    return why_other_losses(
+        [run.objective for run in runs],
+        [run.settings.get("data.eval_fraction") for run in runs],
+        [run.eval_rows for run in runs],
+        differing([run.settings for run in runs]),
+        differing([run.hashes for run in runs]),
+    )
+
+
+def why_other_losses(
+    objectives: Sequence[str],
+    fractions: Sequence[Any],
+    eval_rows: Sequence[Any],
+    settings: Mapping[str, Any],
+    hashes: Mapping[str, Any],
+) -> str | None:
+    """Why losses are not of the same thing: by each run's objective, `data.eval_fraction` and number of held-out rows, and by the settings
+    and the hashes that differ."""
+    if _differ(objectives):
+        return "not the same objective"
+    if "data.eval_sha256" in hashes or "data.eval_fraction" in settings:
+        return "not the same held-out rows"
+    if any(fractions) and ("training.seed" in settings or "data.sha256" in hashes or "data.max_rows" in settings):
+        return "not the same held-out rows (data.eval_fraction draws them from the training data, by the seed)"
+    if _differ(eval_rows):
+        return "not the same held-out rows (data.max_seq_length and data.overlong say which are left)"
+    for key in ("chat_template.hash", "tokenizer.hash"):
+        if key in hashes:
+            return f"not the same {HASHES[key]}"
+    if "data.train_on" in settings:
+        return "not the same tokens count (data.train_on)"
+    return None
 
 
 def lower_is_better(metric: str) -> bool:
@@ -160,17 +203,19 @@ def lower_is_better(metric: str) -> bool:
     return metric.endswith(LOWER_IS_BETTER) or bool(TRAINING_METRICS.get(metric))
 
 
-def answers_compared(of: Mapping[str, Any], against: Mapping[str, Any]) -> Difference | None:
-    """The accuracy of one evaluation minus that of another, paired; None where they are not over the same scored rows."""
-    ours, theirs = _scored(of), _scored(against)
-    if not ours or list(ours) != list(theirs) or of.get("data_sha256") != against.get("data_sha256"):
-        return None
-    return compare_measured(mean(list(ours.values())), mean(list(theirs.values())))
+def differing(found: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The keys whose values differ, with the value of each."""
+    values = {key: [each.get(key) for each in found] for one in found for key in one}
+    return {key: each for key, each in values.items() if _differ(each)}
 
 
-def evaluation_of(run: ReadRun, data_sha256: str, n: int) -> Mapping[str, Any] | None:
-    """The run's evaluation on `n` rows of a data file; None if it has none."""
-    return next((e for e in run.evaluations if e.get("data_sha256") == data_sha256 and e.get("n") == n), None)
+def check_page(path: Path) -> None:
+    """Raise RunError unless a page can be written at `path`."""
+    if path.is_dir():
+        raise RunError(f"{path}: the page is a file, and this is a folder; name a file, e.g. {path / 'page.html'}")
+    if not path.absolute().parent.is_dir():
+        raise RunError(f"{path}: there is no folder {path.parent} for the page; make it, or choose another --html")
+    check_writable(path)
 
 
 def _resolved(paths: Sequence[Path]) -> list[Path]:
@@ -187,19 +232,24 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings by dotted key."""
     for key, item in value.items():
         if isinstance(item, dict) and item:
-            yield from _flattened(item, f"{prefix}{key}.")
+            yield from flattened(item, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", item
 
 
 def _text_at(metadata: Mapping[str, Any], dotted: str) -> str | None:
+    value = _value_at(metadata, dotted)
+    return value if isinstance(value, str) else None
+
+
+def _value_at(metadata: Mapping[str, Any], dotted: str) -> Any:
     section, _, key = dotted.partition(".")
     found = metadata.get(section)
-    value = found.get(key) if isinstance(found, dict) else None
-    return value if isinstance(value, str) else None
+    return found.get(key) if isinstance(found, dict) else None
 
 
 def _differ(values: Sequence[Any]) -> bool:
@@ -236,67 +286,34 @@ def _pace(step: Event) -> tuple[float, float]:
     return as_number(step.get("tokens")) or 0.0, as_number(step.get("seconds")) or 0.0
 
 
-def _evaluations(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The newest evaluation of each task and content of the data, by task; and a line for each file that is damaged."""
-    newest: dict[tuple[str, str], dict[str, Any]] = {}
-    problems = []
-    for path in sorted(folder.glob("[!.]*.json")):
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(raw, dict) or not isinstance(raw.get("metrics"), dict):
-                raise ValueError("it has no `metrics`")
-        except (ValueError, OSError) as error:
-            problems.append(f"{path} cannot be read ({error}); it is left out")
-            continue
-        key = as_text(raw.get("task")), as_text(raw.get("data_sha256"))
-        if key not in newest or as_text(newest[key].get("created")) <= as_text(raw.get("created")):
-            newest[key] = raw
-    return [newest[key] for key in sorted(newest)], problems
-
-
-def _subjects(runs: Sequence[ReadRun]) -> list[tuple[str, str, Any]]:
-    """(task, hash of the data, rows) of all evaluations."""
-    return list(dict.fromkeys(_subject(each) for run in runs for each in run.evaluations))
-
-
-def _subject(evaluation: Mapping[str, Any]) -> tuple[str, str, Any]:
-    return as_text(evaluation.get("task")), as_text(evaluation.get("data_sha256")), evaluation.get("n")
-
-
-def _of_subject(run: ReadRun, subject: tuple[str, str, Any]) -> Mapping[str, Any]:
-    return next((each for each in run.evaluations if _subject(each) == subject), {})
-
-
 def _evaluated(runs: Sequence[ReadRun]) -> list[dict[str, Any]]:
-    """A row for each metric of each task, data file and number of rows."""
+    """A row for each metric of each setup."""
     rows = []
-    for subject in _subjects(runs):
-        found = [_of_subject(run, subject).get("metrics", {}) for run in runs]
+    for setup in dict.fromkeys(setup for run in runs for setup in run.evaluations):
+        found = [run.evaluations[setup]["metrics"] if setup in run.evaluations else {} for run in runs]
         for name in dict.fromkeys(name for metrics in found for name in metrics):
-            cells = [metrics.get(name) for metrics in found]
-            cells = [cell if isinstance(cell, dict) else {} for cell in cells]
+            cells = [metrics.get(name, {}) for metrics in found]
             better = next((cell["higher_is_better"] for cell in cells if "higher_is_better" in cell), None)
             less = lower_is_better(name) if better is None else not better
             values, errors = ([as_number(cell.get(key)) for cell in cells] for key in ("value", "stderr"))
             if any(value is not None for value in values):
                 shares = [cell["share"] for cell in cells if isinstance(cell.get("share"), bool)]
-                rows.append(_row(runs, name, subject, values, errors, less) | {"share": shares[0] if shares else None})
+                rows.append(_row(runs, name, setup, values, errors, less) | {"share": shares[0] if shares else None})
     return rows
 
 
 def _row(
     runs: Sequence[ReadRun],
     metric: str,
-    subject: tuple[str, str, Any] | None,
+    setup: Setup | None,
     values: Sequence[float | None],
     errors: Sequence[float | None] | None,
     less: bool | None,
     comparable: bool = True,
 ) -> dict[str, Any]:
     """One line of the table. An evaluation needs a result, so that a run which has one counts as finished there."""
-    task, sha256, n = subject or (None, None, None)
-    final = [_to_three_digits(v) if metric in COSTS else v for v in values]
-    final = [v if subject or run.finished else None for run, v in zip(runs, final, strict=True)]
+    final = [to_three_digits(v) if metric in COSTS else v for v in values]
+    final = [v if setup or run.finished else None for run, v in zip(runs, final, strict=True)]
     known = [value for value in final if value is not None]
     best: list[int] = []
     if comparable and less is not None and len(known) > 1 and _differ(known):
@@ -304,9 +321,10 @@ def _row(
         best = [number for number, value in enumerate(final) if value == target]
     return {
         "metric": metric,
-        "task": task,
-        "data_sha256": sha256,
-        "n": n,
+        "task": setup.task if setup else None,
+        "data_sha256": setup.data_sha256 if setup else None,
+        "n": setup.n if setup else None,
+        "setup": setup.facts() if setup else None,
         "values": list(values),
         "stderr": list(errors or [None] * len(values)),
         "lower_is_better": less,
@@ -315,18 +333,14 @@ def _row(
     }
 
 
-def _to_three_digits(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.3g}")
-
-
-def _warnings(
-    runs: Sequence[ReadRun], settings: Mapping[str, Any], hashes: Mapping[str, Sequence[str | None]]
-) -> Iterator[str]:
+def _warnings(runs: Sequence[ReadRun]) -> Iterator[str]:
+    hashes = differing([run.hashes for run in runs])
     for key, what in (("model.weight_hash", "base"), ("data.sha256", "data")):
         if key in hashes:
             yield f"not the same {what} ({_listed(runs, hashes[key])}): metrics are not comparable"
-    if (why := _why_losses_differ(runs, settings, hashes)) is not None:
+    if (why := why_losses_differ(runs)) is not None:
         yield f"{why}: eval_loss is not comparable, and none is marked"
+    yield from other_setups([run.name for run in runs], [run.evaluations for run in runs])
     for run in runs:
         if not run.finished:
             yield f"{run.name} is {run.status.label}: its values are those so far, and none is marked"
@@ -337,52 +351,33 @@ def _listed(runs: Sequence[ReadRun], values: Sequence[str | None]) -> str:
     return ", ".join(f"{run.name}: {(value or 'unknown')[:12]}" for run, value in zip(runs, values, strict=True))
 
 
-def _why_losses_differ(runs: Sequence[ReadRun], settings: Mapping[str, Any], hashes: Mapping[str, Any]) -> str | None:
-    """Why evaluation losses are not of the same thing; None where they are."""
-    if _differ([run.objective for run in runs]):
-        return "not the same objective"
-    if "data.eval_sha256" in hashes or "data.eval_fraction" in settings:
-        return "not the same held-out rows"
-    held_out_by_seed = any(run.settings.get("data.eval_fraction") for run in runs)
-    if held_out_by_seed and ("training.seed" in settings or "data.sha256" in hashes or "data.max_rows" in settings):
-        return "not the same held-out rows (data.eval_fraction draws them from the training data, by the seed)"
-    for key in ("chat_template.hash", "tokenizer.hash"):
-        if key in hashes:
-            return f"not the same {HASHES[key]}"
-    if "data.train_on" in settings:
-        return "not the same tokens count (data.train_on)"
-    return None
-
-
 def _comparisons(runs: Sequence[ReadRun]) -> list[dict[str, Any]]:
-    """Accuracy of each run against the first-named one that was asked the same rows."""
+    """Each metric of each run against the first-named one that was asked the same rows in the same way."""
     found = []
-    for subject in _subjects(runs):
-        asked = [(run, each) for run in runs if (each := _of_subject(run, subject))]
-        for run, evaluation in asked[1:]:
-            difference = answers_compared(evaluation, asked[0][1])
-            if difference is not None:
+    for setup in dict.fromkeys(setup for run in runs for setup in run.evaluations):
+        first, *others = [run for run in runs if setup in run.evaluations]
+        theirs = first.evaluations[setup]
+        for run in others:
+            ours = run.evaluations[setup]
+            both = [name for name in ours["metrics"] if name in theirs["metrics"]]
+            for name, difference in differences(ours, theirs, both).items():
+                values = [as_number(each["metrics"][name].get("value")) for each in (ours, theirs)]
+                if values[0] is None or values[1] is None:
+                    continue
+                no_test = {"difference": values[0] - values[1], "stderr": None, "p": None, "test": None}
                 found.append(
                     {
-                        "task": subject[0],
-                        "metric": "accuracy",
-                        "data_sha256": subject[1],
-                        "n": subject[2],
+                        "task": setup.task,
+                        "metric": name,
+                        "data_sha256": setup.data_sha256,
+                        "n": ours["metrics"][name].get("n", setup.n),
+                        "share": is_share(name, values, ours["metrics"][name].get("share")),
                         "run": run.name,
-                        "against": asked[0][0].name,
-                        **difference.as_json(),
+                        "against": first.name,
+                        **(difference.as_json() if difference else {**no_test, "verdict": "unclear"}),
                     }
                 )
     return found
-
-
-def _scored(evaluation: Mapping[str, Any]) -> dict[Any, float]:
-    """Whether the answer of each line is right; nothing where one was not scored."""
-    rows = evaluation.get("examples")
-    rows = rows if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) else []
-    if not all(isinstance(row.get("correct"), bool) for row in rows):
-        return {}
-    return {(number, row.get("line")): float(row["correct"]) for number, row in enumerate(rows)}
 
 
 def _write_html(path: Path, runs: Sequence[ReadRun], result: Mapping[str, Any]) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError, DataError, RunError, TunesmithError
 from tunesmith.files import check_writable, disk_errors, sha256_file
 from tunesmith.types import EventSink, Progress, no_progress
+from tunesmith.workflows.compare import check_page, differing, flattened, why_other_losses
 from tunesmith.workflows.evaluate import Questions
 from tunesmith.workflows.shared_base import SharedBase
+from tunesmith.workflows.sweep_attempts import Attempt, QuestionFile
 from tunesmith.workflows.sweep_points import Axis, configs, grid, located, parse_axes, point_name
-from tunesmith.workflows.sweep_runs import STATE_FILE, Attempt, QuestionFile, Sweep
+from tunesmith.workflows.sweep_runs import LOSSES, STATE_FILE, Sweep
 from tunesmith.workflows.sweep_search import Search, refuse_without_optuna
-from tunesmith.workflows.train import check, locked, no_event, with_absolute_paths
+from tunesmith.workflows.train import Checked, check, locked, no_event, with_absolute_paths
 
-FORMAT_VERSION = 1
-LOSSES = ("eval_loss", "train_loss")
-"""Metrics that training itself measures."""
+TEXT_LOSSES = ("loss", "perplexity", "bits_per_byte")
+"""Metrics of an evaluation of texts."""
 
 
 def sweep(
@@ -50,8 +51,11 @@ def sweep(
     `settings` differ from those in the file `config`, as --set has them. With `data` each run answers the questions there, `rows` of
     them at most. `metric` says which run is best (default: accuracy with `data`, else eval_loss). A run that fails is in the
     result with its error, and the others go on. Raises ConfigError and DataError with every problem of every run before the
-    first one trains; RunError for a folder that is no sweep, or was begun with other settings; Interrupted after saving.
+    first one trains, and where the metric is a loss that cannot be compared between them; RunError for a folder that is no sweep,
+    or was begun with other settings, and for a page that cannot be written; Interrupted after saving.
     """
+    if html is not None:
+        check_page(Path(html))
     axes = parse_axes(over, settings, search=trials is not None)
     if trials is not None:
         refuse_without_optuna()
@@ -66,44 +70,61 @@ def sweep(
     chosen = _metric(planned, questions, metric)
     folder = Path(out) if out is not None else Path("runs") / f"{Path(path).stem if path else 'run'}-sweep"
     asked = _asked(planned[0], axes, questions, chosen, trials is not None)
-    before = _begun(folder, asked)
+    kept = _begun(folder, asked)  # only to refuse: what counts is read under the lock
 
     def attempt(number: int, values: Mapping[str, Any], run_config: RunConfig) -> Attempt:
         name = point_name(axes, values) if trials is None else f"{number + 1:03d}_{point_name(axes, values)}"
         made = Attempt(number, name, dict(values), run_config, folder / "runs" / name)
-        made.recall(before.get(name, {}), questions)
+        made.recall(kept.get(name, {}), questions)
         return made
 
-    attempts = [attempt(number, *each) for number, each in enumerate(zip(points, planned, strict=True))]
-    _check_all([each for each in attempts if each.status == "pending"], questions, progress)
+    def attempts() -> list[Attempt]:
+        return [attempt(number, *each) for number, each in enumerate(zip(points, planned, strict=True))]
+
+    is_new = not folder.exists()
+    if is_new:  # what is refused leaves no folder behind
+        _check_all(attempts(), questions, chosen, progress)
     with disk_errors(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
     with locked(folder, "another process works on this sweep"):
+        kept = _begun(folder, asked)
+        if not is_new:
+            _check_all([each for each in attempts() if each.status == "pending"], questions, chosen, progress)
         state = Sweep(folder, axes, asked, chosen, questions, SharedBase(announce), sink, progress, announce)
         if trials is None:
-            state.attempts = attempts
-            for made in attempts:
-                state.run(made, f"run {made.number + 1} of {len(attempts)}")
+            state.attempts = attempts()
+            for made in state.attempts:
+                state.run(made, f"run {made.number + 1} of {len(points)}")
         else:
             _search(state, trials, lambda number, values: attempt(number, values, config_of(values)))
         return state.finish(Path(html) if html is not None else None)
 
 
 def _search(state: Sweep, trials: int, attempt: Callable[[int, Mapping[str, Any]], Attempt]) -> None:
-    """Runs that the search proposes, until `trials` of them are done."""
+    """Runs that the search proposes, until `trials` of them are done.
+
+    What the machine could not do is no result: the search is not told of it, and the next sweep tries it again.
+    """
     search = Search(state.folder, state.axes, state.lower_is_better)
     done = search.done()
     for number, values in done:
         if all(each.values != values for each in state.attempts):
             state.attempts.append(attempt(number, values))
+    for known in state.attempts:
+        if known.status == "pending":  # the search knows its metric, but its folder was deleted, or its evaluation
+            state.run(known, f"trial {known.number + 1} of {trials}")
+    failed: set[int] = set()
     for _ in range(len(done), trials):
-        number, values = search.next()
+        number, values = search.next(failed)
         made = next((each for each in state.attempts if each.values == values), None)
         if made is None:  # what was proposed before has a metric already
             made = attempt(number, values)
             state.attempts.append(made)
             state.run(made, f"trial {number + 1} of {trials}")
-        search.tell(number, state.value(made))
+        if made.machine_failed:
+            failed.add(number)
+        else:
+            search.tell(number, state.value(made))
 
 
 def _questions(data: str | Path | None, rows: int | None, config: RunConfig) -> QuestionFile | None:
@@ -115,6 +136,11 @@ def _questions(data: str | Path | None, rows: int | None, config: RunConfig) -> 
             )
         return None
     settings = config.evaluation.model_copy(update={"max_rows": rows} if rows else {})
+    if settings.judge.url:
+        raise ConfigError(
+            "evaluation.judge.url: a sweep asks no judge, whose verdicts would not say which run is best; add --set "
+            "evaluation.judge.url=null, and have the chosen run judged: tunesmith eval RUN --data FILE --set evaluation.judge.url=URL"
+        )
     of = Questions.read(str(data), config, settings)
     return QuestionFile(replace(of, path=str(Path(data).absolute())), sha256_file(Path(data)), rows)
 
@@ -199,16 +225,19 @@ def _changes(before: Any, now: Any, key: str = "") -> list[str]:
     return [f"{key.removeprefix('settings.')} was {json.dumps(before)}, is {json.dumps(now)}"]
 
 
-def _check_all(attempts: Sequence[Attempt], questions: QuestionFile | None, progress: Progress) -> None:
+def _check_all(attempts: Sequence[Attempt], questions: QuestionFile | None, metric: str, progress: Progress) -> None:
     """Everything about every run that can be found before weights are read. Raises ConfigError or DataError with all of it."""
     problems: dict[str, list[str]] = {}
     of_data = False
+    planned: list[_Planned] = []
     for number, attempt in enumerate(attempts):
         progress("checking the runs", number, len(attempts))
+        config = copy.deepcopy(attempt.config)
         try:
-            known = check(copy.deepcopy(attempt.config))
+            known = check(config)
             if questions:
                 questions.of.part().check(known.chat)
+            planned.append(_Planned.of(config, known))
         except TunesmithError as error:
             of_data = of_data or isinstance(error, DataError)
             for problem in getattr(error, "problems", [str(error)]):
@@ -216,3 +245,41 @@ def _check_all(attempts: Sequence[Attempt], questions: QuestionFile | None, prog
     if problems:
         lines = list(located(problems, len(attempts)))
         raise DataError(lines) if of_data else ConfigError(lines)
+    if (why := _why_other_losses(planned, metric, questions)) is not None:
+        others = "take another --metric" if questions else "pass --data FILE, whose questions every run answers"
+        raise ConfigError(f"{metric} cannot be compared between these runs: {why}; leave that out, or {others}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """What a run's losses will be over."""
+
+    settings: Mapping[str, Any]
+    hashes: Mapping[str, str | None]
+    eval_rows: int
+
+    @classmethod
+    def of(cls, config: RunConfig, known: Checked) -> _Planned:
+        """`config` after `check`, which writes into it what `auto` means."""
+        facts = known.data.facts
+        hashes = {f"data.{key}": facts.get(key) for key in ("sha256", "eval_sha256")}
+        hashes["chat_template.hash"] = known.chat.hash
+        return cls(dict(flattened(config.model_dump(mode="json"))), hashes, facts["eval_rows"])
+
+
+def _why_other_losses(planned: Sequence[_Planned], metric: str, questions: QuestionFile | None) -> str | None:
+    """Why a metric that is a loss will not be over the same in all runs; None where it will, or is no loss."""
+    settings = differing([each.settings for each in planned])
+    hashes = differing([each.hashes for each in planned])
+    if metric in LOSSES:
+        if metric == "train_loss" and ("data.sha256" in hashes or "data.max_rows" in settings):
+            return "not the same training rows"
+        return why_other_losses(
+            [each.settings["objective.name"] for each in planned],
+            [each.settings["data.eval_fraction"] for each in planned],
+            [each.eval_rows for each in planned],
+            settings,
+            hashes,
+        )
+    of_texts = questions is not None and questions.of.task.kind == "perplexity" and metric in TEXT_LOSSES
+    return "not the same chat template" if of_texts and "chat_template.hash" in hashes else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def point_name(axes: Sequence[Axis], point: Mapping[str, Any]) -> str:
     """A short name for a point's folder: `r=8_lr=1e-4`. A long one ends in a hash of all of it."""
     last = [axis.key.rpartition(".")[2] for axis in axes]
     names = last if len(set(last)) == len(last) else [axis.key for axis in axes]
-    text = "_".join(f"{name}={_short(point[axis.key])}" for name, axis in zip(names, axes, strict=True))
+    text = "_".join(f"{name}={_told_apart(axis, point[axis.key])}" for name, axis in zip(names, axes, strict=True))
     clean = re.sub(r"[^\w.+=-]+", "-", text)
     if clean == text and len(text) <= LONGEST_NAME:
         return text
@@ -159,6 +160,16 @@ def _number(text: str) -> int | float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def _told_apart(axis: Axis, value: Any) -> str:
+    """A value in a name, longer where another value of the axis has the same short name."""
+    short = _short(value)
+    if axis.is_range or sum(_short(other) == short for other in axis.values) < 2:
+        return short
+    if isinstance(value, float):
+        return repr(value)
+    return f"{short}-{hashlib.sha256(json.dumps(value).encode()).hexdigest()[:8]}"
 
 
 def _short(value: Any) -> str:

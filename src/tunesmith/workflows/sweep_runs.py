@@ -3,108 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError, Interrupted, MachineError, TunesmithError
-from tunesmith.evaluation.statistics import Difference, Measured
-from tunesmith.evaluation.statistics import compare as compare_measured
-from tunesmith.evaluation.subject import Subject
-from tunesmith.evaluation.tasks import generated_metrics, score_answers
+from tunesmith.evaluation.journal import Journal
 from tunesmith.files import write_json
 from tunesmith.models.fuse import unfuse
 from tunesmith.report import write_report
-from tunesmith.report.comparison import shown, sweep_table, write_page
+from tunesmith.report.comparison import shown, sweep_table, to_three_digits, write_page
 from tunesmith.report.comparison_plots import Point, loss_curves, scatter_plots
-from tunesmith.report.text import count, duration
+from tunesmith.report.text import as_number, count, duration
 from tunesmith.runs import RunFolder
-from tunesmith.types import EventSink, Generation, Progress
-from tunesmith.workflows.compare import (
-    ReadRun,
-    answers_compared,
-    compare_runs,
-    evaluation_of,
-    lower_is_better,
-    read_run,
+from tunesmith.types import EventSink, Progress
+from tunesmith.workflows.compare import lower_is_better, warnings_of, why_losses_differ
+from tunesmith.workflows.compare_evaluations import differences
+from tunesmith.workflows.evaluate import (
+    Asked,
+    Questions,
+    _identity,
+    _journal_path,
+    _subject,
+    evaluate,
+    summarize,
+    write_evaluation,
 )
-from tunesmith.workflows.evaluate import Asked, Questions, evaluate, summarize, write_evaluation
+from tunesmith.workflows.load import LoadedModel
 from tunesmith.workflows.shared_base import SharedBase, changes_base
+from tunesmith.workflows.sweep_attempts import Attempt, QuestionFile
 from tunesmith.workflows.sweep_points import Axis
 from tunesmith.workflows.train import TrainingSession, restart, start
 
 STATE_FILE = "sweep.json"
 PAGE_FILE = "sweep.html"
+LOSSES = ("eval_loss", "train_loss")
+"""Metrics that training itself measures."""
+
 COSTS = ("wall_seconds", "peak_memory_gb", "trainable_parameters", "artifact_mb")
-
-
-@dataclass(frozen=True, slots=True)
-class QuestionFile:
-    """The questions that every run is asked: all rows of a file, or (`max_rows`) a fixed sample of them."""
-
-    of: Questions
-    sha256: str
-    max_rows: int | None
-
-    def metrics(self) -> list[str]:
-        """What is measured of them; a user's own metric may give several, which begin with its name."""
-        task = self.of.task
-        if task.kind == "perplexity":
-            return ["loss", "perplexity", "bits_per_byte"]
-        known = [name for name in generated_metrics(task.kind) if name != "json_schema" or task.schema is not None]
-        return (known if task.generates else ["accuracy"]) + [name for name, _ in task.user_metrics]
-
-    def lower_is_better(self, metric: str) -> bool:
-        """Whether the best run has the lowest `metric`."""
-        for name, function in self.of.task.user_metrics:
-            if metric == name or metric.startswith(f"{name}."):
-                return not getattr(function, "higher_is_better", True)
-        return lower_is_better(metric)
-
-
-@dataclass(slots=True)
-class Attempt:
-    """One run of a sweep. `number` is its place in the grid, or that of its proposal in a search, from 0."""
-
-    number: int
-    name: str
-    values: dict[str, Any]
-    config: RunConfig
-    path: Path
-    status: str = "pending"
-    error: str | None = None
-    exit_code: int | None = None
-    kept: ReadRun | None = None
-
-    def read(self) -> ReadRun:
-        """What its folder holds; of a finished run read once."""
-        if self.kept is None or self.status != "finished":
-            self.kept = read_run(self.path, self.name)
-        return self.kept
-
-    def recall(self, record: Mapping[str, Any], questions: QuestionFile | None) -> None:
-        """How it stands after an earlier sweep, by its folder and its `record` there.
-
-        A run that failed is not tried again, as it would fail again; but what the machine could not (exit code 3) is.
-        """
-        if not RunFolder.is_run(self.path):
-            return
-        if self.trained and (questions is None or self.evaluation(questions) is not None):
-            self.status = "finished"
-        elif record.get("status") == "failed" and record.get("exit_code") != MachineError.exit_code:
-            self.status, self.error, self.exit_code = "failed", record.get("error"), record.get("exit_code")
-
-    @property
-    def trained(self) -> bool:
-        """Whether its training is finished."""
-        return RunFolder.is_run(self.path) and bool(RunFolder.open(self.path).metrics)
-
-    def evaluation(self, questions: QuestionFile) -> Mapping[str, Any] | None:
-        """Its evaluation on these questions; None if it has none."""
-        return evaluation_of(self.read(), questions.sha256, len(questions.of.rows))
 
 
 class Sweep:
@@ -164,7 +101,7 @@ class Sweep:
         """Judge the runs, and write sweep.json and the page; returns what sweep.json holds."""
         result = self._result()
         reads = [each.read() for each in self.attempts if each.status == "finished"]
-        result["warnings"] = compare_runs(reads)["warnings"] if len(reads) > 1 else []
+        result["warnings"] = warnings_of(reads) if len(reads) > 1 else []
         points = [
             Point(
                 run["name"],
@@ -205,9 +142,9 @@ class Sweep:
                 self._evaluate(session, self.questions.of)
         finally:
             self.shared.take_back(model, session.config)
-        del session, model  # a base that was not taken back goes now, before another is loaded
-        self.shared.release_memory()
+        del session, model
         if self.questions is not None and not keeps:
+            self.shared.release_memory()  # the base, which was not taken back, before another is loaded
             evaluate(attempt.path, self.questions.of.path, changes=self._changes(), progress=self.progress)
         self._known_metric(attempt)
         write_report(RunFolder.open(attempt.path))
@@ -219,9 +156,16 @@ class Sweep:
         settings = session.config.evaluation.model_copy(update=self._changes())
         part = questions.part()
         part.check(session.chat)
-        subject = Subject("tuned", session.forward, session.tokenizer, session.chat, settings, progress=self.progress)
-        said = Asked({part.name: part.ask(subject)})
-        write_evaluation(session.run, summarize(questions, [part], said, settings, {"name": session.source.name}))
+        dtype = session.config.model.dtype
+        assert dtype != "auto"  # `check` settled it
+        loaded = LoadedModel(
+            session.forward, session.tokenizer, session.chat, session.source, session.hardware, dtype, True, session.run
+        )
+        identity = _identity(loaded, "auto", False)
+        journal = Journal(_journal_path(session.run, [part], questions, settings, identity), identity)
+        with journal:
+            said = Asked({part.name: part.ask(_subject(loaded, settings, journal, self.progress))})
+            write_evaluation(session.run, summarize(questions, [part], said, settings, identity))
 
     def _changes(self) -> dict[str, Any]:
         return {"max_rows": self.questions.max_rows} if self.questions and self.questions.max_rows else {}
@@ -239,7 +183,7 @@ class Sweep:
         """The metric with its standard error."""
         found = self._evaluation(attempt).get("metrics", {}).get(self.metric)
         if found is not None:
-            return found["value"], found["stderr"]
+            return as_number(found.get("value")), as_number(found.get("stderr"))
         return attempt.read().metrics.get(self.metric), None
 
     def _save(self) -> None:
@@ -248,13 +192,18 @@ class Sweep:
     def _result(self, judged: bool = True) -> dict[str, Any]:
         runs = [self._row(attempt) for attempt in self.attempts]
         known = [run for run in runs if run["metric"] is not None]
-        best = None
-        if judged and known:
-            best = (min if self.lower_is_better else max)(known, key=lambda run: run["metric"])
+        reads = [each.read() for each in self.attempts if each.status == "finished"]
+        no_best = why_losses_differ(reads) if judged and self.metric in LOSSES and reads else None
+        best, tied = None, []
+        if judged and known and no_best is None:
+            target = (min if self.lower_is_better else max)(run["metric"] for run in known)
+            equals = [run for run in known if run["metric"] == target]
+            best = min(equals, key=_cost)
+            tied = [run["name"] for run in equals if run is not best]
             self._compare_with(best, known)
         within = [run["name"] for run in known if run["against_best"] and run["against_best"]["verdict"] != "worse"]
         candidates = [run for run in known if best and (run is best or run["name"] in within)]
-        cheapest = min(candidates, key=lambda run: (run["trainable_parameters"], run["wall_seconds"]), default=None)
+        cheapest = min(candidates, key=_cost, default=None)
         result = {
             "format_version": 1,
             "sweep": str(self.folder),
@@ -267,6 +216,8 @@ class Sweep:
             "over": dict(self.asked["over"]),
             "runs": runs,
             "best": best["name"] if best else None,
+            "tied": tied,
+            "no_best": no_best,
             "within_error": within,
             "cheapest": cheapest["name"] if within and cheapest else None,
             "base_loads": self.shared.loads,
@@ -275,7 +226,7 @@ class Sweep:
         return result | {"conclusions": self._conclusions(result, runs)}
 
     def _from_evaluation(self) -> bool:
-        return self.questions is not None and self.metric not in ("eval_loss", "train_loss")
+        return self.questions is not None and self.metric not in LOSSES
 
     def _is_share(self) -> bool:
         """Whether the evaluations say that the metric is a fraction of 1."""
@@ -293,6 +244,7 @@ class Sweep:
             "status": attempt.status,
             "error": attempt.error,
             "exit_code": attempt.exit_code,
+            "has_folder": RunFolder.is_run(attempt.path),
             "metric": value,
             "stderr": error,
             **{name: costs.get(name) for name in COSTS},
@@ -300,34 +252,16 @@ class Sweep:
         }
 
     def _compare_with(self, best: dict[str, Any], known: Sequence[dict[str, Any]]) -> None:
-        """Fill `against_best` of every other run, where the metric comes from an evaluation."""
+        """Fill `against_best` of every other run with a test row by row, where the rows of an evaluation give the metric."""
         if not self._from_evaluation():
             return
+        assert self.questions is not None
         by_name = {attempt.name: self._evaluation(attempt) for attempt in self.attempts if attempt.status == "finished"}
         for run in known:
             if run is not best:
-                difference = self._difference(by_name[run["name"]], by_name[best["name"]])
+                pair = by_name[run["name"]], by_name[best["name"]]
+                difference = differences(*pair, [self.metric], self.questions.of.task).get(self.metric)
                 run["against_best"] = difference.as_json() if difference else None
-
-    def _difference(self, of: Mapping[str, Any], best: Mapping[str, Any]) -> Difference | None:
-        """Paired, row by row, where answers were scored; else as independent measurements; None without errors."""
-        assert self.questions is not None
-        if self.metric == "accuracy" and (paired := answers_compared(of, best)) is not None:
-            return paired
-        task = self.questions.of.task
-        if task.generates:
-            after, before = (score_answers(task, _generations(each))[self.metric] for each in (of, best))
-            return after.minus(before)
-        ours, theirs = (
-            Measured(
-                each["metrics"][self.metric]["value"],
-                each["metrics"][self.metric]["stderr"],
-                each["n"],
-                higher_is_better=not self.lower_is_better,
-            )
-            for each in (of, best)
-        )
-        return None if ours.stderr is None or theirs.stderr is None else compare_measured(ours, theirs)
 
     def _conclusions(self, result: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> list[str]:
         """What the table says, in sentences."""
@@ -336,8 +270,11 @@ class Sweep:
         lines = []
         if best := by_name.get(result["best"]):
             share = result["metric"]["share"]
+            value = shown(self.metric, best["metric"], best["stderr"], share)
+            tied = ", ".join(str(numbers[name]) for name in result["tied"])
             lines.append(
-                f"best: run {numbers[best['name']]} ({best['name']}), {self.metric} {shown(self.metric, best['metric'], best['stderr'], share)}"
+                f"best: run {numbers[best['name']]} ({best['name']}), {self.metric} {value}"
+                + (f", tied with run {tied}: of equals the cheapest is named" if tied else "")
             )
             if result["within_error"]:
                 others = ", ".join(str(numbers[name]) for name in result["within_error"])
@@ -351,6 +288,10 @@ class Sweep:
                 lines.append(
                     f"{self.metric} has no standard error here: --data FILE measures the runs on rows that can be compared"
                 )
+            elif any(run["metric"] is not None and run["against_best"] is None and run is not best for run in runs):
+                lines.append(f"{self.metric} has no test: the evaluations do not keep what it is made of, row by row")
+        elif result["no_best"]:
+            lines.append(f"no run is named best: {result['no_best']}, so that {self.metric} is not comparable")
         lines += [
             f"run {numbers[run['name']]} ({run['name']}) failed: {run['error']}"
             for run in runs
@@ -359,12 +300,6 @@ class Sweep:
         return lines
 
 
-def window_of(config: RunConfig) -> int:
-    """Tokens of a window of text, as `evaluate` takes them."""
-    return config.data.max_seq_length if isinstance(config.data.max_seq_length, int) else 2048
-
-
-def _generations(evaluation: Mapping[str, Any]) -> list[Generation]:
-    """The rows of an evaluation, as they were scored."""
-    keys = ("prompt", "expected", "answer", "correct", "line")
-    return [Generation(*(row[key] for key in keys)) for row in evaluation["examples"]]
+def _cost(run: Mapping[str, Any]) -> tuple[float, float]:
+    """Trained parameters, then time as far as it can be told apart."""
+    return run["trainable_parameters"], to_three_digits(run["wall_seconds"]) or 0.0

@@ -7,7 +7,7 @@ proposed anyway.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,12 @@ class Search:
         """Number and values of the proposals whose metric is known, or that failed."""
         return [(trial.number, self._values(trial.params)) for trial in self.study.trials if trial.state.is_finished()]
 
-    def next(self) -> tuple[int, dict[str, Any]]:
-        """The number and the values of the next run: one that was begun and not finished, else a new proposal."""
+    def next(self, without: Collection[int] = ()) -> tuple[int, dict[str, Any]]:
+        """The number and the values of the next run: one that was begun and not finished, not among `without`; else a new proposal."""
         import optuna
 
         for trial in self.study.trials:
-            if not trial.state.is_finished():
+            if not trial.state.is_finished() and trial.number not in without:
                 return trial.number, self._values(trial.params)
         self.study.sampler = optuna.samplers.TPESampler(seed=SEED + len(self.study.trials))
         asked = self.study.ask({axis.key: self._distribution(axis) for axis in self.axes})
