@@ -144,8 +144,8 @@ def test_answers_of_other_weights_types_and_templates_are_not_taken(
     few = FEW | {"batch_size": 2}
     with pytest.raises(KeyboardInterrupt):
         evaluate(run, questions, changes=few, progress=stop)
-    real = workflow._identity
-    monkeypatch.setattr(workflow, "_identity", lambda *given: real(*given) | {what: "another"})
+    real = workflow.identity_of
+    monkeypatch.setattr(workflow, "identity_of", lambda *given: real(*given) | {what: "another"})
     steps: list[int] = []
     evaluate(run, questions, changes=few, progress=lambda stage, done, total: steps.append(done))
     assert steps.count(0) >= 2, "loading, and answers from none on"

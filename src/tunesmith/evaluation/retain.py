@@ -15,7 +15,7 @@ The mix is for a difference between two models, not for a leaderboard: the quest
 seen some. Where the base is no better than chance on a set, nothing can be forgotten there, which `details` says.
 
 Time: one row a question of MMLU (its letters are one token), five of OpenBookQA and three of COPA; 43,000 tokens in all. SmolLM2-135M
-in bf16 took 55 s of processor time on one core of an AMD EPYC; time goes with the parameters, so that 1B
+in bf16 took 55 s of processor time on one core of an AMD EPYC (`tunesmith eval MODEL --retain`, PyTorch 2.13); time goes with the parameters, so that 1B
 on such a core takes seven minutes. `limit` asks fewer: every n-th question of each set, in proportion to the sets' sizes
 (MMLU's rows are in order of subject, so that these too are spread).
 """

@@ -30,7 +30,7 @@ from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder
 from tunesmith.types import Example, Progress, no_progress
 from tunesmith.version import __version__
-from tunesmith.workflows.evaluation_parts import judge_part, named_parts
+from tunesmith.workflows.evaluation_parts import judge_part, make_judge, named_parts
 from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.rows import read_questions
 
@@ -127,20 +127,23 @@ def evaluate(
     questions = Questions.read(str(data), config, settings) if data is not None else None
     if questions is not None and not questions.task.generates and "max_new_tokens" in changed:
         raise ConfigError(f"evaluation.max_new_tokens has no effect: the task {questions.task.kind} generates nothing")
-    everything: list[Part] = [*named_parts(settings, config, retain, tasks), *parts]
+    judges_answers = settings.judge.url is not None and not (questions is None and "safety" in tasks)
+    if judges_answers and (questions is None or not questions.task.generates):
+        raise ConfigError(
+            "a judge reads generated answers: pass --data with questions that are answered by text, or --tasks safety"
+        )
+    judge = make_judge(settings, run, device, progress)
+    everything: list[Part] = [*named_parts(settings, config, retain, tasks, changed, judge), *parts]
     if questions is not None:
         everything.insert(0, questions.part())
-    judge = settings.judge
-    if judge.url:
-        if questions is None or not questions.task.generates:
-            raise ConfigError("a judge reads generated answers: pass --data with questions that are answered by text")
-        everything.append(judge_part(settings, questions.rows, run, device, progress))
+        if judges_answers:
+            everything.append(judge_part(settings, questions.rows, run, device, progress, judge))
     if not everything:
         raise ConfigError("nothing to evaluate: pass --data FILE, --retain, or --tasks NAME,NAME")
     if questions is not None and len(everything) == 1:
         task = questions.task
         refuse_unmeasured(conditions, lambda metric: may_measure(task, metric), f"the task {task.kind}")
-    pairwise = judge.url is not None and judge.mode == "pairwise"
+    pairwise = judges_answers and settings.judge.mode == "pairwise"
     baseline = baseline or pairwise or any(condition.other == "baseline" for condition in conditions)
 
     def check(chat: ChatFormat) -> None:
@@ -164,9 +167,9 @@ def evaluate(
             else "leave --baseline out"
         )
         raise ConfigError(f"{target} is itself a base model: there is no other to compare with; {why}")
-    identity = _identity(loaded, dtype, force)
-    journal = Journal(_journal_path(loaded.run, everything, questions, settings, identity), identity)
-    subject = _subject(loaded, settings, journal, progress)
+    identity = identity_of(loaded, dtype, force)
+    journal = Journal(journal_path(loaded.run, everything, questions, settings, identity), identity)
+    subject = subject_of(loaded, settings, journal, progress)
     asked = Asked()
     with journal:
         asked.tuned = {part.name: part.ask(subject) for part in everything}
@@ -177,7 +180,7 @@ def evaluate(
             else:
                 base = loaded
             identity["base_weights"] = weight_hash(base.source)
-            subject = _subject(base, settings, journal, progress, base=identity["base_weights"])
+            subject = subject_of(base, settings, journal, progress, base=identity["base_weights"])
             asked.base = {part.name: part.ask(subject) for part in everything}
         result = summarize(questions, everything, asked, settings, identity)
         check_result(result, conditions, run)
@@ -186,7 +189,7 @@ def evaluate(
     return result
 
 
-def _identity(loaded: LoadedModel, dtype: str, forced: bool) -> dict[str, Any]:
+def identity_of(loaded: LoadedModel, dtype: str, forced: bool) -> dict[str, Any]:
     """What answers depend on beside the questions and the settings: it stands in the journal and in the result."""
     return {
         "name": loaded.source.name,
@@ -202,7 +205,7 @@ def _identity(loaded: LoadedModel, dtype: str, forced: bool) -> dict[str, Any]:
     }
 
 
-def _journal_path(
+def journal_path(
     run: RunFolder | None,
     parts: Sequence[Part],
     questions: Questions | None,
@@ -220,7 +223,7 @@ def _journal_path(
     return cache_folder() / FOLDER / f"{key_of(asked, identity)[:24]}.jsonl"
 
 
-def _subject(
+def subject_of(
     loaded: LoadedModel, settings: EvaluationConfig, journal: Journal, progress: Progress, base: str = ""
 ) -> Subject:
     """The tuned model, or (`base`: the hash of its weights) the base, which an adapter is switched off for."""

@@ -23,10 +23,10 @@ from tunesmith.workflows.compare_evaluations import differences
 from tunesmith.workflows.evaluate import (
     Asked,
     Questions,
-    _identity,
-    _journal_path,
-    _subject,
     evaluate,
+    identity_of,
+    journal_path,
+    subject_of,
     summarize,
     write_evaluation,
 )
@@ -161,10 +161,10 @@ class Sweep:
         loaded = LoadedModel(
             session.forward, session.tokenizer, session.chat, session.source, session.hardware, dtype, True, session.run
         )
-        identity = _identity(loaded, "auto", False)
-        journal = Journal(_journal_path(session.run, [part], questions, settings, identity), identity)
+        identity = identity_of(loaded, "auto", False)
+        journal = Journal(journal_path(session.run, [part], questions, settings, identity), identity)
         with journal:
-            said = Asked({part.name: part.ask(_subject(loaded, settings, journal, self.progress))})
+            said = Asked({part.name: part.ask(subject_of(loaded, settings, journal, self.progress))})
             write_evaluation(session.run, summarize(questions, [part], said, settings, identity))
 
     def _changes(self) -> dict[str, Any]:

@@ -459,9 +459,11 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         if value and Path(value).expanduser().exists():
             setattr(getattr(config, section), key, str(Path(value).expanduser().absolute()))
     evaluation = config.evaluation
-    for key in ("json_schema", "retain_path", "tasks_path"):
+    for key in ("json_schema", "retain_path", "tasks_path", "safety_path"):
         if (value := getattr(evaluation, key)) and Path(value).expanduser().exists():
             setattr(evaluation, key, str(Path(value).expanduser().absolute()))
+    if Path(evaluation.judge.rubric).expanduser().is_file():
+        evaluation.judge.rubric = str(Path(evaluation.judge.rubric).expanduser().absolute())
     evaluation.metrics = [
         f"{Path(file).expanduser().absolute()}{colon}{name}"
         if Path(file).expanduser().is_file()
