@@ -167,7 +167,7 @@ def evaluate(
             else "leave --baseline out"
         )
         raise ConfigError(f"{target} is itself a base model: there is no other to compare with; {why}")
-    identity = identity_of(loaded, dtype, force)
+    identity = identity_of(loaded, force)
     journal = Journal(journal_path(loaded.run, everything, questions, settings, identity), identity)
     subject = subject_of(loaded, settings, journal, progress)
     asked = Asked()
@@ -189,7 +189,7 @@ def evaluate(
     return result
 
 
-def identity_of(loaded: LoadedModel, dtype: str, forced: bool) -> dict[str, Any]:
+def identity_of(loaded: LoadedModel, forced: bool) -> dict[str, Any]:
     """What answers depend on beside the questions and the settings: it stands in the journal and in the result."""
     return {
         "name": loaded.source.name,

@@ -161,7 +161,7 @@ class Sweep:
         loaded = LoadedModel(
             session.forward, session.tokenizer, session.chat, session.source, session.hardware, dtype, True, session.run
         )
-        identity = identity_of(loaded, "auto", False)
+        identity = identity_of(loaded, False)
         journal = Journal(journal_path(session.run, [part], questions, settings, identity), identity)
         with journal:
             said = Asked({part.name: part.ask(subject_of(loaded, settings, journal, self.progress))})
