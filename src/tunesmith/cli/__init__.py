@@ -18,6 +18,7 @@ from tunesmith.cli.bench import bench
 from tunesmith.cli.compare import compare, sweep
 from tunesmith.cli.data import app as data_app
 from tunesmith.cli.evaluate import evaluate, one_line
+from tunesmith.cli.merge import merge
 from tunesmith.cli.plan import plan
 from tunesmith.errors import TunesmithError
 from tunesmith.version import __version__
@@ -232,35 +233,7 @@ def chat(
             history += [Message("user", line), Message("assistant", said)]
 
 
-@app.command()
-def merge(
-    target: Annotated[str, typer.Argument(help="A run or a PEFT adapter folder.", metavar="RUN")],
-    out: Annotated[
-        str | None, typer.Option("--out", help="Folder to write (default: RUN/merged).", metavar="DIR")
-    ] = None,
-    model: Model = None,
-    device: Device = "auto",
-    dtype: DTypeOption = "auto",
-    as_json: Json = False,
-) -> None:
-    """Write base + adapter as one model, verified."""
-    from pathlib import Path
-
-    from tunesmith import api
-    from tunesmith.cli.console import Console
-
-    with Console() as console:
-        result = api.merge(
-            target, Path(out) if out else None, model=model, dtype=dtype, device=device, progress=console.progress
-        )
-    if as_json:
-        console.result(result)
-        return
-    print(
-        f"{result['path']} ({result['dtype']}), read back and compared with base + adapter on {result['tokens']} tokens: "
-        f"logits differ by {result['difference']:.3%} (the adapter moves them by {result['effect']:.1%}), "
-        f"KL {result['kl']:.2e}, top-1 agreement {result['top1']:.1%}"
-    )
+app.command()(merge)
 
 
 @app.command()
