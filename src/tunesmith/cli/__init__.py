@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from tunesmith.cli.adapters import app as adapters_app
 from tunesmith.cli.advise import advise
 from tunesmith.cli.bench import bench
 from tunesmith.cli.compare import compare, sweep
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app)
+app.add_typer(adapters_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 Model = Annotated[str | None, typer.Option("--model", help="Base model: folder, .gguf file or hub id.", metavar="NAME")]

@@ -134,10 +134,7 @@ class _Merger:
             return self._rounded(entry.name, self._merged(entry.name), entry.dtype)
         if entry.name in self._reverted:
             return self._rounded(entry.name, self._reverted.pop(entry.name), entry.dtype)
-        if self.skeleton.renamed:
-            group = self.skeleton.checkpoint.targets[entry.name]
-        else:
-            group = self.group_of[entry.name]
+        group = self.skeleton.checkpoint.targets[entry.name] if self.skeleton.renamed else self.group_of[entry.name]
         names = self.names[group]
         if self.changed.isdisjoint(names):
             stored = self.skeleton.checkpoint.tensors.read(group.sources[0] if group.converter is None else entry.name)

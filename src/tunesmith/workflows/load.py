@@ -18,6 +18,7 @@ from tunesmith.models import loftq
 from tunesmith.models.adapters import base_of_adapter, load_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
+from tunesmith.registry.records import refuse_code
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
@@ -141,6 +142,8 @@ def find(
         _finished(tuned, tuned.adapter_path) if tuned and config.method != "full" else path if is_adapter else None
     )
 
+    if adapter:
+        refuse_code(adapter)
     hardware = probe(settings.device)
     computes = compute_dtype(settings.dtype, hardware)
     source = find_model(settings)
