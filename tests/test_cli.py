@@ -338,9 +338,9 @@ def test_merge_says_how_close_it_is(run: Path, tmp_path: Path) -> None:
 def test_merge_exits_with_one_when_verification_fails(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft import PeftModel
+    from tunesmith.export.skeleton import Skeleton
 
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    monkeypatch.setattr(Skeleton, "merged", lambda self, name, read=None: self.stored(name))
     result = tunesmith("merge", run, "--out", tmp_path / "merged")
     assert (result.code, result.out) == (1, "")
     assert len(result.problems) == 1
