@@ -34,6 +34,7 @@ COMMANDS = (
     "plan",
     "bench",
     "data",
+    "adapters",
 )
 EXECUTABLE = Path(sys.executable).with_name("tunesmith")
 FAST = ("--set", "training.max_steps=2", "--set", "model.dtype=fp32", "--set", "optimizer.lr=0.01")

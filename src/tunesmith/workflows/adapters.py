@@ -217,7 +217,7 @@ def _reload(found: Found, dtype: str, device: str, progress: Progress) -> tuple[
         return Check("reload", False, "base and adapter do not compute finite numbers on the fixed prompts"), []
     effect = float((logits - bare).norm() / logits.norm())
     effects = []
-    for setting in dict.fromkeys(others):
+    for setting in others:
         if setting == trained:
             continue
         other, _ = _logits(found, setting, prompts, progress)
