@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -295,15 +296,33 @@ def test_what_cannot_be_streamed(config: dict[str, Any], why: str) -> None:
     )
 
 
-def test_a_base_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+def test_a_base_that_is_not_whole_is_not_streamed(tmp_path: Path) -> None:
     base = make_tiny_model(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError, match=r"^1 weights are missing from the files \(model.layers.1.mlp.up_proj.weight\)$"
+    name = "model.layers.1.mlp.up_proj.weight"
+    short = tensors | {"lm_head.weight": tensors["lm_head.weight"][:-1].clone()}
+    for values, why in (
+        (
+            {key: value for key, value in tensors.items() if key != name},
+            f"1 weights are missing from its files ({name})",
+        ),
+        (short, "lm_head.weight is (319, 32) in the files, and its config.json means (320, 32)"),
     ):
-        Skeleton(base)
+        save_file(values, base / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(Unstreamable) as caught:
+            Skeleton(base)
+        assert str(caught.value) == why
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None:
+    base = make_tiny_model(tmp_path / "base")
+    shutil.copy(base / "model.safetensors", tmp_path / "secret.safetensors")
+    index = {"weight_map": {"lm_head.weight": "../secret.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ModelError, match=r"names a file outside of its folder \(../secret.safetensors\); it is not read$"
+    ):
+        TensorFiles(base)
 
 
 def test_tensors_are_written_as_safetensors_writes_them(tmp_path: Path) -> None:

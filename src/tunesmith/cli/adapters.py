@@ -78,16 +78,13 @@ def show(path: Path_, as_json: Json = False) -> None:
     for key, value in found.items():
         if value in (None, {}, [], ()):
             continue
-        if (
-            (isinstance(value, (dict, list, tuple))
-            and not all(isinstance(one, str) for one in value))
-            or isinstance(value, dict)
-        ):
+        names = isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value)
+        if isinstance(value, (dict, list, tuple)) and not names:
             print(f"{key}")
             for line in json.dumps(value, indent=2, ensure_ascii=False).splitlines():
                 print(f"  {printable(line)}")
         else:
-            text = ", ".join(value) if isinstance(value, (list, tuple)) else str(value)
+            text = ", ".join(value) if names else str(value)
             print(f"{key:<14}{printable(text)}")
 
 

@@ -37,6 +37,17 @@ class QuantizedWeights:
         stored = self.skeleton.stored(name)
         return self._there_and_back(stored) if name in self.names else stored
 
+    def misread(self) -> str | None:
+        """What to say where bitsandbytes' CPU code dequantizes rows that are no multiple of 64 wide from other scales than it wrote."""
+        wide = {name: self.skeleton.model.get_parameter(self.skeleton.places[name]).shape[-1] for name in self.names}
+        odd = sorted(name for name, width in wide.items() if width % 64)
+        if self.skeleton.device.type != "cpu" or self.settings.scheme == "int8" or not odd:
+            return None
+        return (
+            f"on a CPU bitsandbytes dequantizes rows that are no multiple of 64 wide wrongly ({odd[0]}: {wide[odd[0]]}); pass --device cuda "
+            "for the quantized base that a GPU trained over"
+        )
+
     def _there_and_back(self, stored: torch.Tensor) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_quant, quantize_4bit
 

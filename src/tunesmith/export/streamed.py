@@ -79,6 +79,7 @@ class _Merger:
         self.dtype = dtype
         self.read = read
         self.changed = set(changed)
+        self.by_adapter = skeleton.changed()
         self.untied = False
         self.names: dict[Group, list[str]] = {}
         for name, group in skeleton.checkpoint.targets.items():
@@ -97,10 +98,11 @@ class _Merger:
                     order.setdefault(group, []).append(self._announced(entry, group))
             if order:
                 plan[file] = [entry for entries in order.values() for entry in entries]
-        for name, partner in self.skeleton.tied.items():
-            apart = {name, partner} & self.changed and not torch.equal(self._merged(name), self._merged(partner))
-            if apart:
-                self.untied = True
+        for pair in {tuple(sorted(pair)) for pair in self.skeleton.tied.items()}:
+            if self.changed.isdisjoint(pair) or torch.equal(*map(self._merged, pair)):
+                continue
+            self.untied = True
+            for name in pair:
                 if name not in self.skeleton.checkpoint.targets:
                     self.extra.add(name)
                     plan[file].append(Entry(name, tuple(self.skeleton.shape(name)), self._dtype(name)))
@@ -124,7 +126,7 @@ class _Merger:
         return torch.float32 if any(part in kept for part in name.split(".")) else self.dtype
 
     def _merged(self, name: str) -> torch.Tensor:
-        if name in self.skeleton.changed():
+        if name in self.by_adapter:
             return self.skeleton.merged(name, self.read)
         return self.read(name).to(self.skeleton.device, torch.float32)
 

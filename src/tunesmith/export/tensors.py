@@ -84,6 +84,8 @@ def _files_of(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if elsewhere := [name for name in names if Path(name).name != name]:
+            raise ModelError(f"{index}: names a file outside of its folder ({elsewhere[0]}); it is not read")
         return [folder / name for name in sorted(set(names))]
     single = folder / "model.safetensors"
     if single.is_file():
@@ -233,11 +235,16 @@ class Checkpoint:
 
 
 def check_whole(checkpoint: Checkpoint, tied: Mapping[str, str]) -> None:
-    """Raise ModelError unless the files have every parameter of the model; of tied ones one will do (`tied`: name -> its partner)."""
+    """Raise Unstreamable unless the files have every parameter of the model, of its shape; of tied ones (`tied`: name -> partner) one will do."""
     missing = [
         name
         for name in checkpoint.shapes
         if name not in checkpoint.targets and tied.get(name, name) not in checkpoint.targets
     ]
     if missing:
-        raise ModelError(f"{len(missing)} weights are missing from the files ({', '.join(sorted(missing)[:3])})")
+        raise Unstreamable(f"{len(missing)} weights are missing from its files ({', '.join(sorted(missing)[:3])})")
+    stored = {entry.name: entry.shape for entries in checkpoint.tensors.entries.values() for entry in entries}
+    for name, group in checkpoint.targets.items():
+        shape, expected = stored[group.sources[0]], tuple(checkpoint.shapes[name])
+        if group.converter is None and shape != expected:
+            raise Unstreamable(f"{name} is {shape} in the files, and its config.json means {expected}")

@@ -193,12 +193,15 @@ def _quantized(found: Found, skeleton: Skeleton, onto: str, notes: list[str]) ->
     try:
         # Training quantized from its compute type, which need not be the one that is written now.
         trained: Any = found.trained_dtype or found.dtype
-        return QuantizedWeights(skeleton, found.quantization, torch_dtype(trained))
+        weights = QuantizedWeights(skeleton, found.quantization, torch_dtype(trained))
     except MachineError as error:
         if onto == "quantized":
             raise
         notes.append(f"how far the merge is from what was trained over the quantized base is not measured: {error}")
         return None
+    if said := weights.misread():
+        notes.append(said)
+    return weights
 
 
 def _merged(skeleton: Skeleton, quantized: QuantizedWeights, onto: str, dtype: torch.dtype) -> Read:
