@@ -10,7 +10,7 @@ import typer
 
 def merge(
     targets: Annotated[
-        list[str], typer.Argument(help="A run or a PEFT adapter folder; several become one.", metavar="RUN...")
+        list[str], typer.Argument(help="A run or a PEFT adapter folder; several become one.", metavar="RUN")
     ],
     out: Annotated[
         str | None, typer.Option("--out", help="Folder to write (default: RUN/merged).", metavar="DIR")
