@@ -34,6 +34,7 @@ COMMANDS = (
     "plan",
     "bench",
     "data",
+    "adapters",
 )
 EXECUTABLE = Path(sys.executable).with_name("tunesmith")
 FAST = ("--set", "training.max_steps=2", "--set", "model.dtype=fp32", "--set", "optimizer.lr=0.01")
@@ -338,9 +339,9 @@ def test_merge_says_how_close_it_is(run: Path, tmp_path: Path) -> None:
 def test_merge_exits_with_one_when_verification_fails(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft import PeftModel
+    from tunesmith.export.skeleton import Skeleton
 
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    monkeypatch.setattr(Skeleton, "merged", lambda self, name, read=None: self.stored(name))
     result = tunesmith("merge", run, "--out", tmp_path / "merged")
     assert (result.code, result.out) == (1, "")
     assert len(result.problems) == 1

@@ -530,9 +530,9 @@ def test_a_disk_that_fills_up_at_the_beginning_or_the_end(
 
 
 def test_a_disk_that_fills_up_while_merging(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import LlamaForCausalLM
+    from tunesmith.export import streamed
 
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", no_space)
+    monkeypatch.setattr(streamed, "write_tensors", no_space)
     with untouched(finished):
         result = tunesmith("merge", finished, "--out", tmp_path / "merged")
     out_of_space(result, str(tmp_path / "merged"))

@@ -15,7 +15,9 @@ from trained import copy_run, tiny_base, tiny_run
 from tunesmith.config import AdapterConfig, ModelConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ModelError, RunError, VerificationError
-from tunesmith.export.safetensors import NOISE, PEFT_PARTS, TOLERANCE, MergeCheck, compare_logits, merge_adapter
+from tunesmith.export.safetensors import NOISE, TOLERANCE, MergeCheck, compare_logits, merge_adapter
+from tunesmith.export.skeleton import PEFT_PARTS, Skeleton
+from tunesmith.export.tensors import Unstreamable
 from tunesmith.hardware import ComputeDType, probe
 from tunesmith.models.adapters import add_adapter
 from tunesmith.models.load import find_model, load_model, load_tokenizer
@@ -53,7 +55,12 @@ def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
 def test_a_run_merges_into_a_model_that_computes_the_same(run: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     base = tiny_base(tmp_path_factory)
     result = merge(run)  # a Path does as well as a string
-    assert list(result) == ["path", "dtype", "difference", "effect", "kl", "top1", "tokens"]
+    assert list(result) == [
+        "path", "dtype", "difference", "effect", "kl", "top1", "tokens", "onto", "streamed", "notes", "files", "bytes",
+    ]  # fmt: skip
+    assert (result["onto"], result["streamed"], result["notes"], result["files"]) == ("16bit", True, [], 1)
+    size = (run / "merged" / "model.safetensors").stat().st_size
+    assert 0 < size - result["bytes"] < 4096
     assert (result["path"], result["dtype"], result["top1"]) == (str(run / "merged"), "fp32", 1.0)
     assert result["difference"] < 1e-5
     assert abs(result["kl"]) < 1e-6
@@ -85,9 +92,8 @@ def test_in_bf16_the_weights_are_rounded_once(run: Path) -> None:
     exact = load_file(run / "exact" / "model.safetensors")
     rounded = load_file(run / "rounded" / "model.safetensors")
     for name, tensor in rounded.items():
-        # The base was rounded too when it was loaded in bf16: two roundings of 2^-9 each.
         assert tensor.dtype == torch.bfloat16
-        torch.testing.assert_close(tensor.float(), exact[name], rtol=2**-8, atol=2e-3)
+        assert torch.equal(tensor, exact[name].bfloat16()), name
     assert 0 < result["difference"] < 0.02
 
 
@@ -194,6 +200,47 @@ def test_a_model_has_nothing_to_merge(tiny_model: Path, tmp_path: Path) -> None:
 # -- what is found out ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["streamed", "in memory"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of merging; nothing is streamed in the second."""
+    from tunesmith.workflows import merge as workflow
+
+    def refuse(_: Any) -> None:
+        raise Unstreamable("the test says so")
+
+    if request.param == "in memory":
+        monkeypatch.setattr(workflow, "refuse_unstreamable", refuse)
+    way: str = request.param
+    return way
+
+
+def tamper(way: str, monkeypatch: pytest.MonkeyPatch, damage: Any) -> None:
+    """Have `damage` done to the written file before it is read back."""
+    from tunesmith.workflows import merge as workflow
+
+    name = "read_back" if way == "streamed" else "load_plain"
+    own = getattr(workflow, name)
+
+    def tampered(folder: Path, *rest: Any) -> Any:
+        damage(folder / "model.safetensors")
+        return own(folder, *rest)
+
+    monkeypatch.setattr(workflow, name, tampered)
+
+
+def test_what_cannot_be_streamed_is_merged_in_memory_and_said(run: Path, way: str) -> None:
+    said: list[str] = []
+    result = merge(run, progress=lambda stage, *_: said.append(stage))
+    if way == "streamed":
+        assert (result["streamed"], result["notes"]) == (True, [])
+    else:
+        note = "merged in memory, not tensor by tensor: the test says so"
+        assert (result["streamed"], result["notes"]) == (False, [note])
+        assert note in said
+    assert result["difference"] < 1e-5
+    assert result["effect"] > 0.5
+
+
 def refusal(run: Path, dtype: str) -> str:
     before = left(run)
     with pytest.raises(VerificationError) as caught:
@@ -207,16 +254,17 @@ def refusal(run: Path, dtype: str) -> str:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_merge_that_drops_the_adapter(run: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_that_drops_the_adapter(run: Path, way: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import PeftModel
 
     monkeypatch.setattr(PeftModel, "merge_and_unload", lambda self: self.unload(), raising=False)
+    monkeypatch.setattr(Skeleton, "merged", lambda self, name, read=None: self.stored(name))
     message = refusal(run, dtype)
     assert f"(allowed: {'0.01' if dtype == 'fp32' else '5.00'}%; the adapter itself moves them by " in message
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_merge_of_half_the_layers(run: Path, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_merge_of_half_the_layers(run: Path, way: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from peft import PeftModel
 
     def half(self: Any) -> Any:
@@ -225,37 +273,35 @@ def test_a_merge_of_half_the_layers(run: Path, dtype: str, monkeypatch: pytest.M
                 parameter.data.zero_()
         return self.base_model.merge_and_unload()
 
+    whole = Skeleton.merged
     monkeypatch.setattr(PeftModel, "merge_and_unload", half, raising=False)
+    monkeypatch.setattr(
+        Skeleton,
+        "merged",
+        lambda self, name, read=None: self.stored(name) if "layers.1" in name else whole(self, name, read),
+    )
     refusal(run, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("damage", ["scaled", "swapped", "not a number"])
-def test_a_tensor_that_was_written_wrong(run: Path, dtype: str, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.workflows import merge as workflow
-
+def test_a_tensor_that_was_written_wrong(
+    run: Path, way: str, dtype: str, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]
 
-    def tampered(folder: Path, *rest: Any) -> Any:
-        tensors = load_file(folder / "model.safetensors")
+    def change(file: Path) -> None:
+        tensors = load_file(file)
         first, second = (tensors[name] for name in names)
         tensors[names[0]] = {"scaled": 1.5 * first, "swapped": second.clone(), "not a number": math.nan * first}[damage]
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return load_plain(folder, *rest)
+        save_file(tensors, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(workflow, "load_plain", tampered)
+    tamper(way, monkeypatch, change)
     refusal(run, dtype)
 
 
-def test_a_folder_that_does_not_load_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.workflows import merge as workflow
-
-    def cut(folder: Path, *rest: Any) -> Any:
-        path = folder / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-100])
-        return load_plain(folder, *rest)
-
-    monkeypatch.setattr(workflow, "load_plain", cut)
+def test_a_folder_that_does_not_load_back(run: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tamper(way, monkeypatch, lambda file: file.write_bytes(file.read_bytes()[:-100]))
     before = left(run)
     with pytest.raises(
         VerificationError, match=r"^the merged model does not load back: .* deserializing header"
@@ -271,6 +317,20 @@ def test_an_adapter_that_does_nothing_may_merge(run: Path) -> None:
     save_file({name: torch.zeros_like(t) if "lora_B" in name else t for name, t in load_file(path).items()}, path)
     result = merge(str(run))
     assert (result["difference"], result["effect"], result["top1"]) == (0.0, 0.0, 1.0)
+
+
+def test_fp16_that_cannot_hold_a_weight_is_refused(run: Path) -> None:
+    path = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (name, *_) = [name for name in tensors if "lora_B" in name]
+    tensors[name] *= 1e7
+    save_file(tensors, path)
+    before = left(run)
+    with pytest.raises(
+        VerificationError, match=r"has values up to .*, and fp16 ends at 65504; pass --dtype bf16 or fp32"
+    ):
+        merge(run, dtype="fp16")
+    assert left(run) == before
 
 
 # -- the comparison ---------------------------------------------------------------------------------------------------

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from tunesmith.cli.adapters import app as adapters_app
 from tunesmith.cli.advise import advise
 from tunesmith.cli.bench import bench
 from tunesmith.cli.chat import chat
 from tunesmith.cli.compare import compare, sweep
 from tunesmith.cli.data import app as data_app
 from tunesmith.cli.evaluate import evaluate, one_line
+from tunesmith.cli.merge import merge
 from tunesmith.cli.plan import plan
 from tunesmith.errors import TunesmithError
 from tunesmith.version import __version__
@@ -50,6 +52,7 @@ app = typer.Typer(
 )
 
 app.add_typer(data_app)
+app.add_typer(adapters_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 Model = Annotated[str | None, typer.Option("--model", help="Base model: folder, .gguf file or hub id.", metavar="NAME")]
@@ -177,35 +180,7 @@ app.command("eval")(evaluate)
 app.command()(chat)
 
 
-@app.command()
-def merge(
-    target: Annotated[str, typer.Argument(help="A run or a PEFT adapter folder.", metavar="RUN")],
-    out: Annotated[
-        str | None, typer.Option("--out", help="Folder to write (default: RUN/merged).", metavar="DIR")
-    ] = None,
-    model: Model = None,
-    device: Device = "auto",
-    dtype: DTypeOption = "auto",
-    as_json: Json = False,
-) -> None:
-    """Write base + adapter as one model, verified."""
-    from pathlib import Path
-
-    from tunesmith import api
-    from tunesmith.cli.console import Console
-
-    with Console() as console:
-        result = api.merge(
-            target, Path(out) if out else None, model=model, dtype=dtype, device=device, progress=console.progress
-        )
-    if as_json:
-        console.result(result)
-        return
-    print(
-        f"{result['path']} ({result['dtype']}), read back and compared with base + adapter on {result['tokens']} tokens: "
-        f"logits differ by {result['difference']:.3%} (the adapter moves them by {result['effect']:.1%}), "
-        f"KL {result['kl']:.2e}, top-1 agreement {result['top1']:.1%}"
-    )
+app.command()(merge)
 
 
 @app.command()

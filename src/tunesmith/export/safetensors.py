@@ -1,4 +1,4 @@
-"""Merge an adapter into its base and write whole safetensors, then prove that they compute the same.
+"""Prove that a merged model computes what base and adapter do; and the merge in memory, for what cannot be streamed (streamed.py).
 
 The merged weights are W + s·B·A rounded to the base's type. Before anything is called done, the written folder is loaded
 back and its logits on fixed prompts are compared with those of base and adapter apart. Logits are computed in fp32
@@ -7,7 +7,6 @@ whatever the weights' type: two bf16 forwards of one model differ by 3% (SmolLM2
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ import torch
 
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import VerificationError
+from tunesmith.export.skeleton import PEFT_PARTS
 from tunesmith.files import atomic_folder
 from tunesmith.hardware import ComputeDType, torch_dtype
 from tunesmith.models.adapters import expert_paths
 from tunesmith.types import Message
 
-PEFT_PARTS = re.compile(r"(\.token_adapter)?(\.(base_layer|original_module))+\.")
 """What PEFT puts into the name of a base weight, for experts once for each parameter that it adapts."""
 
 PROMPTS = (
@@ -67,6 +66,20 @@ class MergeCheck:
         visible = self.effect <= NOISE[dtype] or difference < 0.5 * self.effect
         return difference <= TOLERANCE[dtype] and visible
 
+    def refuse(self, dtype: ComputeDType) -> None:
+        """Raise VerificationError unless `passed`."""
+        if not self.passed(dtype):
+            raise VerificationError(
+                f"the merged model does not compute what base + adapter do: logits differ by {self.difference:.2%} "
+                f"(allowed: {TOLERANCE[dtype]:.2%}; the adapter itself moves them by {self.effect:.2%}), top-1 agreement "
+                f"{self.top1:.1%}; nothing was kept"
+            )
+
+
+def fixed_prompts(chat: ChatFormat) -> list[list[int]]:
+    """The tokens of `PROMPTS`, each asked by a user."""
+    return [list(chat.encode_prompt([Message("user", text)])) for text in PROMPTS]
+
 
 def merge_adapter(
     model: Any,
@@ -81,13 +94,13 @@ def merge_adapter(
     `reload` loads the written folder back. `model` is consumed: its base holds the merged weights afterwards. Raises
     VerificationError, and leaves nothing at `out`, when the reloaded model does not compute what base + adapter did.
     """
-    prompts = [chat.encode_prompt([Message("user", text)]) for text in PROMPTS]
+    prompts = fixed_prompts(chat)
     stored = {PEFT_PARTS.sub(".", name): p.dtype for name, p in model.get_base_model().named_parameters()}
     spared = SPARED if expert_paths(model) else 0.0
     model.float()
-    tuned = _logits(model, prompts)
+    tuned = plain_logits(model, prompts)
     with model.disable_adapter():
-        base = _logits(model, prompts)
+        base = plain_logits(model, prompts)
     merged = model.merge_and_unload()
     for name, parameter in merged.named_parameters():
         parameter.data = parameter.data.to(stored.get(name, torch_dtype(dtype)))
@@ -95,27 +108,27 @@ def merge_adapter(
         merged.save_pretrained(folder)
         tokenizer.chat_template = chat.template  # what it was trained with, which need not be the base's own
         tokenizer.save_pretrained(folder)
-        check = compare_logits(_logits(reload(folder).float(), prompts), tuned, base, spared)
-        if not check.passed(dtype):
-            raise VerificationError(
-                f"the merged model does not compute what base + adapter do: logits differ by {check.difference:.2%} "
-                f"(allowed: {TOLERANCE[dtype]:.2%}; the adapter itself moves them by {check.effect:.2%}), top-1 agreement "
-                f"{check.top1:.1%}; nothing was kept"
-            )
+        check = compare_logits(plain_logits(reload(folder).float(), prompts), tuned, base, spared)
+        check.refuse(dtype)
     return check
 
 
 def compare_logits(merged: torch.Tensor, tuned: torch.Tensor, base: torch.Tensor, spared: float = 0.0) -> MergeCheck:
     """Compare logits (tokens, vocabulary), all fp32; `spared` is the share of tokens that need not agree."""
-    log_tuned, log_merged = tuned.log_softmax(-1), merged.log_softmax(-1)
     return MergeCheck(
         difference=float((merged - tuned).norm() / tuned.norm()),
         effect=float((tuned - base).norm() / tuned.norm()),
-        kl=float((log_tuned.exp() * (log_tuned - log_merged)).sum(-1).mean()),
+        kl=mean_kl(tuned, merged),
         top1=float((merged.argmax(-1) == tuned.argmax(-1)).float().mean()),
         tokens=len(tuned),
         judged=_difference_of_most(merged, tuned, spared) if spared else None,
     )
+
+
+def mean_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
+    """Mean KL(reference ‖ other) in nats a token, of logits (tokens, vocabulary) in fp32."""
+    log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
 
 
 def _difference_of_most(merged: torch.Tensor, tuned: torch.Tensor, spared: float) -> float:
@@ -127,7 +140,8 @@ def _difference_of_most(merged: torch.Tensor, tuned: torch.Tensor, spared: float
     return float(differences[kept].norm() / tuned[kept].norm())
 
 
-def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+def plain_logits(model: Any, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Logits (tokens, vocabulary) of all prompts, each run by itself, in fp32 on the CPU."""
     model.eval()
     rows = []
     with torch.no_grad():

@@ -61,7 +61,7 @@ def run_metadata(
             "architecture": type(forward.base).__name__,
             "model_type": source.config.get("model_type"),
         },
-        "tokenizer": {"hash": _tokenizer_hash(source)},
+        "tokenizer": {"hash": tokenizer_hash(source)},
         "chat_template": {
             "name": chat.name,
             "hash": chat.hash,
@@ -79,7 +79,8 @@ def run_metadata(
     }
 
 
-def _tokenizer_hash(source: ModelSource) -> str:
+def tokenizer_hash(source: ModelSource) -> str:
+    """SHA-256 over the files of a model's tokenizer, by name."""
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt")
     return sha256_text(f"{name} {sha256_file(source.path / name)}" for name in names if (source.path / name).is_file())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,20 +12,23 @@ from typing import Any
 from tunesmith.config import ModelConfig, QuantizationConfig, RunConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, ModelError, RunError
+from tunesmith.files import sha256_file
 from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, probe
 from tunesmith.models import loftq
 from tunesmith.models.adapters import base_of_adapter, load_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
+from tunesmith.registry.records import refuse_code
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
+from tunesmith.workflows.lineage import tokenizer_hash
 
 TEMPLATE_NAME = "chat_template.jinja"
 """Beside an adapter: the template that it was trained with. transformers has the same name for it."""
 
 RECORD_NAME = "tunesmith.json"
-"""Beside an adapter: the base that it was trained on, with the hash of its weights."""
+"""Beside an adapter: what it was trained on and with, as hashes, and the hash of its own file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,56 @@ def load(
     read, and may raise. Raises ModelError, RunError or MachineError; a base with other weights than the run or the adapter was
     trained on is refused, unless `force`: then `progress` is told.
     """
+    found = find(target, model, dtype, device, base, check, progress if force else None)
+    progress("loading the model", 0, 1)
+    # A lone adapter's base is as the user names it; what its record says of quantization is said below.
+    quantization = found.quantization if quantized and found.run else None
+    if found.adapter and (said := _unlike_training(found, quantization)):
+        progress(said, 0, 1)
+    loaded: Any = load_model(found.source, found.settings, found.hardware, found.dtype, quantization)
+    if found.adapter:
+        loaded = load_adapter(loaded, found.adapter)
+        if found.loftq and quantization is not None:
+            loftq.restore(loaded, found.source.path, found.loftq)
+    loaded.eval()
+    progress("loading the model", 1, 1)
+    forward = ModelForward(loaded, found.hardware.device, found.dtype)
+    adapted = found.adapter is not None
+    return LoadedModel(
+        forward, found.tokenizer, found.chat, found.source, found.hardware, found.dtype, adapted, found.run
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Everything about something that answers but its weights, which are on this disk and are the right ones."""
+
+    run: RunFolder | None
+    adapter: Path | None
+    source: ModelSource
+    settings: ModelConfig
+    tokenizer: Any
+    chat: ChatFormat
+    hardware: Hardware
+    dtype: ComputeDType
+    quantization: QuantizationConfig | None
+    """How the base was quantized when an adapter was trained on it."""
+
+    trained_dtype: str | None
+    loftq: int
+    """LoftQ's iterations, 0 without it."""
+
+
+def find(
+    target: str | Path,
+    model: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    base: bool = False,
+    check: Callable[[ChatFormat], object] = lambda chat: None,
+    forced: Progress | None = None,
+) -> Found:
+    """What `load` finds before it reads weights, with the same arguments and errors; `forced` is told what would be refused."""
     path, target, model = Path(target), str(target), str(model) if model else None
     run = RunFolder.open(path) if RunFolder.is_run(path) else None
     config = run.config if run else RunConfig()
@@ -89,6 +142,8 @@ def load(
         _finished(tuned, tuned.adapter_path) if tuned and config.method != "full" else path if is_adapter else None
     )
 
+    if adapter:
+        refuse_code(adapter)
     hardware = probe(settings.device)
     computes = compute_dtype(settings.dtype, hardware)
     source = find_model(settings)
@@ -101,19 +156,35 @@ def load(
     check(chat)
     source = fetch_weights(source, settings)
     if adapter or (run and base):
-        _check_base(run, adapter, source, progress if force else None)
-    progress("loading the model", 0, 1)
-    quantization: QuantizationConfig | None = config.quantization if config.method == "qlora" and quantized else None
-    loaded: Any = load_model(source, settings, hardware, computes, quantization)
-    if adapter:
-        loaded = load_adapter(loaded, adapter)
-        iterations = loftq.iterations_of(config.adapter.init_lora_weights)
-        if iterations and quantization is not None:
-            loftq.restore(loaded, source.path, iterations)
-    loaded.eval()
-    progress("loading the model", 1, 1)
-    forward = ModelForward(loaded, hardware.device, computes)
-    return LoadedModel(forward, tokenizer, chat, source, hardware, computes, adapter is not None, run)
+        _check_training(run, adapter, source, chat, forced)
+    record = run.metadata if run else read_record(adapter) if adapter else {}
+    quantization = _quantization(config, run, record)
+    iterations = loftq.iterations_of(config.adapter.init_lora_weights)
+    trained = record.get("dtype") if adapter else None
+    return Found(run, adapter, source, settings, tokenizer, chat, hardware, computes, quantization, trained, iterations)
+
+
+def _quantization(config: RunConfig, run: RunFolder | None, record: Mapping[str, Any]) -> QuantizationConfig | None:
+    """How a run, or a lone adapter's record, says that the base was quantized."""
+    if run is not None:
+        return config.quantization if config.method == "qlora" else None
+    return QuantizationConfig(**found) if isinstance(found := record.get("quantization"), dict) else None
+
+
+def _unlike_training(found: Found, quantization: QuantizationConfig | None) -> str | None:
+    """What to say where an adapter is to work in another type, or over another base, than it was trained in."""
+
+    def words(dtype: str | None, scheme: QuantizationConfig | None) -> str:
+        return f"{dtype or 'an unknown type'}{f' over a base in {scheme.scheme}' if scheme else ''}"
+
+    trained, now = (found.trained_dtype, found.quantization), (found.dtype, quantization)
+    if found.trained_dtype is None or trained == now:
+        return None
+    place = found.run.path if found.run else found.adapter
+    return (
+        f"trained in {words(*trained)}, used here in {words(*now)}: `tunesmith adapters verify {place} --dtype {found.dtype}` measures "
+        "what that changes"
+    )
 
 
 def tokenizer_source(source: ModelSource, adapter: Path | None) -> ModelSource:
@@ -153,33 +224,63 @@ def _finished(run: RunFolder, folder: Path) -> Path:
     return folder
 
 
-def base_record(name: str, weights: str) -> dict[str, Any]:
-    """What stands in `RECORD_NAME` beside an adapter."""
-    return {"tunesmith": __version__, "base": {"name": name, "weight_hash": weights}}
+def adapter_record(run: RunFolder, folder: Path) -> dict[str, Any]:
+    """What stands in `RECORD_NAME` beside the adapter that `run` saves in `folder`: what it was trained on and with, and its own hash."""
+    known, config = run.metadata, run.config
+    return {
+        "tunesmith": __version__,
+        "base": {"name": known["model"]["name"], "weight_hash": known["model"]["weight_hash"]},
+        "tokenizer": known["tokenizer"],
+        "chat_template": {"hash": known["chat_template"]["hash"]},
+        "dtype": known["dtype"],
+        "quantization": config.quantization.model_dump() if config.method == "qlora" else None,
+        "parent": known["parent"],
+        "adapter_sha256": sha256_file(folder / "adapter_model.safetensors"),
+    }
 
 
-def _trained_on(run: RunFolder | None, adapter: Path | None) -> str | None:
-    """The hash of the base's weights that a run, or a lone adapter's record, has; None where neither says."""
-    if run is not None:
-        return run.metadata.get("model", {}).get("weight_hash")
-    record = adapter / RECORD_NAME if adapter else None
-    if record is None or not record.is_file():
-        return None
+def read_record(adapter: Path) -> dict[str, Any]:
+    """What `adapter_record` wrote beside an adapter; nothing where there is none. Raises ModelError for a damaged one."""
+    path = adapter / RECORD_NAME
+    if not path.is_file():
+        return {}
     try:
-        found: str = json.loads(record.read_text(encoding="utf-8"))["base"]["weight_hash"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{record}: cannot be read ({error}); restore it, or remove it to load on any base") from None
+        record = json.loads(path.read_text(encoding="utf-8"))
+        record["base"]["weight_hash"].encode()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: cannot be read ({error}); restore it, or remove it to load on any base") from None
+    found: dict[str, Any] = record
     return found
 
 
-def _check_base(run: RunFolder | None, adapter: Path | None, source: ModelSource, forced: Progress | None) -> None:
-    trained_on = _trained_on(run, adapter)
-    if trained_on is None or trained_on == (found := weight_hash(source)):
+def differences(run: RunFolder | None, adapter: Path | None, source: ModelSource, chat: ChatFormat) -> list[str]:
+    """What base, tokenizer and template are other than those that a run, or a lone adapter's record, was trained with.
+
+    What neither says is not compared. An adapter's own tokenizer and template count instead of the base's; a run's own template was
+    compared when it was read.
+    """
+    place: Path | None = run.path if run else adapter
+    record = {**run.metadata, "base": run.metadata.get("model", {})} if run else read_record(adapter) if adapter else {}
+    own_tokenizer = adapter is not None and tokenizer_source(source, adapter) is not source
+    compared = [
+        ("its weights", "are not those", "on", record.get("base", {}), "weight_hash", weight_hash),
+        ("its tokenizer", "is not the one", "with", {} if own_tokenizer else record.get("tokenizer", {}), "hash", tokenizer_hash),
+        ("the chat template", "is not the one", "with", record.get("chat_template", {}), "hash", lambda _: chat.hash),
+    ]  # fmt: skip
+    return [
+        f"{source.name}: {what} (sha256 {now[:12]}) {is_not} that {place} was trained {how} ({trained[:12]})"
+        for what, is_not, how, known, key, current in compared
+        if (trained := known.get(key)) is not None and trained != (now := current(source))
+    ]
+
+
+def _check_training(
+    run: RunFolder | None, adapter: Path | None, source: ModelSource, chat: ChatFormat, forced: Progress | None
+) -> None:
+    found = differences(run, adapter, source, chat)
+    if not found:
         return
-    said = (
-        f"{source.name}: its weights (sha256 {found[:12]}) are not those that {run.path if run else adapter} was trained on "
-        f"({trained_on[:12]})"
-    )
+    said = "; ".join(found)
     if forced is None:
         raise ModelError(
             f"{said}; pass the right base with --model (`tunesmith eval --force` measures this one all the same)"

@@ -1,63 +1,237 @@
-"""Merge a run's adapter, or any PEFT adapter, into its 16-bit base, verified by reading it back."""
+"""Merge adapters into their base, streamed where that is possible, verified by reading back what was written."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ModelError, VerificationError
-from tunesmith.export.safetensors import merge_adapter
+import torch
+from safetensors import SafetensorError
+
+from tunesmith.errors import ConfigError, MachineError, ModelError, VerificationError
+from tunesmith.export.combine import Combination, combination, load_combined
+from tunesmith.export.quantized import QuantizedWeights
+from tunesmith.export.safetensors import SPARED, MergeCheck, compare_logits, fixed_prompts, mean_kl, merge_adapter
+from tunesmith.export.skeleton import Read, Skeleton, refuse_unstreamable
+from tunesmith.export.streamed import write_merged
+from tunesmith.export.tensors import Unstreamable
+from tunesmith.files import atomic_folder
+from tunesmith.hardware import torch_dtype
+from tunesmith.models.adapters import expert_paths
+from tunesmith.models.load import load_model, weight_hash
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
-from tunesmith.workflows.load import load, load_plain
+from tunesmith.workflows.load import Found, find, load_plain
+
+ONTO = ("16bit", "quantized")
 
 
 def merge(
-    target: str | Path,
+    target: str | Path | Sequence[str | Path],
     out: str | Path | None = None,
     *,
     model: str | Path | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    onto: str = "16bit",
+    method: str | None = None,
+    weights: Sequence[float] | None = None,
+    density: float | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Write base + adapter as one model folder and prove that it computes the same.
 
-    `out` defaults to RUN/merged (or ADAPTER-merged). The base is loaded in `dtype` (the run's compute type by default),
-    never quantized. Returns `{path, dtype, difference, effect, kl, top1, tokens}`. Raises VerificationError on a mismatch.
+    `target` is a run or a PEFT adapter folder, or several of one base, which `method` makes one of (`export/combine.py`), weighted by `weights` (equal
+    ones). `out` defaults to RUN/merged (ADAPTER-merged; with several RUN/merged-METHOD). The adapter goes into the base's files as they are, or for a
+    QLoRA run with `onto="quantized"` into the dequantized weights that it was trained over; the result is in `dtype` (the run's compute type by default).
+
+    Returns `{path, dtype, difference, effect, kl, top1, tokens, onto, streamed, notes, files, bytes}`, and of a QLoRA run `kl_of_trained:
+    {16bit, quantized}`: KL of either merge from the quantized base with its adapter. Raises VerificationError, and keeps nothing, on a mismatch.
     """
-    path = Path(target)
-    is_run = RunFolder.is_run(path)
-    if is_run and RunFolder.open(path).config.method == "full":
-        raise ModelError(f"{target}: a full fine-tuning has no adapter to merge; its model is {path / 'model'}")
-    folder = Path(out) if out else (path / "merged" if is_run else path.with_name(f"{path.name}-merged"))
+    targets = [target] if isinstance(target, (str, Path)) else list(target)
+    if not targets:
+        raise ConfigError("nothing to merge: name a run or an adapter")
+    if onto not in ONTO:
+        raise ConfigError(f"onto is {onto!r}: expected {' or '.join(ONTO)}")
+    how = combination(len(targets), method, weights, density)
+    for each in targets:
+        if RunFolder.is_run(each) and RunFolder.open(each).config.method == "full":
+            raise ModelError(f"{each}: a full fine-tuning has no adapter to merge; its model is {Path(each) / 'model'}")
+    folder = Path(out) if out else _default_out(Path(targets[0]), how)
     RunFolder.refuse_existing(folder)
-    loaded = load(target, model, dtype, device, quantized=False, progress=progress)
-    if not loaded.adapted:
-        raise ModelError(f"{target}: there is no adapter to merge; pass a run or a PEFT adapter folder")
-
-    def read_back(written: Path) -> Any:
-        try:
-            return load_plain(written, loaded.dtype, loaded.hardware)
-        except ModelError as error:
-            raise VerificationError(f"the merged model does not load back: {error}; nothing was kept") from error
-
-    progress("merging", 0, 1)
-    check = merge_adapter(
-        loaded.forward.model,
-        loaded.tokenizer,
-        loaded.chat,
-        folder,
-        loaded.dtype,
-        read_back,
-    )
-    progress("merging", 1, 1)
+    # Merged weights are computed in fp32 and rounded when they are written: a device need not be able to train in the type.
+    found = [find(each, model, "fp32" if dtype == "fp16" else dtype, device) for each in targets]
+    if dtype == "fp16":
+        found = [replace(each, dtype="fp16") for each in found]
+    for number, one in enumerate(found):
+        if one.adapter is None:
+            raise ModelError(f"{targets[number]}: there is no adapter to merge; pass a run or a PEFT adapter folder")
+    first = found[0]
+    notes = _refuse_unlike(found)
+    if onto == "quantized":
+        _refuse_unquantized(first)
+    try:
+        refuse_unstreamable([_adapter_config(each) for each in found])
+        check, facts = _streamed(found, folder, how, onto, notes, progress)
+    except Unstreamable as why:
+        if onto == "quantized":
+            raise ModelError(
+                f"--onto quantized: {first.source.name} cannot be merged tensor by tensor ({why})"
+            ) from None
+        notes.append(f"merged in memory, not tensor by tensor: {why}")
+        progress(notes[-1], 0, 1)
+        check, facts = _in_memory(found, folder, how, progress), {}
     return {
         "path": str(folder),
-        "dtype": loaded.dtype,
+        "dtype": first.dtype,
         "difference": check.difference,
         "effect": check.effect,
         "kl": check.kl,
         "top1": check.top1,
         "tokens": check.tokens,
+        "onto": onto,
+        "streamed": bool(facts),
+        "notes": notes,
+        **facts,
     }
+
+
+def _default_out(path: Path, how: Combination | None) -> Path:
+    ending = f"merged-{how.method}" if how else "merged"
+    return path / ending if RunFolder.is_run(path) else path.with_name(f"{path.name}-{ending}")
+
+
+def _adapter_config(found: Found) -> dict[str, Any]:
+    assert found.adapter is not None
+    config: dict[str, Any] = json.loads((found.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def _refuse_unlike(found: Sequence[Found]) -> list[str]:
+    """Raise ModelError unless all adapters are for one base; returns what else differs."""
+    first = found[0]
+    notes = []
+    for other in found[1:]:
+        if weight_hash(other.source) != weight_hash(first.source):
+            raise ModelError(
+                f"{other.adapter} is for the base {other.source.name}, {first.adapter} for {first.source.name}, whose weights differ; "
+                "adapters merge over one base"
+            )
+        if other.chat.hash != first.chat.hash:
+            notes.append(
+                f"{other.adapter} was trained with another chat template; the merged model has that of {first.adapter}"
+            )
+    return notes
+
+
+def _refuse_unquantized(found: Found) -> None:
+    if found.quantization is None:
+        raise ModelError(
+            f"--onto quantized: {found.adapter} was not trained over a quantized base, as far as is known; leave it out"
+        )
+    if found.loftq:
+        raise ModelError(
+            "--onto quantized: a LoftQ adapter is saved for the 16-bit weights, as its difference from its beginning; leave it out"
+        )
+
+
+def _streamed(
+    found: Sequence[Found], out: Path, how: Combination | None, onto: str, notes: list[str], progress: Progress
+) -> tuple[MergeCheck, dict[str, Any]]:
+    first = found[0]
+    dtype, device = torch_dtype(first.dtype), first.hardware.device
+    prompts = fixed_prompts(first.chat)
+    progress("reading the base", 0, 1)
+    skeleton = Skeleton(first.source.path, device)
+    spared = SPARED if expert_paths(skeleton.model) else 0.0
+    quantized = _quantized(first, skeleton, onto, notes)
+    skeleton.put_on(load_combined(skeleton.model, [each.adapter for each in found if each.adapter], how))
+    progress("reading the base", 1, 1)
+
+    read: Read = quantized.read if quantized and onto == "quantized" else skeleton.stored
+    changed = quantized.names if quantized and onto == "quantized" else frozenset[str]()
+    base = skeleton.logits(prompts, read, adapter=False)
+    if not bool(base.isfinite().all()):
+        raise Unstreamable("its modules use weights of each other")
+    tuned = skeleton.logits(prompts, read)
+    facts: dict[str, Any] = {}
+    with atomic_folder(out) as folder:
+        written = write_merged(skeleton, folder, dtype, read, changed, progress)
+        first.tokenizer.chat_template = (
+            first.chat.template
+        )  # what it was trained with, which need not be the base's own
+        first.tokenizer.save_pretrained(folder)
+        progress("comparing", 0, 1)
+        try:
+            back = read_back(folder, device)
+            merged = back.logits(prompts)
+        except (ModelError, Unstreamable, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+            raise VerificationError(f"the merged model does not load back: {error}; nothing was kept") from error
+        check = compare_logits(merged, tuned, base, spared)
+        check.refuse(first.dtype)
+        if quantized:
+            trained = tuned if onto == "quantized" else skeleton.logits(prompts, quantized.read)
+            otherwise = back.logits(prompts, _merged(skeleton, quantized, onto, dtype))
+            measured = {onto: mean_kl(trained, merged), ONTO[1 - ONTO.index(onto)]: mean_kl(trained, otherwise)}
+            facts["kl_of_trained"] = {name: measured[name] for name in ONTO}
+        back.close()
+        skeleton.close()
+    if written.untied:
+        notes.append(
+            "head and embeddings were one matrix and differ now: both are written, and tie_word_embeddings is false"
+        )
+    return check, {"files": written.files, "bytes": written.bytes, **facts}
+
+
+def _quantized(found: Found, skeleton: Skeleton, onto: str, notes: list[str]) -> QuantizedWeights | None:
+    """The base as training quantized it, where it did and that can be measured here."""
+    if found.quantization is None or found.loftq:
+        return None
+    try:
+        # Training quantized from its compute type, which need not be the one that is written now.
+        trained: Any = found.trained_dtype or found.dtype
+        weights = QuantizedWeights(skeleton, found.quantization, torch_dtype(trained))
+    except MachineError as error:
+        if onto == "quantized":
+            raise
+        notes.append(f"how far the merge is from what was trained over the quantized base is not measured: {error}")
+        return None
+    if said := weights.misread():
+        notes.append(said)
+    return weights
+
+
+def _merged(skeleton: Skeleton, quantized: QuantizedWeights, onto: str, dtype: torch.dtype) -> Read:
+    """The weights that the other choice of `onto` would give, rounded as they would be written."""
+    other = quantized.read if onto == "16bit" else skeleton.stored
+    by_adapter = skeleton.changed()
+
+    def read(name: str) -> torch.Tensor:
+        return (skeleton.merged(name, other) if name in by_adapter else other(name)).to(dtype)
+
+    return read
+
+
+def read_back(folder: Path, device: torch.device | str) -> Skeleton:
+    """The model in a folder that was written."""
+    return Skeleton(folder, device)
+
+
+def _in_memory(found: Sequence[Found], out: Path, how: Combination | None, progress: Progress) -> MergeCheck:
+    first = found[0]
+
+    def reload(written: Path) -> Any:
+        try:
+            return load_plain(written, first.dtype, first.hardware)
+        except ModelError as error:
+            raise VerificationError(f"the merged model does not load back: {error}; nothing was kept") from error
+
+    progress("merging", 0, 1)
+    base: Any = load_model(first.source, first.settings, first.hardware, first.dtype)
+    adapted = load_combined(base, [each.adapter for each in found if each.adapter], how).eval()
+    check = merge_adapter(adapted, first.tokenizer, first.chat, out, first.dtype, reload)
+    progress("merging", 1, 1)
+    return check

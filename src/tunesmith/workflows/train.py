@@ -80,7 +80,7 @@ from tunesmith.types import (
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.dry_step import DryStep, calibrated
 from tunesmith.workflows.lineage import refuse_changed, run_metadata
-from tunesmith.workflows.load import RECORD_NAME, TEMPLATE_NAME, base_record, chat_format, tokenizer_source
+from tunesmith.workflows.load import RECORD_NAME, TEMPLATE_NAME, adapter_record, chat_format, tokenizer_source
 from tunesmith.workflows.measure import StepTimes, keep_measured
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 from tunesmith.workflows.rules import settings_warnings
@@ -245,8 +245,7 @@ class TrainingSession:
                 if self.saves_tokenizer:
                     self.tokenizer.save_pretrained(folder)
                 write_atomic(folder / TEMPLATE_NAME, self.chat.template)
-                model = self.run.metadata["model"]
-                write_json(folder / RECORD_NAME, base_record(model["name"], model["weight_hash"]))
+                write_json(folder / RECORD_NAME, adapter_record(self.run, folder))
             return
         dtype = torch_dtype(self.forward.dtype)
         converted: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay tied

@@ -1,0 +1,97 @@
+"""Several adapters as one, through PEFT's `add_weighted_adapter`.
+
+- linear: A = Σ √(w·s)·A_i and B = Σ √(w·s)·B_i, of equal ranks: PEFT weighs the factors, so that B·A has products of different adapters in it
+- svd: the best approximation of Σ w·s·B_i·A_i in the largest of their ranks: no such products, at the price of what the rank leaves out
+- ties: the factors trimmed to their `density` largest values, signs elected (Yadav et al. 2023, arXiv:2306.01708)
+- dare_linear, dare_ties: values dropped at random, the rest scaled by 1/density (Yu et al. 2023, arXiv:2311.03099), then linear or TIES
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from tunesmith.errors import ConfigError, ModelError
+from tunesmith.models.adapters import load_adapter
+
+Method = Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
+METHODS: tuple[Method, ...] = get_args(Method)
+DENSITY = ("ties", "dare_linear", "dare_ties")
+"""Methods that keep a share of the values."""
+
+SEED = 0
+"""Of DARE's choice: the same adapters merge to the same weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """How several adapters become one."""
+
+    method: Method
+    weights: tuple[float, ...]
+    density: float | None
+
+
+def combination(
+    count: int, method: str | None, weights: Sequence[float] | None, density: float | None
+) -> Combination | None:
+    """Check what was asked for `count` adapters; None for a single one. Raises ConfigError with every problem."""
+    if count == 1:
+        given = {"method": method, "weights": weights, "density": density}
+        named = [f"--{name}" for name, value in given.items() if value is not None]
+        if named:
+            raise ConfigError(
+                f"{', '.join(named)}: for several adapters, and one was named; name more, or leave it out"
+            )
+        return None
+    problems = []
+    if method not in METHODS:
+        problems.append(f"--method is {method}: several adapters merge by one of {', '.join(METHODS)}")
+    if weights is not None and (len(weights) != count or not all(map(math.isfinite, weights)) or not any(weights)):
+        problems.append(
+            f"--weights are {', '.join(map(str, weights))}: expected {count} numbers, one for each adapter, not all 0"
+        )
+    if method in DENSITY and density is None:
+        problems.append(f"--density: {method} keeps a share of each adapter's values; set it, e.g. 0.5")
+    if density is not None and method in METHODS and method not in DENSITY:
+        problems.append(f"--density: {method} keeps all values; leave it out, or use {', '.join(DENSITY)}")
+    if density is not None and not 0 < density <= 1:
+        problems.append(f"--density is {density}: expected a share above 0, at most 1")
+    if problems:
+        raise ConfigError(problems)
+    return Combination(method, tuple(weights or [1 / count] * count), density)  # type: ignore[arg-type]  # it is one of METHODS
+
+
+def load_combined(model: Any, folders: Sequence[Path], how: Combination | None) -> Any:
+    """A PeftModel with the adapters of `folders` as one, active. Raises ModelError for what PEFT cannot combine."""
+    adapted = load_adapter(model, folders[0])
+    if how is None:
+        return adapted
+    names = ["default", *(f"adapter_{number}" for number in range(2, len(folders) + 1))]
+    options = {} if how.density is None else {"density": how.density}
+    rng = torch.get_rng_state()
+    try:
+        for folder, name in zip(folders[1:], names[1:], strict=True):
+            report = adapted.load_adapter(str(folder), name)
+            unfit: list[str] = [*report.missing_keys, *report.unexpected_keys]
+            if unfit:
+                raise ModelError(
+                    f"{folder}: its tensors do not fit the base ({unfit[0]}); it was made for another one, or is damaged"
+                )
+        torch.manual_seed(SEED)
+        adapted.add_weighted_adapter(
+            names, list(how.weights), "combined", combination_type=how.method, svd_full_matrices=False, **options
+        )
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"PEFT cannot combine {', '.join(map(str, folders))} by {how.method}: {' '.join(str(error).split())}"
+        ) from error
+    finally:
+        torch.set_rng_state(rng)
+    adapted.set_adapter("combined")
+    return adapted

@@ -1,0 +1,243 @@
+"""Adapters found in folders, and what their files say of them. Nothing is loaded, and nothing outside the folders is read but the parents
+that `lineage` follows.
+
+An adapter is a run folder's (`adapter/`), or any folder with PEFT's `adapter_config.json`. Its own files and the run's are written by whoever
+made it: what they hold is shown, never run, and no name in them is used to write anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import ModelError, RunError
+from tunesmith.runs import RunFolder
+
+CONFIG, WEIGHTS, PICKLED, RECORD = (
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "tunesmith.json",
+)  # fmt: skip
+NOT_ENTERED = {"checkpoints", "merged", "evaluations", "model"}
+"""Folders inside others that hold no adapters of their own; a run's checkpoints are states of its training."""
+
+LARGEST_JSON = 16 * 2**20
+"""Bytes. Files that describe an adapter are small; a larger one is not read."""
+
+ANCESTORS = 32
+"""How far lineage is followed."""
+
+MB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """What is known of one adapter. None, or empty, where its files do not say.
+
+    `status` is `ok`, `unfinished` (a run that has no adapter yet) or `refused` (`problem` says why). `size_mb` is its weights' in MB of 2^20 bytes,
+    `metrics` those of its newest evaluation, and `parent` what its training went on from.
+    """
+
+    name: str
+    path: str
+    status: str
+    problem: str | None = None
+    run: str | None = None
+    kind: str | None = None
+    base: str | None = None
+    base_hash: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    targets: tuple[str, ...] = ()
+    size_mb: float | None = None
+    created: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: str | None = None
+    parent: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def find_adapters(folders: Sequence[Path]) -> list[AdapterRecord]:
+    """All adapters under `folders`, each once, by path. Links are not followed. Raises RunError for a folder that is not there."""
+    found: dict[Path, AdapterRecord] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise RunError(f"{folder}: no such folder; name one that holds runs or adapters")
+        for place in _adapter_places(folder):
+            found.setdefault(place.resolve(), read_adapter(place, folder))
+    return sorted(found.values(), key=lambda record: record.path)
+
+
+def _adapter_places(root: Path) -> Iterator[Path]:
+    for current, folders, files in os.walk(root):
+        place = Path(current)
+        if {"config.yaml", "metadata.json"} <= set(files) or CONFIG in files:
+            folders.clear()
+            yield place
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in NOT_ENTERED)
+
+
+def read_adapter(place: Path, root: Path | None = None) -> AdapterRecord:
+    """The record of a run's adapter, or of an adapter's folder; its name is its path from `root`.
+
+    Damage becomes the record's `problem`: one bad folder does not hide the others.
+    """
+    name = str(place.relative_to(root)) if root and place != root else place.resolve().name
+    is_run = RunFolder.is_run(place)
+    folder = place / "adapter" if is_run else place
+    facts: dict[str, Any] = {"name": name, "path": str(place), "run": str(place) if is_run else None}
+    try:
+        if is_run:
+            facts |= _of_run(RunFolder.open(place))
+        elif (record := read_json(folder / RECORD)) is not None:
+            facts |= _of_record(record)
+        config = read_json(folder / CONFIG)
+    except (ModelError, RunError) as error:
+        return AdapterRecord(**facts, status="refused", problem=str(error))
+    if config is None:
+        full = facts.get("kind") == "full"
+        return AdapterRecord(**facts, status="ok" if full else "unfinished")
+    of_config = _of_config(config)
+    facts = of_config | {key: value for key, value in facts.items() if value is not None}
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        return AdapterRecord(**facts, status="refused", problem=without_weights(folder))
+    stat = weights.stat()
+    facts["size_mb"] = stat.st_size / MB
+    facts.setdefault("created", datetime.fromtimestamp(stat.st_mtime).astimezone().isoformat(timespec="seconds"))
+    return AdapterRecord(**facts, status="ok")
+
+
+def without_weights(folder: Path) -> str:
+    """Why an adapter without safetensors is refused."""
+    if (folder / PICKLED).is_file():
+        return f"{folder}: its weights are pickled ({PICKLED}), which can run code when loaded; have its maker save safetensors"
+    return f"{folder}: no {WEIGHTS}"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where there is no file. Raises ModelError for what is none, or is too large."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ModelError(
+                f"{path}: {path.stat().st_size / MB:.0f} MB of JSON; it is not read (allowed: {LARGEST_JSON // MB} MB)"
+            )
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object")
+    return value
+
+
+def _of_run(run: RunFolder) -> dict[str, Any]:
+    metadata, config = run.metadata, run.config
+    evaluation = _newest(run.path / "evaluations")
+    return {
+        "base": _text(_dict(metadata.get("model")).get("name")),
+        "base_hash": _text(_dict(metadata.get("model")).get("weight_hash")),
+        "kind": config.method,
+        "created": _text(metadata.get("created")),
+        "dtype": _text(metadata.get("dtype")),
+        "quantization": config.quantization.scheme if config.method == "qlora" else None,
+        "parent": _text(metadata.get("parent")),
+        "metrics": _dict(evaluation[1].get("metrics")) if evaluation else {},
+        "evaluation": evaluation[0] if evaluation else None,
+    }
+
+
+def _of_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    base = _dict(record.get("base"))
+    return {
+        "base": _text(base.get("name")),
+        "base_hash": _text(base.get("weight_hash")),
+        "dtype": _text(record.get("dtype")),
+        "quantization": _text(_dict(record.get("quantization")).get("scheme")),
+        "parent": _text(record.get("parent")),
+    }
+
+
+def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    rank, alpha, targets = config.get("r"), config.get("lora_alpha"), config.get("target_modules")
+    experts = config.get("target_parameters")
+    names = [targets] if isinstance(targets, str) else targets if isinstance(targets, list) else []
+    names = [*names, *(experts if isinstance(experts, list) else [])]
+    return {
+        "base": _text(config.get("base_model_name_or_path")),
+        "kind": _text(config.get("peft_type")),
+        "rank": rank if isinstance(rank, int) else None,
+        "alpha": alpha if isinstance(alpha, (int, float)) else None,
+        "targets": tuple(sorted(str(name) for name in names)),
+    }
+
+
+def evaluations(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """A run's evaluations by file name, newest first. One that is damaged is left out; `report` and `compare` name it."""
+    found = []
+    for path in sorted(folder.glob("[!.]*.json")):
+        try:
+            if (value := read_json(path)) is not None:
+                found.append((path.name, value))
+        except ModelError:
+            continue
+    return sorted(found, key=lambda item: str(item[1].get("created")), reverse=True)
+
+
+def _newest(folder: Path) -> tuple[str, dict[str, Any]] | None:
+    return next(iter(evaluations(folder)), None)
+
+
+def lineage(record: AdapterRecord) -> list[dict[str, Any]]:
+    """What an adapter's training went on from, nearest first: `[{path, name, base, base_hash, created, found}]`.
+
+    Followed through runs and adapters that are on this disk, once each.
+    """
+    chain: list[dict[str, Any]] = []
+    seen = {Path(record.path).resolve()}
+    parent = record.parent
+    while parent is not None and len(chain) < ANCESTORS:
+        place = Path(parent)
+        if not RunFolder.is_run(place) and place.name == "adapter" and RunFolder.is_run(place.parent):
+            place = place.parent
+        known = RunFolder.is_run(place) or (place / CONFIG).is_file()
+        if place.resolve() in seen:
+            break
+        seen.add(place.resolve())
+        if not known:
+            chain.append({"path": parent, "found": False})
+            break
+        one = read_adapter(place)
+        chain.append(
+            {"path": str(place), "found": True}
+            | {key: getattr(one, key) for key in ("name", "base", "base_hash", "created", "rank")}
+        )
+        parent = one.parent
+    return chain
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def refuse_code(folder: Path) -> None:
+    """Raise ModelError for an adapter whose config has PEFT import a module that it names: `megatron_core`, with `megatron_config`."""
+    config = read_json(folder / CONFIG) or {}
+    if config.get("megatron_config") is not None:
+        raise ModelError(
+            f"{folder / CONFIG}: megatron_config has PEFT import the module {config.get('megatron_core')!r}; remove both if the adapter "
+            "is none for Megatron"
+        )
