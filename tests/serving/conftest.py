@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from serving_models import add, base_forward, make_adapter
+from trained import tiny_run
 from tunesmith.serving.engine import Engine
 
 
@@ -37,3 +38,9 @@ def engine(tiny_model: Path) -> Iterator[Engine]:
 def numbers(engine: Engine, adapters: dict[str, Path]) -> dict[str, int]:
     """The numbers of both adapters in the engine."""
     return {name: add(engine, path) for name, path in adapters.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished LoRA run. Do not write into it."""
+    return tiny_run(tmp_path_factory, "lora")

@@ -120,6 +120,9 @@ class Engine:
         self.bank = AdapterBank(forward.base, forward.device)
         self.max_batch, self.max_queue = max_batch, max_queue
         self.cache_tokens = cache_tokens if cache_tokens is not None else _fitting_tokens(forward)
+        text = forward.base.config.get_text_config()
+        self.context_length: int | None = getattr(text, "max_position_embeddings", None)
+        self.vocabulary: int = forward.base.get_input_embeddings().num_embeddings
         self.steps = 0
         self._batch: RunningBatch[Generation] = RunningBatch(forward)
         self._waiting: deque[Generation] = deque()
@@ -184,6 +187,11 @@ class Engine:
         """Requests in the queue."""
         return len(self._waiting)
 
+    def wants(self, adapter: int) -> bool:
+        """Whether a row or a waiting request wants this adapter. For calls between two steps."""
+        with self._changed:
+            return any(generation.adapter == adapter for generation in [*self._batch.rows, *self._waiting])
+
     # -- the engine's own thread --------------------------------------------------------------------------------------
 
     def _main(self) -> None:
@@ -193,8 +201,8 @@ class Engine:
             with torch.inference_mode():
                 while self._wait():
                     with self.forward.autocast():  # anew each time: it keeps the casts of weights for as long as it lasts
-                        self._run_calls()
                         self._drop_gone()
+                        self._run_calls()
                         self._admit()
                         if self._batch.rows:
                             self._step()
@@ -220,7 +228,7 @@ class Engine:
             return self._open
 
     def _run_calls(self) -> None:
-        while self._calls:
+        for _ in range(len(self._calls)):  # what these queue themselves waits for the next step
             call, future = self._calls.popleft()
             result = within_memory(_attempt, call)
             if isinstance(result, OutOfMemory):
