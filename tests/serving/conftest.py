@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from serving_models import add, base_forward, make_adapter
+
 from trained import tiny_run
 from tunesmith.serving.engine import Engine
 

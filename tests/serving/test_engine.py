@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from serving_models import Asked, add, base_forward, make_adapter, one_by_one
+
 from tiny import GEMMA3_LAYERS, make_tiny_model, make_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.serving.adapter_bank import BASE, read_adapter

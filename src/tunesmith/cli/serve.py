@@ -24,9 +24,7 @@ def serve(
     api_key_env: Annotated[
         str | None, typer.Option("--api-key-env", help="Variable with the API key.", metavar="NAME")
     ] = None,
-    max_batch: Annotated[
-        int | None, typer.Option("--max-batch", help="Requests at once.", min=1, metavar="N")
-    ] = None,
+    max_batch: Annotated[int | None, typer.Option("--max-batch", help="Requests at once.", min=1, metavar="N")] = None,
     limit: Annotated[
         list[str] | None, typer.Option("--limit", help="Other limits (docs/serving.md).", metavar="NAME=N")
     ] = None,

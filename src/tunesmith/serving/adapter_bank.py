@@ -39,9 +39,27 @@ BASE = -1
 """The number of no adapter."""
 
 ANY_VALUE = frozenset(
-    "alpha_pattern auto_mapping base_model_name_or_path exclude_modules inference_mode init_lora_weights layers_pattern "
-    "layers_to_transform lora_alpha lora_dropout loftq_config peft_version r rank_pattern revision target_modules task_type "
-    "use_rslora ensure_weight_tying".split()
+    [
+        "alpha_pattern",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "lora_dropout",
+        "loftq_config",
+        "peft_version",
+        "r",
+        "rank_pattern",
+        "revision",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+        "ensure_weight_tying",
+    ]
 )
 """Keys of an adapter's config that are read here, or that say nothing about its answers. Others must have PEFT's default."""
 
@@ -124,7 +142,9 @@ def _config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ModelError(f"{path}: peft_type is {kind!r}: only LORA adapters can share a base; merge it and serve it alone")
+        raise ModelError(
+            f"{path}: peft_type is {kind!r}: only LORA adapters can share a base; merge it and serve it alone"
+        )
     numbers = (config.get("r"), config.get("lora_alpha"))
     patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
     if not all(isinstance(n, int | float) and n > 0 for n in numbers) or not all(isinstance(p, dict) for p in patterns):
@@ -135,7 +155,9 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{path}: an adapter that {start} began counts over weights that it changed; take the finished run's own adapter"
         )
     defaults = vars(LoraConfig())
-    odd = [key for key, value in config.items() if key not in ANY_VALUE and value and value != _plain(defaults.get(key))]
+    odd = [
+        key for key, value in config.items() if key not in ANY_VALUE and value and value != _plain(defaults.get(key))
+    ]
     if odd:
         raise ModelError(
             f"{path}: {odd[0]} is {config[odd[0]]!r}, which is more than LoRA on linear layers; adapters like this cannot share a "
@@ -183,9 +205,7 @@ class AdapterBank:
     @property
     def bytes(self) -> int:
         """What all adapters take on the device."""
-        return sum(
-            part.numel() * part.element_size() for layer in self._layers.values() for part in (layer.a, layer.b)
-        )
+        return sum(part.numel() * part.element_size() for layer in self._layers.values() for part in (layer.a, layer.b))
 
     @property
     def numbers(self) -> list[int]:

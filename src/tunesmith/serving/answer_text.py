@@ -20,7 +20,9 @@ class AnswerText:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ids: list[int] = []
-        self._shown = self._read = 0  # tokens before `_shown` are context no more; those before `_read` have been decoded
+        self._shown = self._read = (
+            0  # tokens before `_shown` are context no more; those before `_read` have been decoded
+        )
         self._held = ""
 
     def push(self, token: int) -> str:

@@ -33,7 +33,9 @@ class Answers:
         self._start = time.monotonic()
         self._watch: asyncio.Task[None] | None = None
 
-    def ask(self, request: Request, make: Callable[[Callable[[Event], None]], Generation], prompts: list[list[int]]) -> None:
+    def ask(
+        self, request: Request, make: Callable[[Callable[[Event], None]], Generation], prompts: list[list[int]]
+    ) -> None:
         """Queue one generation a prompt. Raises ApiError 429 or 503."""
         loop = asyncio.get_running_loop()
 

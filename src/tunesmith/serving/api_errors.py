@@ -32,4 +32,6 @@ KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_
 
 def draining() -> ApiError:
     """The answer to requests after SIGTERM, and where the engine has stopped."""
-    return ApiError(503, "the server is stopping and takes no requests; ask again soon", "draining", headers={"Retry-After": "5"})
+    return ApiError(
+        503, "the server is stopping and takes no requests; ask again soon", "draining", headers={"Retry-After": "5"}
+    )

@@ -51,7 +51,9 @@ class ServedModel:
 def check_name(name: str, base: str) -> None:
     """Raise ConfigError for an adapter's name that is no plain name, or that is the base's."""
     if not NAME.fullmatch(name) or not name.strip("."):
-        raise ConfigError(f"adapter name {name[:100]!r}: expected 1 to 100 letters, digits, dots, dashes and underscores")
+        raise ConfigError(
+            f"adapter name {name[:100]!r}: expected 1 to 100 letters, digits, dots, dashes and underscores"
+        )
     if name == base:
         raise ConfigError(f"adapter name {name!r}: the base has this name; choose another")
 
@@ -115,7 +117,9 @@ class Catalog:
     def unknown(self, name: str) -> ApiError:
         """The error for a name that is not served."""
         names = ", ".join([self.base.name, *self._adapters])
-        return ApiError(404, f"The model {name[:100]!r} does not exist; this server has {names}", "model_not_found", "model")
+        return ApiError(
+            404, f"The model {name[:100]!r} does not exist; this server has {names}", "model_not_found", "model"
+        )
 
     @contextmanager
     def using(self, name: str) -> Iterator[ServedModel]:

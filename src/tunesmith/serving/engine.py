@@ -25,7 +25,7 @@ from tunesmith.out_of_memory import OutOfMemory, release_memory, within_memory
 from tunesmith.serving.adapter_bank import BASE, AdapterBank
 from tunesmith.serving.answer_text import AnswerText
 from tunesmith.serving.running_batch import RunningBatch, refuse_recurrent
-from tunesmith.serving.sampling import Sampling, choose
+from tunesmith.serving.sampling import GREEDY, Sampling, choose
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ class Generation:
     on_event: Callable[[Event], None]
     max_tokens: int
     adapter: int = BASE
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     seconds: float = float("inf")
     length: int = 0
@@ -200,7 +200,9 @@ class Engine:
         try:
             with torch.inference_mode():
                 while self._wait():
-                    with self.forward.autocast():  # anew each time: it keeps the casts of weights for as long as it lasts
+                    with (
+                        self.forward.autocast()
+                    ):  # anew each time: it keeps the casts of weights for as long as it lasts
                         self._drop_gone()
                         self._run_calls()
                         self._admit()
@@ -249,7 +251,9 @@ class Engine:
             for generation in out:
                 self._waiting.remove(generation)
         for generation in [*gone, *out]:
-            said = f"no whole answer after {generation.seconds:g} s; ask for fewer tokens, or again when less is going on"
+            said = (
+                f"no whole answer after {generation.seconds:g} s; ask for fewer tokens, or again when less is going on"
+            )
             self._tell(generation, Failed("timeout", said))
 
     def _admit(self) -> None:

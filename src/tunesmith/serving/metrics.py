@@ -19,7 +19,10 @@ class Metrics:
             "tunesmith_requests", "Requests by model and outcome.", ["model", "outcome"], registry=self.registry
         )
         self.tokens = Counter(
-            "tunesmith_tokens", "Tokens read (prompt) and written (completion).", ["model", "kind"], registry=self.registry
+            "tunesmith_tokens",
+            "Tokens read (prompt) and written (completion).",
+            ["model", "kind"],
+            registry=self.registry,
         )
         self.first_token = Histogram(
             "tunesmith_first_token_seconds", "From a request's arrival to its first token.",
@@ -29,7 +32,9 @@ class Metrics:
             "tunesmith_request_seconds", "From a request's arrival to the end of its answer.",
             buckets=SECONDS, registry=self.registry,
         )  # fmt: skip
-        self.swaps = Counter("tunesmith_adapter_changes", "Adapters added, replaced, removed.", ["kind"], registry=self.registry)
+        self.swaps = Counter(
+            "tunesmith_adapter_changes", "Adapters added, replaced, removed.", ["kind"], registry=self.registry
+        )
         self.swap = Histogram(
             "tunesmith_adapter_swap_seconds", "From a read adapter to the first step that may use it.",
             buckets=SECONDS, registry=self.registry,

@@ -145,7 +145,9 @@ class CompletionRequest(_Common):
         single = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], int))
         prompts: list[str | list[int]] = [prompt] if single else list(prompt)
         if not 1 <= len(prompts) <= MAX_PROMPTS:
-            raise ApiError(400, f"prompt: {len(prompts)} prompts; expected 1 to {MAX_PROMPTS}", "invalid_value", "prompt")
+            raise ApiError(
+                400, f"prompt: {len(prompts)} prompts; expected 1 to {MAX_PROMPTS}", "invalid_value", "prompt"
+            )
         return prompts
 
     @property

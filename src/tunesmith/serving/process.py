@@ -43,7 +43,9 @@ def bind(host: str, port: int) -> socket.socket:
         found.bind((host, port))
     except OSError as error:
         found.close()
-        raise MachineError(f"cannot listen on {host}, port {port}: {error.strerror or error}; choose another --port or --host") from None
+        raise MachineError(
+            f"cannot listen on {host}, port {port}: {error.strerror or error}; choose another --port or --host"
+        ) from None
     return found
 
 

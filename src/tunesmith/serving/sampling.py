@@ -18,6 +18,10 @@ class Sampling:
     seed: int | None = None
 
 
+GREEDY = Sampling()
+"""The likeliest token, always."""
+
+
 def choose(logits_BV: torch.Tensor, settings: Sequence[Sampling], draws: Sequence[random.Random]) -> list[int]:
     """A token for each row of logits (B, V).
 
@@ -37,7 +41,9 @@ def choose(logits_BV: torch.Tensor, settings: Sequence[Sampling], draws: Sequenc
         top_p = column([settings[row].top_p for row in drawn])
         uniform = column([draws[row].random() for row in drawn])
         places = torch.tensor(drawn, device=device)
-        scaled = logits_BV[places].float() - logits_BV[places].amax(-1, keepdim=True)  # else a small temperature overflows
+        scaled = logits_BV[places].float() - logits_BV[places].amax(
+            -1, keepdim=True
+        )  # else a small temperature overflows
         likely, order = torch.softmax(scaled / heat, dim=-1).sort(dim=-1, descending=True)
         before = likely.cumsum(-1) - likely
         nucleus = likely.masked_fill((before >= top_p) & (before > 0), 0.0)

@@ -79,9 +79,13 @@ class Server:
                     elif size > DISCARDED * self.limits.body_bytes:
                         break
         except TimeoutError:
-            raise ApiError(408, f"the body did not arrive within {self.limits.arrival_seconds:g} s", "timeout") from None
+            raise ApiError(
+                408, f"the body did not arrive within {self.limits.arrival_seconds:g} s", "timeout"
+            ) from None
         if size > self.limits.body_bytes:
-            raise ApiError(413, f"the body is over {self.limits.body_bytes:,} bytes, the most that is read", "body_too_large")
+            raise ApiError(
+                413, f"the body is over {self.limits.body_bytes:,} bytes, the most that is read", "body_too_large"
+            )
         try:
             return json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -135,7 +139,9 @@ class Server:
         rows = self.engine.vocabulary
         for prompt in prompts:
             if not isinstance(prompt, str) and (odd := [n for n in prompt if not 0 <= n < rows]):
-                raise ApiError(400, f"prompt: {odd[0]} is no token of this model (0 to {rows - 1})", "invalid_value", "prompt")
+                raise ApiError(
+                    400, f"prompt: {odd[0]} is no token of this model (0 to {rows - 1})", "invalid_value", "prompt"
+                )
         shape = Shape("completion", asked.model, asked.include_usage)
 
         def encode(model: ServedModel) -> list[list[int]]:
@@ -218,7 +224,12 @@ class Server:
             raise ApiError(400, str(error), "invalid_adapter", "path") from None
         self.metrics.swaps.labels("replaced" if replaced else "added").inc()
         self.metrics.swap.observe(self.catalog.swap_seconds)
-        facts = {"name": asked.name, "path": asked.path, "replaced": replaced, "swap_seconds": self.catalog.swap_seconds}
+        facts = {
+            "name": asked.name,
+            "path": asked.path,
+            "replaced": replaced,
+            "swap_seconds": self.catalog.swap_seconds,
+        }
         return JSONResponse(facts, 200 if replaced else 201)
 
     async def delete_adapter(self, request: Request) -> Response:
@@ -262,11 +273,14 @@ class EventStream(Response):
     """Server-sent events, one a chunk, and `[DONE]`. Frees the places when it is over, or when the client has gone."""
 
     def __init__(self, answers: Answers, shape: Shape, first: tuple[int, Piece | Finished], seconds: float):
-        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self.raw_headers = [header for header in self.raw_headers if header[0] != b"content-length"]
+        super().__init__(
+            media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        )
+        del self.headers["content-length"]
         self.answers, self.shape, self.first, self.seconds = answers, shape, first, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it all, as ASGI wants it."""
         try:
             async with asyncio.timeout(self.seconds):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})

@@ -33,7 +33,9 @@ class Shape:
 
     def opening(self, place: int) -> dict[str, Any] | None:
         """The chunk that a chat's stream begins with."""
-        return self._chunk(place, {"delta": {"role": "assistant", "content": ""}}, None) if self.kind == "chat" else None
+        return (
+            self._chunk(place, {"delta": {"role": "assistant", "content": ""}}, None) if self.kind == "chat" else None
+        )
 
     def piece(self, place: int, text: str) -> dict[str, Any]:
         """A chunk with text."""

@@ -77,7 +77,9 @@ def serve(
             shown = f"[{host}]" if ":" in host else host
             url = f"http://{shown}:{listening.getsockname()[1]}/v1"
             if not changes:
-                notes.append(f"{host} is reached from beyond this machine without an API key: adapters cannot change while it runs")
+                notes.append(
+                    f"{host} is reached from beyond this machine without an API key: adapters cannot change while it runs"
+                )
             on_ready({"url": url, "model": called, "adapters": list(adapters), "notes": notes})
             run(server, listening)
         finally:
@@ -85,14 +87,20 @@ def serve(
 
 
 def load_base(
-    target: str, dtype: str = "auto", device: str = "auto", quantization: str | None = None, progress: Progress = no_progress
+    target: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str | None = None,
+    progress: Progress = no_progress,
 ) -> LoadedModel:
     """The base, in 16 or 32 bits or quantized by bitsandbytes (`nf4`, `fp4`, `int8`). Raises ConfigError for an adapter."""
     path = Path(target)
     run = RunFolder.open(path) if RunFolder.is_run(path) else None
     if (run and run.config.method != "full") or (run is None and (path / "adapter_config.json").is_file()):
         base = run.config.model.name if run else base_of_adapter(path)
-        raise ConfigError(f"{target} is an adapter: serve its base with it, `tunesmith serve {base} --adapter NAME={target}`")
+        raise ConfigError(
+            f"{target} is an adapter: serve its base with it, `tunesmith serve {base} --adapter NAME={target}`"
+        )
     if quantization is None:
         return load(target, dtype=dtype, device=device, progress=progress)
     schemes = ("nf4", "fp4", "int8")
@@ -144,7 +152,9 @@ class AdapterReader:
         tokenizer = self.base.tokenizer if own is source else load_tokenizer(own, ModelConfig(name=str(folder)))
         rows = forward.base.get_input_embeddings().num_embeddings
         if len(tokenizer) > rows:
-            raise ModelError(f"{folder}: its tokenizer has {len(tokenizer)} tokens and the base {rows}; merge it and serve it alone")
+            raise ModelError(
+                f"{folder}: its tokenizer has {len(tokenizer)} tokens and the base {rows}; merge it and serve it alone"
+            )
         template = folder / TEMPLATE_NAME
         if run:
             chat = chat_format(tokenizer, run.config, run)
@@ -169,7 +179,9 @@ class AdapterReader:
             )
         dtype = run.metadata.get("dtype")
         if dtype and dtype != self.base.dtype:
-            found.append(f"{path}: trained in {dtype}, served in {self.base.dtype}; --dtype {dtype} serves it as it was trained")
+            found.append(
+                f"{path}: trained in {dtype}, served in {self.base.dtype}; --dtype {dtype} serves it as it was trained"
+            )
         return found
 
 
@@ -256,5 +268,7 @@ def _key(variable: str | None) -> str | None:
         return None
     key = os.environ.get(variable)
     if not key:
-        raise ConfigError(f"--api-key-env {variable}: the environment has no such variable, or it is empty; set it, or leave the option out")
+        raise ConfigError(
+            f"--api-key-env {variable}: the environment has no such variable, or it is empty; set it, or leave the option out"
+        )
     return key
