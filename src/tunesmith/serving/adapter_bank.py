@@ -201,6 +201,7 @@ class AdapterBank:
         self._only: int | None = BASE
         self._rows = torch.empty(0)
         self._others: dict[tuple[tuple[int, int, int], ...], torch.Tensor] = {}
+        self._columns: dict[tuple[tuple[int, int, int], ...], torch.Tensor] = {}
 
     @property
     def bytes(self) -> int:
@@ -215,6 +216,7 @@ class AdapterBank:
     def add(self, weights: AdapterWeights) -> int:
         """Take an adapter in; returns its number, which no other ever has. The caller lets go of `weights`."""
         number, self._next = self._next, self._next + 1
+        self._columns = {}
         for name, (a, b) in weights.layers.items():
             layer = self._layers.get(name)
             if layer is None:
@@ -229,6 +231,7 @@ class AdapterBank:
 
     def remove(self, number: int) -> None:
         """Let go of an adapter that no row of the next forwards wants."""
+        self._columns = {}
         for name in self._adapters.pop(number).layers:
             layer = self._layers[name]
             kept = [owner for owner in layer.owners if owner[0] != number]
@@ -271,7 +274,7 @@ class AdapterBank:
         if self._only is not None:
             for number, start, stop in layer.owners:
                 if number == self._only:
-                    return output + F.linear(x, layer.a[start:stop]) @ layer.b[start:stop]
+                    return _plus(output, F.linear(x, layer.a[start:stop]), layer.b[start:stop])
             return output
         if x.ndim != 3 or len(x) != len(self._rows):
             raise ModelError(
@@ -280,12 +283,19 @@ class AdapterBank:
             )
         h = F.linear(x, layer.a)
         # Filled, not multiplied by 0: what overflows in another adapter must not become NaN here.
-        return output + h.masked_fill(self._columns_of_others(layer.owners), 0.0) @ layer.b
+        return _plus(output, h.masked_fill_(self._of_others(layer.owners), 0.0), layer.b)
 
-    def _columns_of_others(self, owners: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
+    def _of_others(self, owners: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
         """(B, 1, R), true where a column is not of the row's adapter. Made once a forward for each arrangement of columns."""
         if owners not in self._others:
-            of_column = [number for number, start, stop in owners for _ in range(stop - start)]
-            columns = torch.tensor(of_column, device=self.device)
-            self._others[owners] = self._rows[:, None, None] != columns
+            if owners not in self._columns:
+                of_column = [number for number, start, stop in owners for _ in range(stop - start)]
+                self._columns[owners] = torch.tensor(of_column, device=self.device)
+            self._others[owners] = self._rows[:, None, None] != self._columns[owners]
         return self._others[owners]
+
+
+def _plus(output: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """output + h B in one product, in place: nobody else has what a linear layer just returned."""
+    output.view(-1, output.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b)
+    return output
