@@ -179,6 +179,7 @@ def by_peft(forward: ModelForward, options: argparse.Namespace, folders: list[Pa
     from contextlib import nullcontext
 
     from peft import PeftModel
+
     from tunesmith.serving.adapter_bank import AdapterBank
 
     places = [row % (len(folders) + 1) for row in range(options.batch)]
@@ -213,7 +214,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--peft", action="store_true")
-    for name, default in (("rank", 16), ("adapters", 3), ("batch", 32), ("prompt", 256), ("new", 128), ("repeats", 3), ("swaps", 20)):
+    for name, default in (
+        ("rank", 16),
+        ("adapters", 3),
+        ("batch", 32),
+        ("prompt", 256),
+        ("new", 128),
+        ("repeats", 3),
+        ("swaps", 20),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     hardware = probe(options.device)
@@ -227,9 +236,7 @@ def main() -> None:
         "dtype": dtype,
     }
     with tempfile.TemporaryDirectory() as place:
-        folders = [
-            write_adapter(model, Path(place) / f"a{n}", options.rank, n) for n in range(options.adapters)
-        ]
+        folders = [write_adapter(model, Path(place) / f"a{n}", options.rank, n) for n in range(options.adapters)]
         file_gb = (folders[0] / "adapter_model.safetensors").stat().st_size / GB
         if options.peft:
             result["step"] = by_peft(forward, options, folders)
@@ -266,7 +273,11 @@ def main() -> None:
         "adapter_memory": adapters_gb / (options.adapters * file_gb),
     }
     result["held"] = {
-        name: {"value": value, "bound": HELD[name], "passed": value >= HELD[name] if name == "mixed_to_single" else value <= HELD[name]}
+        name: {
+            "value": value,
+            "bound": HELD[name],
+            "passed": value >= HELD[name] if name == "mixed_to_single" else value <= HELD[name],
+        }
         for name, value in held.items()
     }
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

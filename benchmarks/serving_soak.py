@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parents[1] / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "serving")]
+sys.path.insert(0, str(TESTS))
+sys.path.insert(0, str(TESTS / "serving"))
 from serving_models import make_adapter, one_by_one
 from soak import Target, soak
+
 from tiny import make_tiny_model
 
 BODY_LIMIT = 100_000

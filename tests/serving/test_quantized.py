@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 
 import pytest
-
 from serving_models import Asked
+
 from trained import tiny_base, tiny_run
 from tunesmith.models.generate import generate_greedy
 from tunesmith.serving.adapter_bank import BASE
