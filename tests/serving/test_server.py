@@ -330,6 +330,20 @@ def test_a_full_queue_is_429_and_says_when_to_come_back(endless: LiveServer) -> 
     assert endless.client().chat.completions.create(model="base", messages=QUESTION, max_tokens=2).choices
 
 
+def test_more_open_requests_than_may_be_are_503(tiny_model: Path) -> None:
+    with LiveServer(tiny_model, {}, Limits(answer_tokens=3000, connections=2), never_ends=True) as live:
+        connections = [raw(live, chat_request(live, max_tokens=3000)) for _ in range(2)]
+        eventually(lambda: live.engine.running == 2)
+        with pytest.raises(openai.InternalServerError) as found:
+            live.client().models.list()
+        assert (found.value.status_code, found.value.code) == (503, "too_many_connections")
+        assert httpx.get(live.url + "/health").status_code == 200
+        for connection in connections:
+            connection.close()
+        eventually(lambda: live.server.open == 0)
+        assert live.client().models.list().data
+
+
 def test_time_that_is_up_is_an_error_and_frees_the_place(tiny_model: Path) -> None:
     limits = Limits(answer_tokens=3000, answer_seconds=0.3)
     with LiveServer(tiny_model, {}, limits, never_ends=True) as live:

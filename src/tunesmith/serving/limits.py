@@ -11,7 +11,7 @@ class Limits:
 
     Bytes of a request's body; tokens of a prompt (None: what the model was made for) and of an answer; requests that wait beside those
     in the batch; rows of the batch; seconds for an answer, waiting included, for a request to arrive, and for running requests to end
-    after SIGTERM; open connections.
+    after SIGTERM; open requests of all clients.
     """
 
     body_bytes: int = 2 << 20

@@ -20,6 +20,9 @@ from tunesmith.errors import MachineError
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.server import Server, make_app
 
+SPARE_CONNECTIONS = 64
+"""Beyond `limits.connections`, to be told so in OpenAI's form, and for /health; uvicorn itself turns away what is over these."""
+
 LAST_WRITES_SECONDS = 5
 """For what is still on its way to clients when the last answer is whole."""
 
@@ -58,7 +61,7 @@ def run(server: Server, listening: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=limits.connections,
+        limit_concurrency=limits.connections + SPARE_CONNECTIONS,
         timeout_graceful_shutdown=LAST_WRITES_SECONDS,
         lifespan="off",
     )

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tunesmith.errors import DataError, MachineError, TunesmithError
 from tunesmith.serving.answers import Answers, ClientGone, usage_of
@@ -42,6 +42,7 @@ class Server:
         self.engine: Engine = catalog.engine
         self.metrics = Metrics(catalog)
         self.draining = False
+        self.open = 0
         self._key = api_key.encode() if api_key else None
         # Templates and tokenizers are not made for several threads at once; the event loop must not wait for long prompts.
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-prompts")
@@ -54,7 +55,10 @@ class Server:
     # -- what a request has to pass -----------------------------------------------------------------------------------
 
     def authorize(self, request: Request) -> None:
-        """Raise ApiError 401 without the key, where there is one."""
+        """Raise ApiError 503 where more requests are open than may be, and 401 without the key, where there is one."""
+        if self.open > self.limits.connections:
+            said = f"{self.limits.connections:,} requests are open already, the most that this server holds; ask again later"
+            raise ApiError(503, said, "too_many_connections", headers={"Retry-After": "1"})
         if self._key is None:
             return
         given = request.headers.get("authorization", "").encode("latin-1")  # which is how its bytes were read
@@ -320,7 +324,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def make_app(server: Server) -> Starlette:
+def make_app(server: Server) -> ASGIApp:
     """The routes. Every error has OpenAI's form; all but /health want the key, where there is one."""
 
     def route(method: str, path: str, handler: Callable[[Request], Awaitable[Response]]) -> Route:
@@ -341,7 +345,7 @@ def make_app(server: Server) -> Starlette:
     async def gone(request: Request, error: Any) -> Response:
         return Response(status_code=499)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             route("POST", "/v1/chat/completions", server.chat),
             route("POST", "/v1/completions", server.completions),
@@ -355,3 +359,12 @@ def make_app(server: Server) -> Starlette:
         ],
         exception_handlers={ApiError: api_error, HTTPException: http_error, ClientDisconnect: gone},
     )
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        server.open += 1
+        try:
+            await app(scope, receive, send)
+        finally:
+            server.open -= 1
+
+    return counted
