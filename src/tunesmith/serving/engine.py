@@ -137,11 +137,15 @@ class Engine:
         """Begin to answer."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Answer nothing more: what runs and waits fails with `stopped`."""
+    def close(self) -> None:
+        """Answer nothing more: what runs and waits fails with `stopped`, behind the step that is under way."""
         with self._changed:
             self._open = False
             self._changed.notify()
+
+    def stop(self) -> None:
+        """Close, and wait until the thread has ended."""
+        self.close()
         if self._thread.ident is not None:
             self._thread.join()
 

@@ -1,7 +1,7 @@
 """The server as a process: a socket, uvicorn, and what SIGTERM means.
 
 The first SIGTERM (or Ctrl-C) ends nothing that runs: new requests get 503, /health too, so that a balancer looks elsewhere; when the last
-answer is whole, or after `drain_seconds`, the process ends with 0. The second one ends it at once.
+answer is whole, or after `drain_seconds`, the process ends with 0. The second one ends what runs with an error.
 """
 
 from __future__ import annotations
@@ -80,17 +80,23 @@ class DrainingServer(uvicorn.Server):
         self._drain_until = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; the second time, end."""
-        if self.served.draining:
+        """Begin to drain; the second time, end with errors; the third, without."""
+        if not self.served.draining:
+            self.served.draining = True
+            self._drain_until = time.monotonic() + self.served.limits.drain_seconds
+        elif self._drain_until > 0:
+            self._drain_until = 0.0
+        else:
             self.should_exit = self.force_exit = True
-        self.served.draining = True
-        self._drain_until = time.monotonic() + self.served.limits.drain_seconds
 
     async def on_tick(self, counter: int) -> bool:
-        """Every 0.1 s: whether to end."""
+        """Every 0.1 s: whether to end. Who still waits for an answer then gets an error."""
         if await super().on_tick(counter):
             return True
-        return self.served.draining and (self.served.idle or time.monotonic() > self._drain_until)
+        if not self.served.draining or not (self.served.idle or time.monotonic() > self._drain_until):
+            return False
+        self.served.engine.close()
+        return True
 
 
 def _protocol(limits: Limits) -> type[H11Protocol]:
