@@ -151,6 +151,13 @@ def test_draining_has_an_end(drain_seconds: str, signals: int, endless: Path) ->
         assert cut == ["draining"] * 8
 
 
+def test_the_help_fits_a_small_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = tunesmith("serve", "--help").out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+
+
 def test_the_page_names_every_limit_with_its_default() -> None:
     page = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| ([^|]*) \|", page, re.MULTILINE)

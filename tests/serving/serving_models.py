@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tunesmith.config import ModelConfig
-from tunesmith.hardware import probe
+from tunesmith.hardware import ComputeDType, probe
 from tunesmith.models.adapters import load_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.generate import end_tokens, generate_greedy
@@ -36,14 +36,14 @@ def make_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
     return folder
 
 
-def base_forward(folder: Path, adapter: Path | None = None) -> ModelForward:
-    """The base on the CPU in fp32, with an adapter by PEFT."""
+def base_forward(folder: Path, adapter: Path | None = None, dtype: ComputeDType = "fp32") -> ModelForward:
+    """The base on the CPU, with an adapter by PEFT."""
     config = ModelConfig(name=str(folder))
-    model: Any = load_model(find_model(config), config, probe("cpu"), "fp32")
+    model: Any = load_model(find_model(config), config, probe("cpu"), dtype)
     if adapter:
         model = load_adapter(model, adapter)
     model.eval()
-    return ModelForward(model, "cpu", "fp32")
+    return ModelForward(model, "cpu", dtype)
 
 
 def one_by_one(folder: Path, adapter: Path | None, tokenizer: Any, prompts: list[list[int]], limit: int) -> list[str]:

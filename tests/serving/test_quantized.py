@@ -21,11 +21,13 @@ def qlora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_base(tmp_path_factory, 64), tiny_run(tmp_path_factory, "qlora")
 
 
-def test_a_qlora_adapter_answers_over_the_quantized_base_as_its_run_does(qlora: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_qlora_adapter_answers_over_the_quantized_base_as_its_run_does(dtype: str, qlora: tuple[Path, Path]) -> None:
+    """In bf16 up to near-ties, which a random model has: there the first token is looked at."""
     folder, run = qlora
-    loaded = load_base(str(folder), "fp32", "cpu", "nf4")
+    loaded = load_base(str(folder), dtype, "cpu", "nf4")
     reader = AdapterReader(loaded, "nf4")
-    assert reader.notes(str(run)) == []
+    assert len(reader.notes(str(run))) == (dtype != "fp32")
     read = reader.read(str(run))
     engine = Engine(loaded.forward, max_batch=4)
     engine.start()
@@ -33,14 +35,15 @@ def test_a_qlora_adapter_answers_over_the_quantized_base_as_its_run_does(qlora: 
     rng = random.Random(2)
     prompts = [[rng.randrange(256) for _ in range(rng.randrange(4, 40))] for _ in range(4)]
     rows = [(prompt, adapter) for prompt in prompts for adapter in (number, BASE)]
-    found = [Asked(engine, loaded.tokenizer, prompt, adapter) for prompt, adapter in rows]
+    length = 16 if dtype == "fp32" else 1
+    found = [Asked(engine, loaded.tokenizer, prompt, adapter, max_tokens=length) for prompt, adapter in rows]
     texts = [one.answer()[0] for one in found]
     engine.stop()
-    tuned = load(run)
+    tuned = load(run, dtype=dtype)
     for place, prompt in enumerate(prompts):
-        ids = generate_greedy(tuned.forward, tuned.tokenizer, [prompt], 16, 1)[0]
+        ids = generate_greedy(tuned.forward, tuned.tokenizer, [prompt], length, 1)[0]
         assert texts[2 * place] == tuned.tokenizer.decode(ids, skip_special_tokens=True)
-        assert texts[2 * place] != texts[2 * place + 1]
+        assert dtype != "fp32" or texts[2 * place] != texts[2 * place + 1]
 
 
 def test_another_precision_than_in_training_is_said_aloud(qlora: tuple[Path, Path]) -> None:

@@ -297,5 +297,7 @@ class AdapterBank:
 
 def _plus(output: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """output + h B in one product, in place: nobody else has what a linear layer just returned."""
+    if output.dtype != h.dtype:  # a 4-bit layer returns its input's type, whatever autocast computes in
+        return output + (h @ b).to(output.dtype)
     output.view(-1, output.shape[-1]).addmm_(h.view(-1, h.shape[-1]), b)
     return output
