@@ -372,7 +372,7 @@ def test_a_client_that_sends_slowly_is_cut_off(endless: LiveServer) -> None:
 
 def test_a_client_that_reads_slowly_holds_no_place(endless: LiveServer) -> None:
     """The answer is made at the engine's pace, and waits for its reader outside the batch."""
-    connection = raw(endless, chat_request(endless, stream=True, max_tokens=400))
+    connection = raw(endless, chat_request(endless, stream=True, max_tokens=200))
     eventually(lambda: endless.engine.running == 1)
     eventually(lambda: endless.server.idle, 2.5)
     text = b""
