@@ -288,20 +288,20 @@ def test_one_question(run: Path) -> None:
 
 
 def test_a_conversation(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith import api
+    from tunesmith.workflows import chat as conversations
 
     histories: list[list[str]] = []
 
-    def reply(loaded: Any, history: Any, limit: int, temperature: float, on_text: Any) -> str:
+    def reply(loaded: Any, history: Any, limit: int, temperature: float, on_text: Any, *rest: Any) -> str:
         histories.append([message.content for message in history])
         on_text(f"answer {len(histories)}")
         return f"answer {len(histories)}"
 
     lines = iter(["one", "  ", "two", "a \ufdd0 b", "/new", "three", "/quit", "never"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    real = api.reply
+    real = conversations.reply
     monkeypatch.setattr(
-        api,
+        conversations,
         "reply",
         lambda loaded, history, *rest: (real if "\ufdd0" in history[-1].content else reply)(loaded, history, *rest),
     )

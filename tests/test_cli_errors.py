@@ -135,7 +135,6 @@ def test_rows_that_are_too_long(tiny_model: Path, data: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ('{"text": "prose"}', "1: plain text has no question to answer; evaluation needs conversations"),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, '
             '{"role": "user", "content": "c"}]}',
@@ -227,7 +226,7 @@ def test_settings_that_do_not_fit_the_model_or_the_machine(
     [
         (["zork"], "No such command 'zork'. (see --help)"),
         (["train", "--zork"], "No such option: --zork (see --help)"),
-        (["eval", "run"], "Missing option '--data'. (see --help)"),
+        (["eval", "run"], "nothing to evaluate: pass --data FILE, --retain, or --tasks NAME,NAME"),
         (["merge"], "Missing argument 'RUN'. (see --help)"),
         (["doctor", "zork"], "Got unexpected extra argument(s) (zork) (see --help)"),
         (
@@ -546,9 +545,9 @@ def test_a_disk_that_fills_up_while_evaluating(
     from tunesmith import files
 
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    (run / "evaluations").mkdir()
+    (run / "evaluations").mkdir(exist_ok=True)
     monkeypatch.setattr(files.os, "fsync", no_space)
-    with untouched(run):
+    with untouched(run / "adapter"):
         result = tunesmith("eval", run, "--data", data, "--rows", "1", "--max-new-tokens", "1")
     out_of_space(result, str(run / "evaluations" / "bins.json"))
 

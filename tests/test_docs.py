@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from command_line import tunesmith
-from tiny import write_jsonl
+from tiny import chat_rows, write_jsonl
 from tunesmith.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -64,3 +64,21 @@ def test_the_commands_about_preferences_run(tmp_path: Path, tiny_model: Path, mo
         "dpo",
         "kto",
     ]
+
+
+def test_the_commands_about_evaluation_run(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    block, *_ = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "test.jsonl", chat_rows(12))
+    trained = tunesmith(
+        "train", "--model", tiny_model, "--data", "test.jsonl", "--out", "run", "--set", "training.max_steps=2",
+        "--set", "model.dtype=fp32",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    commands = [line.removeprefix("$ tunesmith ") for line in block.splitlines()]
+    assert len(commands) == 5
+    for command in commands:
+        given = shlex.split(command.replace("RUN", "run").replace("MODEL", str(tiny_model)))
+        result = tunesmith(*given, "--max-new-tokens", "2") if "--data" in given else tunesmith(*given)
+        assert result.code in ((0, 1) if "--retain" in given else (0,)), f"{command}: {result.err}"

@@ -383,7 +383,7 @@ class EvaluationConfig(Section):
     """Log so many generated answers at each evaluation during training, always to the same held-out questions (of preferences: to prompts)."""
     generate: bool = False
     """Also generate and score answers at each evaluation during training (the loss is always computed)."""
-    task: Literal["auto"] | TaskName = "auto"
+    task: Literal["auto", "label", "choice", "json", "number", "regex", "text", "perplexity"] = "auto"
     """What kind of task the questions are, which decides the metrics (docs/evaluation.md). `auto`: what the data's shape says."""
     pattern: str | None = None
     """Task `regex`: the regular expression that right answers contain."""

@@ -26,6 +26,13 @@ def wrong(row):
 def changing(row):
     return {row["prompt"]: 1}
 
+def broken(row):
+    return row["nope"]
+
+def numpy_bool(row):
+    import numpy
+    return numpy.bool_(row["line"] == 4)
+
 number = 3
 """
 
@@ -59,6 +66,7 @@ def test_a_dict_is_several_metrics(file: Path) -> None:
     ("name", "message"),
     [
         ("wrong", "metric wrong: line 9 gave 'high'; expected a bool, a finite number, or a dict of them"),
+        ("broken", "metric broken: line 4: KeyError: 'nope'"),
         ("changing", r"metric changing: line 9 gave \['changing.q2'\], the rows before \['changing.q1'\]"),
     ],
 )
@@ -68,13 +76,19 @@ def test_what_is_no_number_is_named_with_its_row(file: Path, name: str, message:
 
 
 def test_references_that_name_nothing(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "raising.py").write_text("1 / 0\n")
     (tmp_path / "broken.py").write_text("def f(:\n")
     for reference, message in (
         ("polite", "expected FILE.py:FUNCTION"),
         (f"{tmp_path / 'absent.py'}:polite", "there is no file"),
-        (f"{file}:absent", "has no function absent; it has changing, polite, sizes, wrong"),
+        (f"{file}:absent", "has no function absent; it has broken, changing, numpy_bool, polite, sizes, wrong"),
         (f"{file}:number", "has no function number"),
         (f"{tmp_path / 'broken.py'}:f", "broken.py:1: invalid syntax"),
+        (f"{tmp_path / 'raising.py'}:f", r"raising.py cannot be read: ZeroDivisionError: division by zero"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_metric(reference)
+
+
+def test_numpys_values_are_values(file: Path) -> None:
+    assert custom_scores(*load_metric(f"{file}:numpy_bool"), ROWS)["numpy_bool"].rows == (1.0, 0.0)

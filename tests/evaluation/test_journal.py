@@ -39,6 +39,23 @@ def test_other_weights_begin_anew(tmp_path: Path) -> None:
         assert journal.known == {"2": "two"}
 
 
+def test_what_a_crash_left_of_a_line_is_asked_again(tmp_path: Path) -> None:
+    path = tmp_path / "j" / "journal.jsonl"
+    interrupted(path, {}, {"1": "one", "2": "two", "3": "three"})
+    lines = path.read_bytes().split(b"\n")
+    lines[2] = b"\0" * 20 + b"\xff"
+    path.write_bytes(b"\n".join(lines))
+    with Journal(path, {}) as journal:
+        assert journal.known == {"1": "one", "3": "three"}
+
+
+def test_nothing_is_written_before_there_is_an_answer(tmp_path: Path) -> None:
+    path = tmp_path / "j" / "journal.jsonl"
+    interrupted(path, {}, {})
+    Journal(tmp_path / "other" / "journal.jsonl")
+    assert not (tmp_path / "other").exists()
+
+
 def test_keys_tell_who_was_asked_what_with_which_limit() -> None:
     assert len({key_of(*asked) for asked in (("tuned", [1, 2], 8), ("base", [1, 2], 8), ("tuned", [1, 2], 9))}) == 3
     assert key_of("tuned", [1, 2], 8) == key_of("tuned", [1, 2], 8)

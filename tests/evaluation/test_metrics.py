@@ -22,7 +22,10 @@ from tunesmith.evaluation.metrics import is_correct, is_exact, normalize
         ("Straße", "strasse"),  # folded, not only lowered
         ("don't", "don't"),  # inside, punctuation stays
         ("3.5", "3.5"),
-        (" .,;:!'\"` ", ""),
+        (" .,;:!'\"` ", ".,;:!'\"`"),  # a label of stops is one
+        ("\u201c배송\u201d", "배송"),
+        ("배송。", "배송"),
+        ("\u1107\u1162송", "배송"),  # decomposed
         ("", ""),
         ("(a)", "(a)"),
         ("종이", "종이"),
@@ -50,6 +53,9 @@ def test_normalizing_ignores_case_and_the_white_space_around(text: str) -> None:
         ("paper", "pape", False, False),
         ("paper", "", False, False),
         ("two words", "two  words", True, False),
+        ("?", "", False, False),
+        (".", "!", False, False),
+        ("배송", "\u1107\u1162송 ", True, True),
     ],
 )
 def test_accuracy_folds_and_exact_match_does_not(expected: str, answer: str, correct: bool, exact: bool) -> None:

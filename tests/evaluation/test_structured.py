@@ -97,6 +97,9 @@ def test_json_fields(expected: Any, answer: Any, value: float) -> None:
         ("10 - 3 = 7.", 7),
         ("3/4", 4),
         ("100%", 100),
+        ("답은42", 42),
+        ("총42원", 42),
+        ("#### 답42", 42),
     ],
 )
 def test_last_number(text: str, number: float | None) -> None:

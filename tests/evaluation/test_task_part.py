@@ -74,13 +74,13 @@ def test_the_likeliest_choice_is_the_answer(subject: Subject, tmp_path: Path) ->
 
 def test_labels_can_be_chosen_too(subject: Subject, tmp_path: Path) -> None:
     rows = examples(tmp_path / "rows.jsonl", chat_rows(12))
-    part = TaskPart(Task("choice", "named"), rows)
     labels = {row.messages[-1].content for row in rows if row.messages}
+    part = TaskPart(Task("choice", "named", tuple(labels)), rows[:3])
     assert {row.answer for row in part.ask(subject)} <= labels
     many = [Example(row.messages and (*row.messages[:-1], row.messages[-1].__class__("assistant", f"{n}")), None, "f", n)
             for n, row in enumerate(rows * 17)]  # fmt: skip
     with pytest.raises(DataError, match=r"the rows have no choices and 204 different answers: a choice is between 200"):
-        TaskPart(Task("choice", "named"), many).check(subject.chat)
+        TaskPart(find_task(many, EvaluationConfig(task="choice")), many).check(subject.chat)
 
 
 @pytest.mark.parametrize("window", [2048, 7])

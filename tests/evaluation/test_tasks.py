@@ -97,8 +97,8 @@ def test_a_pattern_that_is_none_is_refused_by_the_settings() -> None:
 
 def test_rows_of_another_task_are_named() -> None:
     for kind, problems in (
-        ("json", ["rows.jsonl:2: the expected answer is not JSON: 'no'"]),
-        ("number", ["rows.jsonl:2: the expected answer holds no number: 'no'"]),
+        ("json", ["rows.jsonl:2: the expected answer is not JSON: 'no'; set another evaluation.task"]),
+        ("number", ["rows.jsonl:2: the expected answer holds no number: 'no'; set another evaluation.task"]),
     ):
         with pytest.raises(DataError) as caught:
             find_task(rows("3", "no"), EvaluationConfig(task=kind))  # type: ignore[arg-type]

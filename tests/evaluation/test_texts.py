@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 
@@ -42,9 +44,9 @@ def test_bleu_of_a_sample_is_that_of_the_sampled_corpus() -> None:
     sample = np.array([0, 0, 3, 1])
     chosen = [PAIRS[index] for index in sample]
     alone = BLEU().corpus_score([answer for _, answer in chosen], [[expected for expected, _ in chosen]]).score
-    of = text_scores(rows(PAIRS))["bleu"].of
-    assert of is not None
-    assert of(sample) == pytest.approx(alone)
+    bleu = text_scores(rows(PAIRS))["bleu"]
+    assert bleu.of is not None
+    assert bleu.of(np.asarray(bleu.items)[sample]) == pytest.approx(alone)
 
 
 def test_words_of_other_scripts_count() -> None:
@@ -58,4 +60,11 @@ def test_equal_texts_are_better_than_others() -> None:
     assert [same[name].value for name in ("rouge2", "rougeL", "bleu", "chrf")] == pytest.approx([1, 1, 100, 100])
     found = same["bleu"].minus(text_scores(rows(PAIRS))["bleu"])
     assert found.value > 20
-    assert found.test == "paired bootstrap"
+    assert (found.test, found.p) == ("randomization", 2 / 2**3), "three rows differ"
+
+
+def test_characters_of_unspaced_scripts_and_composed_letters_count() -> None:
+    scores = text_scores(rows([("今天天气很好", "今天天气很好啊")]))
+    assert scores["rougeL"].value == pytest.approx(12 / 13)
+    decomposed = unicodedata.normalize("NFD", "배송 조회")
+    assert text_scores(rows([("배송 조회", decomposed)]))["rouge1"].value == 1.0

@@ -175,3 +175,31 @@ def test_one_with_a_base_is_shown_before_a_newer_one_without(tmp_path: Path) -> 
     current, earlier, _ = read_evaluations(run.path / "evaluations")
     assert [one.file for one in current] == ["evaluations/classify.json"]
     assert [one.file for one in earlier] == ["evaluations/classify-2.json"]
+
+
+def test_texts_are_sorted_by_how_much_likelier_they_became(tmp_path: Path) -> None:
+    rows = [
+        {"line": n, "text": f"text {n}", "tokens": 9, "loss": loss, "baseline_loss": 2.0}
+        for n, loss in ((1, 1.9), (2, 2.5), (3, 0.5), (4, 2.0))
+    ]
+    run = make_run(tmp_path / "run", evaluations={"prose.json": evaluation(examples=rows)})
+    ((found,), _, _) = read_evaluations(run.path / "evaluations")
+    assert [(group.title, [row.line for row in group.rows]) for group in found.groups] == [
+        ("Better than the base", ["3", "1"]),
+        ("Worse than the base", ["2"]),
+        ("As the base", ["4"]),
+    ]
+    row = found.groups[0].rows[0]
+    assert (row.prompt, row.answer, row.base_answer, row.correct) == ("text 3", "loss 0.500", "loss 2.00", None)
+
+
+def test_free_texts_are_sorted_by_their_overlap(tmp_path: Path) -> None:
+    rows = [
+        {"line": n, "prompt": "q", "expected": "e", "answer": f"a{n}", "correct": False, "rougeL": value}
+        for n, value in ((1, 0.5), (2, 0.1))
+    ]
+    run = make_run(tmp_path / "run", evaluations={"texts.json": evaluation(examples=rows, baseline=None)})
+    ((found,), _, _) = read_evaluations(run.path / "evaluations")
+    assert [(group.title, [row.answer for row in group.rows]) for group in found.groups] == [
+        ("From the worst", ["rougeL 0.100\na2", "rougeL 0.500\na1"])
+    ]

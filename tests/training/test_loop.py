@@ -160,6 +160,16 @@ def test_early_stopping_on_a_metric_that_should_rise(session: Session, monkeypat
     assert run.run.metrics["steps"] == 12
 
 
+def test_a_metric_of_another_task_is_refused_before_the_model(configure: Configure, tmp_path: Path) -> None:
+    config = configure(
+        "data.eval_path=HELD", "evaluation.generate=true", "training.early_stopping.metric=rouge1",
+    )  # fmt: skip
+    with pytest.raises(
+        ConfigError, match=r"metric is 'rouge1': the held-out rows are the task label .* has no such metric"
+    ):
+        start(config, tmp_path / "run")
+
+
 def test_an_unknown_metric_is_refused_before_training(configure: Configure, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"early_stopping.metric is 'f1': this run evaluates eval_loss"):
         start(configure("data.eval_path=HELD", "training.early_stopping.metric=f1"), tmp_path / "run")

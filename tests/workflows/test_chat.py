@@ -11,10 +11,10 @@ import torch
 from command_line import tunesmith
 from tiny import chat_rows, write_jsonl
 from tunesmith.config import load_config
-from tunesmith.errors import DataError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.models.generate import generate_greedy
 from tunesmith.types import Message
-from tunesmith.workflows.chat import reply
+from tunesmith.workflows.chat import PRESETS, Conversation, Sampling, reply
 from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.train import start
 
@@ -109,9 +109,7 @@ def test_a_message_that_cannot_be_asked_is_refused(loaded: LoadedModel) -> None:
 
 
 def test_the_default_length_is_the_command_lines() -> None:
-    from tunesmith import cli
-
-    lengths = {inspect.signature(function).parameters["max_new_tokens"].default for function in (reply, cli.chat)}
+    lengths = {inspect.signature(function).parameters["max_new_tokens"].default for function in (reply, Sampling)}
     assert lengths == {256}
 
 
@@ -133,7 +131,7 @@ def test_chat_sends_the_system_message_that_training_shared(
     values = {"model.name": str(tiny_model), "model.dtype": "fp32", "data.path": str(data), "training.max_steps": 2}
     start(load_config(None, (), values), tmp_path / "run").train()
     asked: list[list[Message]] = []
-    monkeypatch.setattr("tunesmith.api.reply", lambda _, history, *__: asked.append(list(history)) or "")
+    monkeypatch.setattr("tunesmith.workflows.chat.reply", lambda _, history, *__: asked.append(list(history)) or "")
     result = tunesmith("chat", tmp_path / "run", "--prompt", "the can?")
     question = Message("user", "the can?")
     assert result.code == 0
@@ -143,3 +141,82 @@ def test_chat_sends_the_system_message_that_training_shared(
     assert asked[1] == [Message("system", "Be kind."), question]
     tunesmith("chat", tmp_path / "run", "--prompt", "the can?", "--system", "")
     assert asked[2] == [question]
+
+
+# -- a conversation ---------------------------------------------------------------------------------------------------
+
+
+def test_a_conversation_remembers_and_the_base_gets_the_same_history(loaded: LoadedModel) -> None:
+    conversation = Conversation(loaded, (Message("system", "be brief"),), Sampling(max_new_tokens=5))
+    first = conversation.ask("Which bin takes the can?")
+    second = conversation.ask("And the jar?")
+    turns = [
+        ("user", "Which bin takes the can?"),
+        ("assistant", first),
+        ("user", "And the jar?"),
+        ("assistant", second),
+    ]
+    assert [(message.role, message.content) for message in conversation.history] == turns
+    asked = [Message("system", "be brief"), *conversation.history[:-1]]
+    assert second == reply(loaded, asked, 5)
+    tuned, base = conversation.base_answer()
+    assert tuned == second
+    with loaded.forward.model.disable_adapter():
+        assert base == reply(loaded, asked, 5)
+    assert base != tuned
+    conversation.begin_anew()
+    with pytest.raises(ConfigError, match="there is no question yet"):
+        conversation.base_answer()
+
+
+def test_a_model_without_an_adapter_has_no_base(tiny_model: Path) -> None:
+    with pytest.raises(ConfigError, match="there is no base to ask"):
+        Conversation(load(str(tiny_model))).base_answer()
+
+
+def test_settings_change_what_is_drawn(loaded: LoadedModel) -> None:
+    greedy = reply(loaded, HISTORY, 12)
+    assert reply(loaded, HISTORY, 12, 1.5, top_p=1e-6) == greedy, "only the likeliest token is left"
+    torch.manual_seed(0)
+    drawn = {reply(loaded, HISTORY, 12, 5.0) for _ in range(3)}
+    assert len(drawn) == 3
+    assert reply(loaded, HISTORY, 12, repetition_penalty=50.0) != greedy
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("top_k", "3", "there is no setting 'top_k': temperature, top_p, repetition_penalty, max_new_tokens"),
+        ("temperature", "hot", "temperature is 'hot': expected a number from 0"),
+        ("temperature", "nan", "temperature is 'nan': expected a number from 0"),
+        ("temperature", "inf", "temperature is 'inf': expected a number from 0"),
+        ("top_p", "0", "top_p is '0': expected a number above 0, up to 1"),
+        ("max_new_tokens", "2.5", "max_new_tokens is '2.5': expected a whole number from 1"),
+    ],
+)
+def test_wrong_settings_are_named(key: str, value: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        PRESETS["balanced"].changed(key, value)
+    assert str(caught.value) == problem
+
+
+def test_commands_of_the_terminal(lora_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(
+        ["/base", "Which bin takes the can?", "/history", "/base", "/preset creative", "/set top_p 0.5", "/set", "/zork",
+         "/preset wild", "/new", "/history", "/help", "/quit"]
+    )  # fmt: skip
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    result = tunesmith("chat", lora_run, "--max-new-tokens", "4")
+    assert result.code == 0
+    out = result.out
+    assert "user> Which bin takes the can?" in out
+    assert "tuned" in out
+    assert "base" in out
+    assert "temperature 1, top_p 0.95, repetition_penalty 1.1, max_new_tokens 256" in out
+    assert out.count("temperature 1, top_p 0.5, repetition_penalty 1.1, max_new_tokens 256") == 2
+    assert "/preset NAME" in out
+    assert result.problems == [
+        "tunesmith: there is no question yet",
+        "tunesmith: there is no command /zork: /new, /history, /base, /preset, /set, /quit, /help",
+        "tunesmith: there is no preset 'wild': factual, balanced, creative",
+    ]

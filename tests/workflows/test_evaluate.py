@@ -64,7 +64,7 @@ def test_the_result_of_a_run_is_written_with_all_it_takes_to_repeat_it(run: Path
         "rows_in_file",
         "sample_seed",
         "created",
-        "tunesmith",
+        "model",
         "settings",
         "classes",
         "parts",
@@ -258,7 +258,7 @@ def test_a_question_that_cannot_be_asked_is_found_before_the_weights_are_read(
             {"max_row": 3, "batch_size": 0, "max_new_tokens": None},
             [
                 "`evaluation.max_new_tokens` is null: input should be a valid integer",
-                "`evaluation.batch_size` is 0: input should be greater than or equal to 1",
+                "`evaluation.batch_size` is 0: input should be greater than or equal to 1 or 'auto'",
                 "unknown key `evaluation.max_row`; did you mean `evaluation.max_rows`?",
             ],
         ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +54,12 @@ def test_a_gate_on_another_run_compares_the_same_rows(run: Path, questions: Path
     with pytest.raises(RunError) as caught:
         evaluate(run, questions, gates=["accuracy >= run:other"], changes=FEW)
     assert str(caught.value) == (
-        f"gate: {other} was not evaluated on these rows ({questions}, 4 of them); evaluate it first: "
-        f"tunesmith eval {other} --data {questions}"
+        f"gate: {other} has no evaluation with accuracy of these rows ({questions}, 4 of them) with these settings; "
+        f"evaluate it first: tunesmith eval {other} --data {questions}"
     )
     evaluate(other, questions, changes=FEW | {"max_rows": 5})
-    with pytest.raises(RunError, match="was not evaluated on these rows"):
+    evaluate(other, questions, changes=FEW | {"task": "regex", "pattern": "."})
+    with pytest.raises(RunError, match="has no evaluation with accuracy of these rows"):
         evaluate(run, questions, gates=["accuracy >= run:other"], changes=FEW)
     value = evaluate(other, questions, changes=FEW)["metrics"]["accuracy"]["value"]
     result = evaluate(run, questions, gates=["accuracy >= run:other", f"accuracy >= run:{other} + 1pt"], changes=FEW)
@@ -130,6 +133,97 @@ def test_another_adapter_in_the_folder_is_asked_anew(run: Path, questions: Path)
     assert [row["answer"] for row in result["examples"]] == [row["baseline_answer"] for row in result["examples"]]
 
 
+@pytest.mark.parametrize("what", ["weights", "dtype", "chat_template", "tuned"])
+def test_answers_of_other_weights_types_and_templates_are_not_taken(
+    run: Path, questions: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    few = FEW | {"batch_size": 2}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, questions, changes=few, progress=stop)
+    real = workflow._identity
+    monkeypatch.setattr(workflow, "_identity", lambda *given: real(*given) | {what: "another"})
+    steps: list[int] = []
+    evaluate(run, questions, changes=few, progress=lambda stage, done, total: steps.append(done))
+    assert steps.count(0) >= 2, "loading, and answers from none on"
+
+
+def test_answers_of_a_base_are_not_those_of_another(full_run: Path, questions: Path, tmp_path: Path) -> None:
+    run = copy_run(full_run, tmp_path / "full")
+    other = make_tiny_model(tmp_path / "other", seed=1)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if "base" in stage and done == 4:
+            raise KeyboardInterrupt
+
+    few = FEW | {"batch_size": 2}
+    right = [row["baseline_answer"] for row in evaluate(run, questions, baseline=True, changes=few)["examples"]]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(run, questions, baseline=True, model=other, force=True, changes=few, progress=stop)
+    again = evaluate(run, questions, baseline=True, changes=few)
+    assert [row["baseline_answer"] for row in again["examples"]] == right
+
+
+def test_two_models_of_a_full_run_are_never_in_memory_together(
+    full_run: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[Any]] = []
+    real = workflow.load
+
+    def loading(*given: Any, **more: Any) -> Any:
+        gc.collect()
+        assert all(model() is None for model in models)
+        loaded = real(*given, **more)
+        models.append(weakref.ref(loaded.forward.model))
+        return loaded
+
+    monkeypatch.setattr(workflow, "load", loading)
+    evaluate(copy_run(full_run, tmp_path / "full"), questions, baseline=True, changes=FEW)
+    assert len(models) == 2
+
+
+def test_an_evaluation_of_a_model_goes_on_too(
+    tiny_model: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if 3 <= done < total:
+            raise KeyboardInterrupt
+
+    few = FEW | {"batch_size": 2, "max_rows": 10}
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny_model, questions, changes=few, progress=stop)
+    steps: list[int] = []
+    evaluate(tiny_model, questions, changes=few, progress=lambda stage, done, total: steps.append(done))
+    assert min(step for step in steps if step > 1) >= 3
+    assert not list((tmp_path / "cache" / "evaluations").iterdir())
+
+
+def test_the_result_says_what_was_asked(run: Path, questions: Path, tmp_path: Path) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    model = evaluate(run, questions, model=other, force=True, changes=FEW)["model"]
+    assert (model["name"], model["forced"], model["adapted"], model["dtype"]) == (str(other), True, True, "fp32")
+    assert len(model["weights"]) == len(model["tuned"]) == 64
+
+
+def test_settings_without_use_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        evaluate(run, retain=True, changes={"task": "json", "pattern": "x"})
+    assert caught.value.problems == [
+        "evaluation.task has no effect without --data",
+        "evaluation.pattern has no effect without --data",
+    ]
+    quiz = write_jsonl(tmp_path / "quiz.jsonl", [{"question": "q", "choices": ["a", "b"], "answer": 0}] * 2)
+    with pytest.raises(ConfigError, match="max_new_tokens has no effect: the task choice generates nothing"):
+        evaluate(run, quiz, changes={"max_new_tokens": 3})
+    with pytest.raises(ConfigError, match="gate 'bleu > 3': the task choice has no metric bleu"):
+        evaluate(run, quiz, gates=["bleu > 3"])
+
+
 # -- other tasks ------------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +241,7 @@ def test_plain_text_has_a_loss(run: Path, tmp_path: Path) -> None:
     result = evaluate(run, write_jsonl(tmp_path / "prose.jsonl", rows), gates=["loss <= baseline * 2"])
     assert result["task_kind"] == "perplexity"
     assert list(result["metrics"]) == ["loss", "perplexity", "bits_per_byte"]
-    assert result["comparison"]["loss"]["test"] == "paired bootstrap"
+    assert result["comparison"]["loss"]["test"] == "randomization"
     tokens = sum(row["tokens"] for row in result["examples"])
     weighted = sum(row["tokens"] * row["loss"] for row in result["examples"]) / tokens
     assert result["metrics"]["loss"]["value"] == pytest.approx(weighted)
@@ -194,6 +288,13 @@ def test_a_part_stands_in_the_same_table(run: Path, questions: Path) -> None:
     assert set(result["baseline"]) == set(result["metrics"]) == set(result["comparison"])
     assert result["parts"] == {"lengths": {"advice": ["longer"]}}
     assert result["gate"]["passed"]
+
+
+def test_two_metrics_of_one_name_are_refused(run: Path, questions: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.py"
+    own.write_text("def length(row):\n    return 1\n")
+    with pytest.raises(ConfigError, match="the metric length is measured by task and by lengths; rename your own"):
+        evaluate(run, questions, parts=[Lengths()], changes=FEW | {"metrics": [f"{own}:length"]})
 
 
 def test_a_part_needs_no_questions(run: Path) -> None:

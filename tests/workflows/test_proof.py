@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from tiny import chat_rows, write_jsonl
 from trained import tiny_base
 from tunesmith import api
 from tunesmith.config import RunConfig, load_config
-from tunesmith.errors import ConfigError, VerificationError
+from tunesmith.errors import ConfigError, RunError, VerificationError
 from tunesmith.runs import RunFolder
 from tunesmith.workflows import proof
 
@@ -59,6 +60,38 @@ def test_the_full_run_follows_a_sample_that_holds(
     assert (tmp_path / "run-poc" / "report.html").is_file()
 
 
+def test_what_came_of_it_is_said_and_plain_text_is_held_to_its_loss(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = measured(monkeypatch, 0.6)
+    texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": f"a text of its own, number {n}"} for n in range(12)])
+    config.data.path = config.data.eval_path = str(texts)
+    said: list[str] = []
+    api.train(config, tmp_path / "run", poc=4, sink=lambda event: said.append(str(event.get("message"))))
+    assert asked[0][1] == ["loss <= baseline * 0.95"]
+    assert "the proof of concept on 4 rows passed: loss <= baseline * 0.95: 0.6, needed >= 0.55" in said
+
+
+def test_the_samples_model_is_gone_before_another_is_loaded(
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[Any]] = []
+    real, evaluate = proof.start, proof.evaluate
+
+    def started(*given: Any) -> Any:
+        session = real(*given)
+        models.append(weakref.ref(session.forward.model))
+        return session
+
+    def evaluated(*given: Any, **more: Any) -> Any:
+        assert models[0]() is None
+        return evaluate(*given, **more)
+
+    monkeypatch.setattr(proof, "start", started)
+    monkeypatch.setattr(proof, "evaluate", evaluated)
+    api.train(config, tmp_path / "run", poc=8, gates=["accuracy >= 0"])
+
+
 def test_a_sample_that_fails_stops_before_the_full_run(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,9 +116,18 @@ def test_it_is_measured_for_real(config: RunConfig, tmp_path: Path) -> None:
 def test_what_it_needs(config: RunConfig, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"gates are what a proof of concept is held to: pass poc \(--poc N\)"):
         api.train(config, tmp_path / "run", gates=["accuracy >= 0.5"])
-    with pytest.raises(ConfigError, match="gate 'accuracy'"):
-        api.train(config, tmp_path / "run", poc=8, gates=["accuracy"])
+    for gates, poc, out, message in (
+        (["accuracy"], 8, "run", "gate 'accuracy': expected"),
+        (["acuracy >= 0.5"], 8, "run", "gate 'acuracy >= 0.5': the task label has no metric acuracy"),
+        (["accuracy >= run:nowhere"], 8, "run", "gate: there is no run 'nowhere'"),
+        ([], 24, "run", "a proof of concept on 24 rows would be the whole run: there are 24 training rows"),
+        ([], 8, "there", "there exists already"),
+    ):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        (tmp_path / "there" / "file").touch()
+        with pytest.raises((ConfigError, RunError), match=message):
+            api.train(config, tmp_path / out, poc=poc, gates=gates)
     config.data.eval_path = None
     with pytest.raises(ConfigError, match=r"a proof of concept needs held-out data .* pass --eval-data"):
         api.train(config, tmp_path / "run", poc=8)
-    assert not list(tmp_path.glob("run*"))
+    assert not list(tmp_path.glob("*-poc"))

@@ -118,4 +118,4 @@ def test_an_evaluation_row_that_the_template_refuses_is_left_out_everywhere(conf
     assert any(note.startswith(f"{path}:4: the chat template refuses") for note in session.data.notes)
     session.train()
     evaluations = [event["metrics"] for event in session.run.events() if event["event"] == "eval"]
-    assert [sorted(metrics) for metrics in evaluations] == [["accuracy", "eval_loss", "exact_match"]]
+    assert [{"eval_loss", "exact_match", "rougeL"} <= metrics.keys() for metrics in evaluations] == [True]

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from tunesmith.cli.advise import advise
 from tunesmith.cli.bench import bench
+from tunesmith.cli.chat import chat
 from tunesmith.cli.compare import compare, sweep
 from tunesmith.cli.data import app as data_app
 from tunesmith.cli.evaluate import evaluate, one_line
@@ -174,63 +175,7 @@ def resume(
 app.command("eval")(evaluate)
 
 
-@app.command()
-def chat(
-    target: Target,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Ask this one question and exit.", metavar="TEXT")
-    ] = None,
-    system: Annotated[
-        str | None, typer.Option("--system", help="System message (default: the training data's).", metavar="TEXT")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest answer.", min=1, metavar="N")] = 256,
-    temperature: Annotated[
-        float, typer.Option("--temperature", help="0: greedy; above: sampled.", min=0.0, metavar="T")
-    ] = 0.0,
-    model: Model = None,
-    device: Device = "auto",
-    dtype: DTypeOption = "auto",
-) -> None:
-    """Talk to a run, an adapter or a model.
-
-    /new forgets the conversation, /quit or Ctrl-D ends."""
-    from tunesmith import api
-    from tunesmith.cli.console import Console
-    from tunesmith.errors import DataError
-    from tunesmith.types import Message
-
-    with Console() as console:
-        loaded = api.load(target, model, dtype, device, progress=console.progress)
-        if system is None and (system := api.trained_system(loaded)):
-            console.announce(f"system message, from the training data: {system}")
-    opening = [Message("system", system)] if system else []
-
-    def answer(history: list[Message]) -> str:
-        text = api.reply(loaded, history, max_new_tokens, temperature, lambda piece: print(piece, end="", flush=True))
-        print()
-        return text
-
-    if prompt is not None:
-        answer([*opening, Message("user", prompt)])
-        return
-    history = list(opening)
-    while True:
-        try:
-            line = input("you> ").strip()
-        except EOFError:
-            print()
-            return
-        if line == "/quit":
-            return
-        if line == "/new":
-            history = list(opening)
-        elif line:
-            try:
-                said = answer([*history, Message("user", line)])
-            except DataError as error:
-                print(f"tunesmith: {error}", file=sys.stderr)
-                continue
-            history += [Message("user", line), Message("assistant", said)]
+app.command()(chat)
 
 
 @app.command()

@@ -144,13 +144,13 @@ def metrics_table(result: Mapping[str, Any]) -> Table:
         table.add_column("difference", justify="right")
     for name, metric in result["metrics"].items():
         if not baseline:
-            table.add_row(name, as_text(metric))
+            table.add_row(escape(name), as_text(metric))
         elif name in baseline:
             table.add_row(
-                name, as_text(baseline[name]), as_text(metric), _difference(result["comparison"][name], metric)
+                escape(name), as_text(baseline[name]), as_text(metric), _difference(result["comparison"][name], metric)
             )
         else:
-            table.add_row(name, "", as_text(metric), "")
+            table.add_row(escape(name), "", as_text(metric), "")
     return table
 
 

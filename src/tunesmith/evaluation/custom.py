@@ -11,20 +11,24 @@ has an attribute `higher_is_better = False`.
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tunesmith.errors import ConfigError
 from tunesmith.evaluation.statistics import Scores
 from tunesmith.types import Generation
 
+MAX_VALUE = 1e300
+"""A value beyond this is no measurement."""
+
 UserMetric = Callable[[dict[str, Any]], Any]
 
 
 def load_metric(reference: str) -> tuple[str, UserMetric]:
-    """(name, function) of `FILE.py:FUNCTION`. Raises ConfigError if there is none; what the file raises passes through."""
+    """(name, function) of `FILE.py:FUNCTION`. Raises ConfigError if there is none, or the file raises."""
     file, colon, name = reference.rpartition(":")
     path = Path(file)
     if not colon or not name.isidentifier() or path.suffix != ".py":
@@ -39,6 +43,8 @@ def load_metric(reference: str) -> tuple[str, UserMetric]:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise ConfigError(f"metric {reference!r}: {path}:{error.lineno}: {error.msg}") from None
+    except Exception as error:  # it is the user's code: whatever it raises is theirs to mend
+        raise ConfigError(f"metric {reference!r}: {path} cannot be read: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)
     if not callable(function):
         there = ", ".join(sorted(key for key, value in vars(module).items() if callable(value) and key[0] != "_"))
@@ -52,12 +58,15 @@ def custom_scores(name: str, function: UserMetric, rows: Sequence[Generation]) -
     by_metric: dict[str, list[float]] = {}
     for index, row in enumerate(rows):
         given = {"prompt": row.prompt, "expected": row.expected, "answer": row.answer, "line": row.line}
-        found = function(given)
+        try:
+            found = function(given)
+        except Exception as error:  # the user's code
+            raise ConfigError(f"metric {name}: line {row.line}: {type(error).__name__}: {error}") from error
         values = {f"{name}.{key}": value for key, value in found.items()} if isinstance(found, dict) else {name: found}
         if index and values.keys() != by_metric.keys():
             raise ConfigError(f"metric {name}: line {row.line} gave {list(values)}, the rows before {list(by_metric)}")
         for key, value in values.items():
-            if not isinstance(value, (bool, int, float)) or not math.isfinite(value):
+            if not isinstance(value, (bool, int, float, np.bool_, np.number)) or not abs(value) < MAX_VALUE:  # type: ignore[operator]
                 raise ConfigError(
                     f"metric {name}: line {row.line} gave {value!r}; expected a bool, a finite number, or a dict of them"
                 )

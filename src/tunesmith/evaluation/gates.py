@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.errors import ConfigError
@@ -75,7 +75,7 @@ def parse_gates(texts: Sequence[str]) -> list[Condition]:
         if match is None:
             problems.append(f"gate {text!r}: {FORM}")
             continue
-        metric = ALIASES.get(match["metric"], match["metric"])
+        metric = match["metric"]
         if match["value"] is not None:
             unit = match["unit"] or ""
             value = float(match["value"]) / (100 if unit else 1)
@@ -84,8 +84,8 @@ def parse_gates(texts: Sequence[str]) -> list[Condition]:
         step, unit = match["step"] or "+", match["step_unit"] or ""
         if unit == "%" or (step == "*" and unit):
             problems.append(
-                f"gate {text!r}: {match['amount']}% of what? Write `{step} {match['amount']}pt` for percentage points, "
-                "or `baseline * 1.05` for a factor"
+                f"gate {text!r}: {match['amount']}{unit} of what? Write `+ {match['amount']}pt` for percentage points, or "
+                "`* 1.05` for a factor"
             )
             continue
         amount = float(match["amount"] or 0) / (100 if unit == "pt" else 1)
@@ -95,18 +95,34 @@ def parse_gates(texts: Sequence[str]) -> list[Condition]:
     return found
 
 
+def refuse_unmeasured(conditions: Sequence[Condition], measures: Callable[[str], bool], what: str) -> None:
+    """Raise ConfigError for conditions on metrics that `what` will not measure, before it is asked."""
+    problems = [
+        f"gate {condition.text!r}: {what} has no metric {condition.metric}"
+        for condition in conditions
+        if not measures(condition.metric) and not measures(ALIASES.get(condition.metric, condition.metric))
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def check_gates(
     conditions: Sequence[Condition],
     metrics: Metrics,
     baseline: Metrics | None,
-    metrics_of_run: Callable[[str], Metrics],
+    metrics_of_run: Callable[[str, str], Metrics],
 ) -> list[Outcome]:
-    """Each condition's outcome. Raises ConfigError for metrics that were not measured, and what `metrics_of_run` raises."""
+    """Each condition's outcome. `metrics_of_run(run, metric)` gives the metrics of another run, of which that one is looked at.
+
+    Raises ConfigError for metrics that were not measured, and what `metrics_of_run` raises.
+    """
     outcomes, problems = [], []
-    for condition in conditions:
+    for written in conditions:
+        name = written.metric if written.metric in metrics else ALIASES.get(written.metric, written.metric)
+        condition = replace(written, metric=name)
         sources = [("this evaluation", metrics)]
         if condition.run:
-            sources.append((f"run {condition.run}", metrics_of_run(condition.run)))
+            sources.append((f"run {condition.run}", metrics_of_run(condition.run, name)))
         elif condition.other:
             sources.append(("the baseline", baseline or {}))
         missing = [
@@ -114,7 +130,18 @@ def check_gates(
             for where, there in sources
             if condition.metric not in there
         ]
+        missing += [
+            f"gate {condition.text!r}: {condition.metric} of {where} is not a finite number"
+            for where, there in sources
+            if condition.metric in there and there[condition.metric].get("value") is None
+        ]
         share = metrics.get(condition.metric, {}).get("share", True)
+        if not missing and share and not condition.unit and condition.step != "*" and condition.value > 1:
+            number = f"{condition.value:g}"
+            points = f"{number}pt" if condition.other else f"{number}%"
+            missing.append(
+                f"gate {condition.text!r}: {condition.metric} is a share of 1, {number} is beyond it; write {points}"
+            )
         if condition.unit and not share:
             missing.append(
                 f"gate {condition.text!r}: {condition.metric} is no share of 1; write a number without %, pt"

@@ -30,7 +30,6 @@ from tunesmith.evaluation.statistics import (
     SAMPLES,
     Difference,
     Measured,
-    Statistic,
     compare,
     compare_statistic,
 )
@@ -93,8 +92,8 @@ class HarnessPart:
     def score(self, tuned: Asked, base: Asked | None) -> PartResult:
         """Metrics named `task.metric`, or `task.metric.filter` for another filter than `none`, with the harness's standard errors.
 
-        `differences` holds what is not a mean over the same rows: a statistic of all rows (perplexity, F1) is compared by a paired
-        bootstrap with the harness's own aggregation, and what the two models have different rows of as two separate measurements.
+        `differences` holds what is not a mean over the same rows: a statistic of all rows (perplexity, F1) is compared by
+        random swaps of the rows with the harness's own aggregation, and what the two models have different rows of as two separate measurements.
         """
         differences = {}
         if base is not None:
@@ -232,11 +231,7 @@ def _difference(tuned: Score, base: Score) -> Difference | None:
         return compare(replace(after, rows=None), replace(before, rows=None, n=after.n))
     if tuned.aggregation is None or base.aggregation is None:
         return None
-    return compare_statistic(_statistic(tuned), _statistic(base), after.n, after.higher_is_better, tuned.samples)
-
-
-def _statistic(score: Score) -> Statistic:
-    assert score.rows is not None
-    assert score.aggregation is not None
-    items, aggregation = list(score.rows.values()), score.aggregation
-    return lambda sample: float(aggregation([items[row] for row in sample]))
+    assert tuned.rows is not None
+    assert base.rows is not None
+    after_rows, before_rows = list(tuned.rows.values()), list(base.rows.values())
+    return compare_statistic(tuned.aggregation, after_rows, before_rows, after.higher_is_better, tuned.samples)

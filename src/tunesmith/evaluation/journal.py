@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,37 +28,39 @@ class Journal:
         self.path = path
         self.known: dict[str, Any] = {}
         self._file: IO[str] | None = None
-        if path is None:
+        self._header = json.dumps({"journal": dict(identity or {})}, sort_keys=True)
+        if path is None or not path.exists():
             return
-        header = json.dumps({"journal": dict(identity or {})}, sort_keys=True)
-        with disk_errors(path.parent):
-            path.parent.mkdir(exist_ok=True)
         with disk_errors(path):
-            whole = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # a cut line has no end
-            if whole[:1] != [header]:
-                whole = [header]
-            for line in whole[1:]:
+            whole = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]  # a cut line has no end
+        for line in whole[1:] if whole[:1] == [self._header] else []:
+            with suppress(ValueError):  # what a crash of the machine left of a line is asked again
                 key, value = json.loads(line)
                 self.known[key] = value
-            self._file = path.open("w", encoding="utf-8")
-            self._file.write("".join(f"{line}\n" for line in whole))
-            self._file.flush()
 
     def add(self, answers: Mapping[str, Any]) -> None:
         """Keep answers by key."""
         self.known.update(answers)
-        if self._file is not None and self.path is not None:
-            with disk_errors(self.path):
-                self._file.write("".join(f"{json.dumps([key, value])}\n" for key, value in answers.items()))
-                self._file.flush()
+        if self.path is None:
+            return
+        if self._file is None:
+            with disk_errors(self.path.parent):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            answers = self.known
+        with disk_errors(self.path):
+            if self._file is None:
+                self._file = self.path.open("w", encoding="utf-8")
+                self._file.write(f"{self._header}\n")
+            self._file.write("".join(f"{json.dumps([key, value])}\n" for key, value in answers.items()))
+            self._file.flush()
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         """Close the file; remove it when the evaluation is written, keep it when it was interrupted or failed."""
-        if self._file is not None and self.path is not None:
+        if self._file is not None:
             self._file.close()
             self._file = None
-            if kind is None:
-                self.path.unlink(missing_ok=True)
+        if kind is None and self.path is not None:
+            self.path.unlink(missing_ok=True)

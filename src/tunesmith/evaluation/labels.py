@@ -13,7 +13,7 @@ An answer that is no class at all is a miss of its row's class and a false posit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,48 +31,50 @@ SHOWN_PAIRS = 20
 EXAMPLES = 3
 """Rows that are shown of a pair."""
 
-Normalize = Any  # Callable[[str], str]
-
 
 class Labels:
-    """The classes of expected answers, and the classes that answers name. `normalize` decides which texts are the same label."""
+    """The classes of a file's expected answers (`labels`), and those that rows name. `normalize` decides which texts are the same label."""
 
-    def __init__(self, rows: Sequence[Generation], normalize: Normalize):
+    def __init__(self, rows: Sequence[Generation], labels: Sequence[str], normalize: Callable[[str], str]):
         self.rows = rows
         spelled: dict[str, str] = {}
-        for row in rows:
-            spelled.setdefault(normalize(row.expected), row.expected.strip())
+        for label in (*labels, *(row.expected for row in rows)):
+            spelled.setdefault(normalize(label), label.strip())
         self.names = tuple(spelled[key] for key in sorted(spelled))
         number = {key: index for index, key in enumerate(sorted(spelled))}
-        self.expected = np.array([number[normalize(row.expected)] for row in rows], dtype=np.int64)
-        self.answered = np.array([number.get(normalize(row.answer), OTHER) for row in rows], dtype=np.int64)
+        found = [(number[normalize(row.expected)], number.get(normalize(row.answer), OTHER)) for row in rows]
+        self.pairs = np.array(found, dtype=np.int64).reshape(-1, 2)
+        """(rows, 2): the class expected, the class answered."""
 
-    def counts(self, sample: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """(true positives, rows answered with it, rows of it) of each class over a sample of the rows."""
-        expected, answered = self.expected[sample], self.answered[sample]
+    def counts(self, pairs: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """(true positives, rows answered with it, rows of it) of each class."""
+        expected, answered = pairs[:, 0], pairs[:, 1]
         size = len(self.names)
         hits = np.bincount(expected[expected == answered], minlength=size)
         return hits, np.bincount(answered[answered != OTHER], minlength=size), np.bincount(expected, minlength=size)
 
-    def macro_f1(self, sample: NDArray[np.int64]) -> float:
-        """Mean F1 of the classes that occur in the sample."""
-        hits, answered, of_class = self.counts(sample)
+    def macro_f1(self, pairs: NDArray[np.int64]) -> float:
+        """Mean F1 of the classes that are expected of some row."""
+        hits, answered, of_class = self.counts(pairs)
         there = of_class > 0
         return float((2 * hits[there] / (answered + of_class)[there]).mean())
 
-    def micro_f1(self, sample: NDArray[np.int64]) -> float:
+    def micro_f1(self, pairs: NDArray[np.int64]) -> float:
         """F1 of the counts of all classes together."""
-        hits, answered, of_class = self.counts(sample)
+        hits, answered, of_class = self.counts(pairs)
         return float(2 * hits.sum() / (answered.sum() + of_class.sum()))
 
     def scores(self) -> dict[str, Scores]:
-        """`macro_f1` and `micro_f1`, to be bootstrapped."""
+        """`macro_f1` and `micro_f1`."""
         n = len(self.rows)
-        return {"macro_f1": Scores(n, of=self.macro_f1), "micro_f1": Scores(n, of=self.micro_f1)}
+        return {
+            "macro_f1": Scores(n, of=self.macro_f1, items=self.pairs),
+            "micro_f1": Scores(n, of=self.micro_f1, items=self.pairs),
+        }
 
     def report(self) -> dict[str, Any]:
         """Per class and in pairs, as JSON: `per_class`, `confusions` (every pair, the most frequent first, with example rows), `other`."""
-        hits, answered, of_class = (counts.tolist() for counts in self.counts(np.arange(len(self.rows))))
+        hits, answered, of_class = (counts.tolist() for counts in self.counts(self.pairs))
         per_class = [
             {
                 "label": name,
@@ -82,21 +84,23 @@ class Labels:
                 "f1": 2 * hits[c] / (answered[c] + of_class[c]),
             }
             for c, name in enumerate(self.names)
+            if of_class[c]
         ]
-        pairs = Counter(zip(self.expected.tolist(), self.answered.tolist(), strict=True))
+        pairs = Counter(map(tuple, self.pairs.tolist()))
         wrong = [(pair, count) for pair, count in pairs.most_common() if OTHER not in pair and pair[0] != pair[1]]
         return {
             "per_class": per_class,
             "confusions": [
-                self._confusion(*pair, count, place < SHOWN_PAIRS) for place, (pair, count) in enumerate(wrong)
+                self._confusion(pair[0], pair[1], count, place < SHOWN_PAIRS)
+                for place, (pair, count) in enumerate(wrong)
             ],
-            "other": int((self.answered == OTHER).sum()),
+            "other": int((self.pairs[:, 1] == OTHER).sum()),
         }
 
     def _confusion(self, expected: int, answered: int, count: int, with_rows: bool) -> dict[str, Any]:
         found = {"expected": self.names[expected], "answered": self.names[answered], "count": count}
         if not with_rows:
             return found
-        places = np.flatnonzero((self.expected == expected) & (self.answered == answered))[:EXAMPLES].tolist()
+        places = np.flatnonzero((self.pairs == (expected, answered)).all(1))[:EXAMPLES].tolist()
         rows = [self.rows[place] for place in places]
         return found | {"examples": [{"line": row.line, "prompt": row.prompt} for row in rows]}

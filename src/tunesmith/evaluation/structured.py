@@ -20,7 +20,7 @@ from tunesmith.errors import ConfigError
 
 FENCE = re.compile(r"\A\s*```[a-zA-Z]*\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
 NUMBER = re.compile(
-    r"(?<![\w.])[-+\N{MINUS SIGN}]?[$€£₩]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<!\w)[-+]?\.\d+"
+    r"(?<![A-Za-z0-9_.])[-+\N{MINUS SIGN}]?[$€£₩]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|(?<![A-Za-z0-9_])[-+]?\.\d+"
 )
 ANSWER_MARK = "####"
 
@@ -91,6 +91,18 @@ def read_schema(path: str) -> Any:
     except SchemaError as error:
         raise ConfigError(f"evaluation.json_schema: {path} is not a JSON Schema ({error.message})") from None
     return kind(schema)
+
+
+def obeys(schema: Any, answer: Any) -> bool:
+    """Whether a JSON value is valid by a schema. Raises ConfigError for a schema that refers to what is not there."""
+    from referencing.exceptions import Unresolvable
+
+    if answer is NOT_JSON:
+        return False
+    try:
+        return bool(schema.is_valid(answer))
+    except Unresolvable as error:
+        raise ConfigError(f"evaluation.json_schema: its reference {error.ref!r} leads nowhere") from None
 
 
 def last_number(text: str) -> float | None:

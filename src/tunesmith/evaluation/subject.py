@@ -37,11 +37,13 @@ class Subject:
     progress: Progress = no_progress
     base_below: bool = False
     halving: Halving = field(default_factory=Halving)
+    weights: str = ""
+    """Tells answers of one base from those of another in the journal."""
 
     def generate(self, prompts: Sequence[Sequence[int]], stage: str, max_new_tokens: int | None = None) -> list[str]:
         """The greedy answer to each prompt (token ids), as text without special tokens. `stage` names the progress bar."""
         limit = max_new_tokens or self.settings.max_new_tokens
-        keys = [key_of(self.name, list(prompt), limit) for prompt in prompts]
+        keys = [key_of(self.name, self.weights, list(prompt), limit) for prompt in prompts]
         waiting = self._waiting(keys)
         self.progress(stage, len(prompts) - len(waiting), len(prompts))
 
@@ -65,7 +67,9 @@ class Subject:
 
     def log_likelihoods(self, requests: Sequence[tuple[Sequence[int], Sequence[int]]], stage: str) -> list[Likelihood]:
         """The log-likelihood of each continuation (token ids) behind its context (token ids)."""
-        keys = [key_of(self.name, list(context), list(continuation)) for context, continuation in requests]
+        keys = [
+            key_of(self.name, self.weights, list(context), list(continuation)) for context, continuation in requests
+        ]
         waiting = self._waiting(keys)
         counter = self._counter(stage, len(requests), len(waiting))
         self.progress(stage, len(requests) - len(waiting), len(requests))

@@ -25,24 +25,32 @@ from tunesmith.types import Example, Generation, Message
 MAX_CHOICES = 200
 """Answers that a row may be scored with; a file of more different answers is no choice."""
 
+WINDOW = 2048
+"""Tokens of a text that are read at once: the same for every run, whose losses could not be compared otherwise. Less where the model's
+positions end before."""
+
+EXCERPT = 300
+"""Characters of a text that stand beside its loss."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextLoss:
-    """One text's loss: the sum over its tokens in nats, how many were predicted, and their bytes in UTF-8."""
+    """One text's loss: the sum over its tokens in nats, how many were predicted, their bytes in UTF-8, and how the text begins."""
 
     nats: float
     tokens: int
     bytes: int
     line: int
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class TaskPart:
-    """`examples` as the task `task`. Texts are cut into windows of `window` tokens."""
+    """`examples` as the task `task`. Texts are cut into windows of `window` tokens at most."""
 
     task: Task
     examples: Sequence[Example]
-    window: int = 2048
+    window: int = WINDOW
     name: str = "task"
 
     def check(self, chat: ChatFormat) -> None:
@@ -77,7 +85,9 @@ class TaskPart:
                 "kind": self.task.kind,
                 "reason": self.task.reason,
                 "classes": self._classes(tuned, base) if self.task.kind == "label" else None,
-                "examples": _loss_rows(tuned, base) if self.task.kind == "perplexity" else _answer_rows(tuned, base),
+                "examples": _loss_rows(tuned, base)
+                if self.task.kind == "perplexity"
+                else _answer_rows(tuned, base, after, before),
             },
         )
 
@@ -85,23 +95,21 @@ class TaskPart:
         return score_answers(self.task, rows)
 
     def _classes(self, tuned: Sequence[Generation], base: Sequence[Generation] | None) -> dict[str, Any]:
-        before = Labels(base, normalize).report() if base is not None else None
-        return {"tuned": Labels(tuned, normalize).report(), "baseline": before}
+        labels = self.task.answers
+        before = Labels(base, labels, normalize).report() if base is not None else None
+        return {"tuned": Labels(tuned, labels, normalize).report(), "baseline": before}
 
     # -- choices ------------------------------------------------------------------------------------------------------
 
     def _choices(self) -> list[tuple[str, ...]]:
         """What each row may be answered with: its own choices, or every answer that the file has."""
-        texts: dict[str, None] = {}
-        for example in self.examples:
-            assert example.messages is not None
-            texts.setdefault(example.messages[-1].content)
+        texts = self.task.answers
         if not all(example.choices for example in self.examples) and len(texts) > MAX_CHOICES:
             raise DataError(
                 f"the rows have no choices and {len(texts)} different answers: a choice is between {MAX_CHOICES} at most; "
                 "name another task"
             )
-        return [example.choices or tuple(texts) for example in self.examples]
+        return [example.choices or texts for example in self.examples]
 
     def _chosen(self, subject: Subject) -> list[Generation]:
         """The likeliest choice of each row: the log-probability of its tokens, the end of the turn among them, as in training."""
@@ -126,23 +134,28 @@ class TaskPart:
     # -- texts --------------------------------------------------------------------------------------------------------
 
     def _texts(self, chat: ChatFormat) -> list[list[int]]:
-        """The token ids of each row: a text, or a conversation as it is trained on."""
-        texts = [encoded.input_ids.tolist() for encoded in chat.encode(self.examples)]
-        short = [
-            f"{example.where}: one token has no loss"
-            for example, ids in zip(self.examples, texts, strict=True)
-            if len(ids) < 2
-        ]
-        if short:
-            raise DataError(short)
+        """The token ids of each row: a text, or a conversation as it is trained on. Raises DataError for rows of no or several."""
+        texts, problems = [], []
+        for example in self.examples:
+            encoded = chat.encode([example])
+            if len(encoded) == 1 and len(encoded[0]) > 1:
+                texts.append(encoded[0].input_ids.tolist())
+            elif len(encoded) > 1:
+                problems.append(
+                    f"{example.where}: the chat template rewrites its earlier turns, so that it is no one text"
+                )
+            else:
+                problems.append(f"{example.where}: fewer than two tokens have no loss")
+        if problems:
+            raise DataError(problems)
         return texts
 
     def _text_losses(self, subject: Subject) -> list[TextLoss]:
         """Each window's first token is read and not predicted."""
         texts = self._texts(subject.chat)
-        windows = [
-            [ids[start : start + self.window] for start in range(0, len(ids) - 1, self.window - 1)] for ids in texts
-        ]
+        limit = getattr(subject.forward.base.config.get_text_config(), "max_position_embeddings", None)
+        step = min(self.window, limit or self.window) - 1
+        windows = [[ids[start : start + step + 1] for start in range(0, len(ids) - 1, step)] for ids in texts]
         requests = [(window[:1], window[1:]) for of_text in windows for window in of_text]
         found = iter(subject.log_likelihoods(requests, f"texts under the {subject.name} model"))
         losses = []
@@ -155,6 +168,7 @@ class TaskPart:
                     sum(part.tokens for part in parts),
                     len(predicted.encode()),
                     example.line,
+                    (example.text or predicted)[:EXCERPT],
                 )
             )
         return losses
@@ -172,23 +186,29 @@ def differences_of(tuned: dict[str, Scores], base: dict[str, Scores]) -> dict[st
 
 def text_loss_scores(rows: Sequence[TextLoss]) -> dict[str, Scores]:
     """`loss` (nats a token), `perplexity` (its exponential) and `bits_per_byte`, which compares models with other tokenizers."""
-    nats = np.array([row.nats for row in rows])
-    tokens = np.array([row.tokens for row in rows])
-    size = np.array([max(1, row.bytes) for row in rows])
+    items = np.array([(row.nats, row.tokens, max(1, row.bytes)) for row in rows])
 
-    def loss(sample: NDArray[np.int64]) -> float:
-        return float(nats[sample].sum() / tokens[sample].sum())
+    def loss(texts: NDArray[np.float64]) -> float:
+        return float(texts[:, 0].sum() / texts[:, 1].sum())
 
-    def bits(sample: NDArray[np.int64]) -> float:
-        return float(nats[sample].sum() / math.log(2) / size[sample].sum())
+    def bits(texts: NDArray[np.float64]) -> float:
+        return float(texts[:, 0].sum() / math.log(2) / texts[:, 2].sum())
 
-    def of(statistic: Callable[[NDArray[np.int64]], float]) -> Scores:
-        return Scores(len(rows), of=statistic, higher_is_better=False, share=False)
+    def of(statistic: Callable[[NDArray[np.float64]], float]) -> Scores:
+        return Scores(len(rows), of=statistic, items=items, higher_is_better=False, share=False)
 
     return {"loss": of(loss), "perplexity": of(lambda s: math.exp(min(loss(s), 700.0))), "bits_per_byte": of(bits)}
 
 
-def _answer_rows(tuned: Sequence[Generation], base: Sequence[Generation] | None) -> list[dict[str, Any]]:
+def _answer_rows(
+    tuned: Sequence[Generation],
+    base: Sequence[Generation] | None,
+    after: dict[str, Scores],
+    before: dict[str, Scores] | None,
+) -> list[dict[str, Any]]:
+    """Of free texts each with its ROUGE-L, as hardly one is right to the letter."""
+    overlap = after["rougeL"].rows if "rougeL" in after else None
+    of_base = before["rougeL"].rows if before is not None and "rougeL" in before else None
     return [
         {
             "line": row.line,
@@ -198,6 +218,7 @@ def _answer_rows(tuned: Sequence[Generation], base: Sequence[Generation] | None)
             "correct": row.correct,
             "baseline_answer": base[index].answer if base is not None else None,
             "baseline_correct": base[index].correct if base is not None else None,
+            **({"rougeL": overlap[index], "baseline_rougeL": of_base[index] if of_base else None} if overlap else {}),
         }
         for index, row in enumerate(tuned)
     ]
@@ -207,6 +228,7 @@ def _loss_rows(tuned: Sequence[TextLoss], base: Sequence[TextLoss] | None) -> li
     return [
         {
             "line": row.line,
+            "text": row.text,
             "tokens": row.tokens,
             "loss": row.nats / row.tokens,
             "baseline_loss": base[index].nats / base[index].tokens if base is not None else None,

@@ -4,8 +4,8 @@
 |---|---|---|
 | `perplexity` | plain text | loss, perplexity, bits_per_byte |
 | `choice` | questions with `choices` | accuracy: the right choice is the likeliest |
-| `json` | 95% of the expected answers are JSON objects or lists | accuracy: equal values; json_valid, json_fields, json_schema |
-| `number` | 95% end with `#### N`, or are numbers that hardly repeat | accuracy: the same last number |
+| `json` | all expected answers are JSON objects or lists | accuracy: equal values; json_valid, json_fields, json_schema |
+| `number` | all end with `#### N`, or are numbers that hardly repeat | accuracy: the same last number |
 | `label` | few short answers that repeat | accuracy: equal without case, quotes and stops; macro_f1, micro_f1; per class; confusions |
 | `text` | anything else | rouge1, rouge2, rougeL, bleu, chrf |
 | `regex` | only by name, with `evaluation.pattern` | accuracy: the pattern is found in the answer |
@@ -16,7 +16,7 @@ All whose answers are generated have `exact_match` too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,14 +34,12 @@ from tunesmith.evaluation.structured import (
     json_fields,
     last_number,
     number_match,
+    obeys,
     read_json,
     read_schema,
 )
 from tunesmith.evaluation.texts import ROUGE, text_scores
 from tunesmith.types import Example, Generation
-
-MOST = 0.95
-"""Share of the rows whose answers have a form from which it is the task's."""
 
 MAX_LABELS = 200
 MAX_LABEL_LENGTH = 60
@@ -63,10 +61,12 @@ TASK_METRICS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A kind of task, why it was taken for it, and what its metrics need."""
+    """A kind of task, why it was taken for it, and what its metrics need. `answers` are the different answers of the whole file, where it is
+    one of labels or of choices between them."""
 
     kind: TaskName
     reason: str
+    answers: tuple[str, ...] = ()
     schema: Any = None
     pattern: re.Pattern[str] | None = None
     user_metrics: tuple[tuple[str, UserMetric], ...] = field(default=())
@@ -98,9 +98,11 @@ def find_task(examples: Sequence[Example], settings: EvaluationConfig) -> Task:
     if problems:
         raise ConfigError(problems)
     _refuse_other_rows(kind, examples)
+    expected = (example.messages[-1].content for example in examples if example.messages)
     return Task(
         kind,
         reason,
+        tuple(dict.fromkeys(expected)) if kind in ("label", "choice") else (),
         read_schema(settings.json_schema) if settings.json_schema else None,
         re.compile(settings.pattern) if settings.pattern else None,
         tuple(map(load_metric, settings.metrics)),
@@ -110,6 +112,10 @@ def find_task(examples: Sequence[Example], settings: EvaluationConfig) -> Task:
 def find_training_task(examples: Sequence[Example], settings: EvaluationConfig) -> Task:
     """The task of answers that are generated during training, where the letter of a choice is generated too."""
     task = find_task(examples, settings)
+    if task.kind == "perplexity":
+        raise ConfigError(
+            "evaluation.task perplexity generates nothing, and the loss is always computed; set evaluation.generate: false"
+        )
     return replace(task, kind="label") if task.kind == "choice" else task
 
 
@@ -119,6 +125,13 @@ def generated_metrics(kind: str) -> list[str]:
     return list(dict.fromkeys(name for one in kinds for name in TASK_METRICS.get(one, TASK_METRICS["label"])))
 
 
+def may_measure(task: Task, metric: str) -> bool:
+    """Whether a task measures a metric, as far as that is known before: a user's function may give several, `FUNCTION.NAME`."""
+    known = ("loss", "perplexity", "bits_per_byte") if task.kind == "perplexity" else ("accuracy", "exact_match")
+    own = [name for name, _ in task.user_metrics]
+    return metric in (*known, *TASK_METRICS.get(task.kind, ()), *own) or metric.partition(".")[0] in own
+
+
 def _kind_of(examples: Sequence[Example]) -> tuple[TaskName, str]:
     if all(example.messages is None for example in examples):
         return "perplexity", "the rows are plain text"
@@ -126,22 +139,18 @@ def _kind_of(examples: Sequence[Example]) -> tuple[TaskName, str]:
         return "choice", "the rows have choices"
     answers = [example.messages[-1].content for example in examples if example.messages]
     n = len(answers)
-    if _share(answers, is_structure) >= MOST:
+    if all(map(is_structure, answers)):
         return "json", "the expected answers are JSON"
-    if _share(answers, lambda text: ANSWER_MARK in text and last_number(text) is not None) >= MOST:
+    if all(ANSWER_MARK in text and last_number(text) is not None for text in answers):
         return "number", f"the expected answers end with {ANSWER_MARK} and a number"
     labels = {normalize(text) for text in answers}
     classified = all(example.label is not None for example in examples)
     short = all(len(text) <= MAX_LABEL_LENGTH and "\n" not in text.strip() for text in answers)
     if short and len(labels) <= MAX_LABELS and (classified or ROWS_PER_LABEL * len(labels) <= n):
         return "label", f"{len(labels)} short answers, {n} rows"
-    if _share(answers, lambda text: re.fullmatch(r"[^\w]*-?[\d.,]+[^\w]*", text.strip()) is not None) >= MOST:
+    if all(re.fullmatch(r"[^\w]*[\d.,]+[^\w]*", text.strip()) and last_number(text) is not None for text in answers):
         return "number", "the expected answers are numbers"
     return "text", "the expected answers are texts of their own"
-
-
-def _share(answers: Sequence[str], test: Callable[[str], bool]) -> float:
-    return sum(map(test, answers)) / len(answers)
 
 
 def _refuse_other_rows(kind: TaskName, examples: Sequence[Example]) -> None:
@@ -152,9 +161,13 @@ def _refuse_other_rows(kind: TaskName, examples: Sequence[Example]) -> None:
         if example.messages is None and kind != "perplexity":
             problems.append(f"{example.where}: plain text has no question to answer; only the task perplexity takes it")
         elif kind == "json" and read_json(expected) is NOT_JSON:
-            problems.append(f"{example.where}: the expected answer is not JSON: {expected[:60]!r}")
+            problems.append(
+                f"{example.where}: the expected answer is not JSON: {expected[:60]!r}; set another evaluation.task"
+            )
         elif kind == "number" and last_number(expected) is None:
-            problems.append(f"{example.where}: the expected answer holds no number: {expected[:60]!r}")
+            problems.append(
+                f"{example.where}: the expected answer holds no number: {expected[:60]!r}; set another evaluation.task"
+            )
     if problems:
         raise DataError(problems)
 
@@ -190,15 +203,14 @@ def score_answers(task: Task, rows: Sequence[Generation]) -> dict[str, Scores]:
     scores = {} if task.kind == "text" else {"accuracy": right}
     scores["exact_match"] = Scores(n, tuple(float(is_exact(row.expected, row.answer)) for row in rows))
     if task.kind == "label":
-        scores |= Labels(rows, normalize).scores()
+        scores |= Labels(rows, task.answers, normalize).scores()
     elif task.kind == "json":
         answers = [read_json(row.answer) for row in rows]
         expected = [read_json(row.expected) for row in rows]
         scores["json_valid"] = Scores(n, tuple(float(answer is not NOT_JSON) for answer in answers))
         scores["json_fields"] = Scores(n, tuple(map(json_fields, expected, answers)))
         if task.schema is not None:
-            obeys = (answer is not NOT_JSON and task.schema.is_valid(answer) for answer in answers)
-            scores["json_schema"] = Scores(n, tuple(map(float, obeys)))
+            scores["json_schema"] = Scores(n, tuple(float(obeys(task.schema, answer)) for answer in answers))
     elif task.kind == "text":
         scores |= text_scores(rows)
     for name, function in task.user_metrics:

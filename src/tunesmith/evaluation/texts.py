@@ -5,12 +5,13 @@
     chrf                     character n-grams (Popović 2015), sacrebleu's defaults, mean over rows, 0 to 100
 
 rouge-score's own tokenizer keeps a-z and 0-9 alone, which leaves nothing of Korean; here a word is what Unicode calls one, which is the
-same for English. chrF is the mean of the rows' chrF, not the corpus's, so that it has an error and a paired test of rows.
+same for English, and each character of scripts that put no spaces between words (Han, kana, Thai, Lao, Khmer, Burmese). chrF is the mean of the rows' chrF, not the corpus's, so that it has an error and a paired test of rows.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +24,15 @@ from tunesmith.types import Generation
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
+
+
 class _Words:
     """A tokenizer in rouge-score's form."""
 
     def tokenize(self, text: str) -> list[str]:
-        return re.findall(r"[^\W_]+", text.lower())
+        return WORD.findall(unicodedata.normalize("NFC", text).lower())
 
 
 def text_scores(rows: Sequence[Generation]) -> dict[str, Scores]:
@@ -52,8 +57,8 @@ def _bleu(bleu: Any, rows: Sequence[Generation]) -> Scores:
     order = (counts.shape[1] - 2) // 2
 
     def of(sample: NDArray[np.int64]) -> float:
-        summed = counts[sample].sum(0).tolist()
+        summed = sample.sum(0).tolist()
         score = bleu.compute_bleu(summed[:order], summed[order : 2 * order], summed[-2], summed[-1], "exp")
         return float(score.score)
 
-    return Scores(len(rows), of=of, share=False)
+    return Scores(len(rows), of=of, items=counts, share=False)

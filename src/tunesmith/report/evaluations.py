@@ -165,7 +165,9 @@ def _evaluation(name: str, raw: Mapping[str, Any], comparisons: tuple[Comparison
         comparisons=comparisons,
         groups=_groups(examples, rows),
         has_baseline=any(comparison.base for comparison in comparisons),
-        examples_have_base=any(row.get("baseline_answer") is not None for row in examples),
+        examples_have_base=any(
+            row.get("baseline_answer") is not None or row.get("baseline_loss") is not None for row in examples
+        ),
         kind=as_text(raw.get("task_kind") or ""),
         conditions=_conditions(gate),
         classes=read_classes(raw.get("classes")),
@@ -305,6 +307,9 @@ def _verdict(gain: float, tuned_error: float | None, base_error: float | None) -
 
 def _groups(examples: Sequence[Mapping[str, Any]], limit: int) -> tuple[ExampleGroup, ...]:
     """The examples sorted by outcome, what tuning changed first; at most `limit` rows of each outcome."""
+    for key, sign in (("loss", -1.0), ("rougeL", 1.0)):
+        if examples and all(as_number(row.get(key)) is not None for row in examples):
+            return _graded(examples, key, sign, limit)
     with_base = any(row.get("baseline_correct") is not None for row in examples)
     outcomes: dict[tuple[Any, Any], str] = {
         (True, False): "Fixed by tuning",
@@ -323,6 +328,40 @@ def _groups(examples: Sequence[Mapping[str, Any]], limit: int) -> tuple[ExampleG
         for title, rows in by_title.items()
         if rows
     )
+
+
+def _graded(examples: Sequence[Mapping[str, Any]], key: str, sign: float, limit: int) -> tuple[ExampleGroup, ...]:
+    """Rows with a value each instead of right or wrong: by how much they got better, or from the worst on where there is no base."""
+
+    def gain(row: Mapping[str, Any]) -> float:
+        return sign * ((as_number(row[key]) or 0.0) - (as_number(row.get(f"baseline_{key}")) or 0.0))
+
+    if all(as_number(row.get(f"baseline_{key}")) is None for row in examples):
+        parts = {"From the worst": sorted(examples, key=gain)}
+    else:
+        best_first = sorted(examples, key=gain, reverse=True)
+        parts = {
+            "Better than the base": [row for row in best_first if gain(row) > 0],
+            "Worse than the base": [row for row in reversed(best_first) if gain(row) < 0],
+            "As the base": [row for row in best_first if gain(row) == 0],
+        }
+    return tuple(
+        ExampleGroup(title, tuple(_row(_with_value(row, key)) for row in rows[:limit]), len(rows))
+        for title, rows in parts.items()
+        if rows
+    )
+
+
+def _with_value(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The row with its value before each answer; of a text that was only scored the value alone."""
+
+    def cell(prefix: str) -> str | None:
+        value = as_number(row.get(f"{prefix}{key}"))
+        answer = row.get(f"{prefix}answer", "")
+        return None if value is None else f"{key} {number(value)}\n{as_text(answer)}".strip()
+
+    found = {"prompt": row.get("prompt", row.get("text")), "answer": cell(""), "baseline_answer": cell("baseline_")}
+    return {**row, **found, "correct": None, "baseline_correct": None}
 
 
 def _flag(value: Any) -> bool | None:

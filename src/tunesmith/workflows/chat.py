@@ -1,11 +1,96 @@
-"""Talk to a model: one reply at a time, streamed."""
+"""Talk to a model: one reply at a time, streamed; a conversation that goes on, with settings that can be changed."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 
+from tunesmith.errors import ConfigError
 from tunesmith.types import Message
 from tunesmith.workflows.load import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a reply is drawn. Temperature 0 is greedy; `top_p` keeps the likeliest tokens that make up that probability (Holtzman et al.
+    2020, arXiv:1904.09751); `repetition_penalty` divides the logits of tokens that were said (Keskar et al. 2019, arXiv:1909.05858), 1: not."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
+
+    def changed(self, key: str, value: str) -> Sampling:
+        """A copy with one setting from text. Raises ConfigError."""
+        allowed = {
+            "temperature": (float, lambda number: number >= 0, "a number from 0"),
+            "top_p": (float, lambda number: 0 < number <= 1, "a number above 0, up to 1"),
+            "repetition_penalty": (float, lambda number: number > 0, "a number above 0"),
+            "max_new_tokens": (int, lambda number: number >= 1, "a whole number from 1"),
+        }
+        if key not in allowed:
+            raise ConfigError(f"there is no setting {key!r}: {', '.join(allowed)}")
+        kind, fits, expected = allowed[key]
+        try:
+            number = kind(value)
+        except ValueError:
+            number = math.nan
+        if not fits(number) or not math.isfinite(number):
+            raise ConfigError(f"{key} is {value!r}: expected {expected}")
+        return replace(self, **{key: number})
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value:g}" for key, value in asdict(self).items())
+
+
+PRESETS = {
+    "factual": Sampling(),
+    "balanced": Sampling(temperature=0.7, top_p=0.9),
+    "creative": Sampling(temperature=1.0, top_p=0.95, repetition_penalty=1.1),
+}
+"""Named samplings. `factual` is greedy, as evaluation is."""
+
+
+@dataclass(slots=True)
+class Conversation:
+    """A conversation with one model. `opening` are the messages that stay when it begins anew."""
+
+    loaded: LoadedModel
+    opening: tuple[Message, ...] = ()
+    sampling: Sampling = PRESETS["factual"]
+    history: list[Message] = field(default_factory=list)
+
+    def ask(self, text: str, on_text: Callable[[str], None] = lambda text: None) -> str:
+        """The model's answer, which becomes part of the conversation. Raises DataError if the text cannot be rendered."""
+        said = self._reply([*self.history, Message("user", text)], on_text)
+        self.history += [Message("user", text), Message("assistant", said)]
+        return said
+
+    def base_answer(self, on_text: Callable[[str], None] = lambda text: None) -> tuple[str, str]:
+        """(the tuned model's, the base's) answer to the last question. Raises ConfigError without one, or without a base."""
+        if not self.loaded.adapted:
+            raise ConfigError("this model has no adapter that could be switched off: there is no base to ask")
+        if not self.history:
+            raise ConfigError("there is no question yet")
+        with self.loaded.forward.model.disable_adapter():
+            return self.history[-1].content, self._reply(self.history[:-1], on_text)
+
+    def begin_anew(self) -> None:
+        """Forget the conversation."""
+        self.history.clear()
+
+    def _reply(self, history: Sequence[Message], on_text: Callable[[str], None]) -> str:
+        drawn = self.sampling
+        return reply(
+            self.loaded,
+            [*self.opening, *history],
+            drawn.max_new_tokens,
+            drawn.temperature,
+            on_text,
+            drawn.top_p,
+            drawn.repetition_penalty,
+        )
 
 
 def trained_system(loaded: LoadedModel) -> str | None:
@@ -20,8 +105,10 @@ def reply(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     on_text: Callable[[str], None] = lambda text: None,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
 ) -> str:
-    """The model's answer to `history` (which ends with a user message). Greedy at temperature 0, else sampled.
+    """The model's answer to `history` (which ends with a user message). Greedy at temperature 0, else sampled (see Sampling).
 
     `on_text` gets the answer piece by piece as it is generated. Raises DataError if the history cannot be rendered.
     """
@@ -45,18 +132,17 @@ def reply(
     ids = torch.tensor([loaded.chat.encode_prompt(history)], device=forward.device)
     ends = end_tokens(forward.base, tokenizer)
     sampling = (
-        {"do_sample": True, "temperature": temperature}
+        {"do_sample": True, "temperature": temperature, "top_p": top_p}
         if temperature > 0
-        else {"do_sample": False, "temperature": None}
+        else {"do_sample": False, "temperature": None, "top_p": None}
     )
     with torch.no_grad(), forward.autocast():
         forward.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
-            top_p=None,
             top_k=None,
-            repetition_penalty=1.0,  # the model's own (Qwen2 has 1.05) would make it answer otherwise than in evaluation
+            repetition_penalty=repetition_penalty,  # the model's own (Qwen2 has 1.05) would make it answer otherwise than in evaluation
             pad_token_id=ends[0],
             eos_token_id=ends,
             streamer=Stream(tokenizer, skip_prompt=True, skip_special_tokens=True),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from tunesmith.config import EvaluationConfig, RunConfig, config_from_dict
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, DataError, RunError
 from tunesmith.evaluation.answers import SAMPLE_SEED, sample_rows
-from tunesmith.evaluation.gates import Condition, Metrics, check_gates, parse_gates
+from tunesmith.evaluation.gates import Condition, Metrics, check_gates, parse_gates, refuse_unmeasured
 from tunesmith.evaluation.journal import Journal, key_of
 from tunesmith.evaluation.parts import Part, PartResult
 from tunesmith.evaluation.subject import Subject
 from tunesmith.evaluation.task_part import TaskPart
-from tunesmith.evaluation.tasks import Task, find_task
-from tunesmith.files import disk_errors, sha256_file, write_json
+from tunesmith.evaluation.tasks import Task, find_task, may_measure
+from tunesmith.files import cache_folder, disk_errors, sha256_file, write_json
 from tunesmith.models.load import weight_hash
 from tunesmith.out_of_memory import Halving
 from tunesmith.runs import RunFolder
@@ -35,6 +35,15 @@ from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.rows import read_questions
 
 FOLDER = "evaluations"
+
+COMPARED_SETTINGS = (
+    "max_new_tokens", "task", "pattern", "json_schema", "metrics", "retain_path", "tasks_path", "num_fewshot",
+    "tasks_chat_template",
+)  # fmt: skip
+"""Settings that change what is measured: gates compare evaluations that agree in them."""
+
+ALONE = ("task", "pattern", "json_schema", "metrics", "max_new_tokens")
+"""Settings of the questions, which an evaluation without --data has no use for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +63,9 @@ class Questions:
             raise DataError(f"{path}: no rows to evaluate on")
         return cls(path, tuple(sample_rows(rows, settings.max_rows)), len(rows), find_task(rows, settings))
 
-    def part(self, window: int = 2048) -> TaskPart:
+    def part(self) -> TaskPart:
         """The rows as a part of an evaluation."""
-        return TaskPart(self.task, self.rows, window)
+        return TaskPart(self.task, self.rows)
 
     def facts(self) -> dict[str, Any]:
         """What stands in the result, to repeat it."""
@@ -111,12 +120,16 @@ def evaluate(
         conditions += parse_gates([f"retain >= baseline - {100 * settings.retain_drop:g}pt"])
     for condition in conditions:
         if condition.run:
-            _folder_of(condition.run, run)
+            folder_of(condition.run, run)
+    without_use = [f"evaluation.{key} has no effect without --data" for key in ALONE if data is None and key in changed]
+    if without_use:
+        raise ConfigError(without_use)
     questions = Questions.read(str(data), config, settings) if data is not None else None
+    if questions is not None and not questions.task.generates and "max_new_tokens" in changed:
+        raise ConfigError(f"evaluation.max_new_tokens has no effect: the task {questions.task.kind} generates nothing")
     everything: list[Part] = [*named_parts(settings, config, retain, tasks), *parts]
     if questions is not None:
-        window = config.data.max_seq_length if config and isinstance(config.data.max_seq_length, int) else 2048
-        everything.insert(0, questions.part(window))
+        everything.insert(0, questions.part())
     judge = settings.judge
     if judge.url:
         if questions is None or not questions.task.generates:
@@ -124,6 +137,9 @@ def evaluate(
         everything.append(judge_part(settings, questions.rows, run, device, progress))
     if not everything:
         raise ConfigError("nothing to evaluate: pass --data FILE, --retain, or --tasks NAME,NAME")
+    if questions is not None and len(everything) == 1:
+        task = questions.task
+        refuse_unmeasured(conditions, lambda metric: may_measure(task, metric), f"the task {task.kind}")
     pairwise = judge.url is not None and judge.mode == "pairwise"
     baseline = baseline or pairwise or any(condition.other == "baseline" for condition in conditions)
 
@@ -148,10 +164,11 @@ def evaluate(
             else "leave --baseline out"
         )
         raise ConfigError(f"{target} is itself a base model: there is no other to compare with; {why}")
-    subject_of = _asking(loaded, everything, questions, settings, progress)
-    subject = subject_of(loaded)
+    identity = _identity(loaded, dtype, force)
+    journal = Journal(_journal_path(loaded.run, everything, questions, settings, identity), identity)
+    subject = _subject(loaded, settings, journal, progress)
     asked = Asked()
-    with subject.journal:
+    with journal:
         asked.tuned = {part.name: part.ask(subject) for part in everything}
         if baseline:
             if full:
@@ -159,52 +176,66 @@ def evaluate(
                 base = load(target, model, dtype, device, base=True, progress=progress, force=force)
             else:
                 base = loaded
-            subject = subject_of(base, True)
+            identity["base_weights"] = weight_hash(base.source)
+            subject = _subject(base, settings, journal, progress, base=identity["base_weights"])
             asked.base = {part.name: part.ask(subject) for part in everything}
-        result = summarize(questions, everything, asked, settings)
+        result = summarize(questions, everything, asked, settings, identity)
         check_result(result, conditions, run)
         if run:
             result["path"] = str(write_evaluation(run, result))
     return result
 
 
-def _asking(
-    loaded: LoadedModel,
+def _identity(loaded: LoadedModel, dtype: str, forced: bool) -> dict[str, Any]:
+    """What answers depend on beside the questions and the settings: it stands in the journal and in the result."""
+    return {
+        "name": loaded.source.name,
+        "weights": weight_hash(loaded.source),
+        "tuned": _tuned_hash(loaded.run),
+        "adapted": loaded.adapted,
+        "forced": forced,
+        "dtype": loaded.dtype,
+        "device": loaded.hardware.name,
+        "chat_template": loaded.chat.hash,
+        "template_variables": loaded.chat.variables,
+        "tunesmith": __version__,
+    }
+
+
+def _journal_path(
+    run: RunFolder | None,
     parts: Sequence[Part],
     questions: Questions | None,
     settings: EvaluationConfig,
-    progress: Progress,
-) -> Callable[..., Subject]:
-    """A function that makes a subject of a loaded model; all of them share one journal, of a run in its folder."""
-    identity = {
-        "tunesmith": __version__,
-        "weights": weight_hash(loaded.source),
-        "tuned": _tuned_hash(loaded.run),
-        "dtype": loaded.dtype,
-        "device": loaded.hardware.name,
-        "template": loaded.chat.hash,
-        "variables": loaded.chat.variables,
-    }
-    asked = [questions.path if questions else None, sorted(part.name for part in parts)]
-    key = key_of(asked, settings.model_dump(mode="json"))[:12]
-    path = loaded.run.path / FOLDER / f".unfinished-{key}.jsonl" if loaded.run else None
-    journal = Journal(path, identity)
-    halving = Halving(lambda text: progress(text, 0, 1))
+    identity: Mapping[str, Any],
+) -> Path:
+    """In the run's folder; of a model or an adapter among the cached files, by what it is."""
+    asked = [
+        questions.path if questions else None,
+        sorted(part.name for part in parts),
+        settings.model_dump(mode="json"),
+    ]
+    if run is not None:
+        return run.path / FOLDER / f".unfinished-{key_of(asked)[:12]}.jsonl"
+    return cache_folder() / FOLDER / f"{key_of(asked, identity)[:24]}.jsonl"
 
-    def subject(model: LoadedModel, base: bool = False) -> Subject:
-        return Subject(
-            "base" if base else "tuned",
-            model.forward,
-            model.tokenizer,
-            model.chat,
-            settings,
-            journal,
-            progress,
-            base and model.adapted,
-            halving,
-        )
 
-    return subject
+def _subject(
+    loaded: LoadedModel, settings: EvaluationConfig, journal: Journal, progress: Progress, base: str = ""
+) -> Subject:
+    """The tuned model, or (`base`: the hash of its weights) the base, which an adapter is switched off for."""
+    return Subject(
+        "base" if base else "tuned",
+        loaded.forward,
+        loaded.tokenizer,
+        loaded.chat,
+        settings,
+        journal,
+        progress,
+        bool(base) and loaded.adapted,
+        Halving(lambda text: progress(text, 0, 1)),
+        base,
+    )
 
 
 def _tuned_hash(run: RunFolder | None) -> str | None:
@@ -216,13 +247,18 @@ def _tuned_hash(run: RunFolder | None) -> str | None:
 
 
 def summarize(
-    questions: Questions | None, parts: Sequence[Part], asked: Asked, settings: EvaluationConfig
+    questions: Questions | None,
+    parts: Sequence[Part],
+    asked: Asked,
+    settings: EvaluationConfig,
+    model: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The evaluation as JSON: metrics with standard errors, the baseline's, their paired comparison, the settings to repeat it, every answer."""
     results: dict[str, PartResult] = {
         part.name: part.score(asked.tuned[part.name], asked.base[part.name] if asked.base is not None else None)
         for part in parts
     }
+    _refuse_two_of_a_name(results)
     task = results["task"].details if "task" in results else {}
     return {
         "task": Path(questions.path).stem if questions else "-".join(results),
@@ -243,7 +279,7 @@ def summarize(
             else {"data": None, "data_sha256": None, "rows_in_file": None, "sample_seed": None}
         ),
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "tunesmith": __version__,
+        "model": dict(model),
         "settings": {"decoding": "greedy", **settings.model_dump(mode="json", exclude={"generate", "samples"})},
         "classes": task.get("classes"),
         "parts": {name: dict(one.details) for name, one in results.items() if name != "task"},
@@ -251,12 +287,24 @@ def summarize(
     }
 
 
+def _refuse_two_of_a_name(results: Mapping[str, PartResult]) -> None:
+    seen: dict[str, str] = {}
+    for part, result in results.items():
+        for name in result.metrics:
+            if name in seen:
+                raise ConfigError(f"the metric {name} is measured by {seen[name]} and by {part}; rename your own")
+            seen[name] = part
+
+
 def check_result(result: dict[str, Any], conditions: Sequence[Condition], run: RunFolder | None) -> None:
     """Put `gate` into the result: whether all conditions hold, and what each needed. Raises ConfigError, RunError."""
     if not conditions:
         return
     outcomes = check_gates(
-        conditions, result["metrics"], result["baseline"], lambda name: _metrics_of(_folder_of(name, run), result)
+        conditions,
+        result["metrics"],
+        result["baseline"],
+        lambda name, metric: _metrics_of(folder_of(name, run), metric, result),
     )
     result["gate"] = {
         "passed": all(outcome.passed for outcome in outcomes),
@@ -264,23 +312,29 @@ def check_result(result: dict[str, Any], conditions: Sequence[Condition], run: R
     }
 
 
-def _folder_of(name: str, run: RunFolder | None) -> RunFolder:
+def folder_of(name: str, run: RunFolder | None) -> RunFolder:
     """The run that a gate names: a path, or the name of a folder beside the run. Raises RunError."""
-    places = [Path(name), *([run.path.parent / name] if run else []), Path("runs") / name]
+    places = list(dict.fromkeys([Path(name), *([run.path.parent / name] if run else []), Path("runs") / name]))
     for place in places:
         if RunFolder.is_run(place):
             return RunFolder.open(place)
     raise RunError(f"gate: there is no run {name!r}; looked at {', '.join(map(str, places))}")
 
 
-def _metrics_of(run: RunFolder, result: Mapping[str, Any]) -> Metrics:
-    """The metrics of a run's newest evaluation on the same rows. Raises RunError if there is none."""
-    same = ("data_sha256", "n", "sample_seed")
-    found = [one for one in read_results(run) if all(one.get(key) == result[key] for key in same)]
+def _metrics_of(run: RunFolder, metric: str, result: Mapping[str, Any]) -> Metrics:
+    """The metrics of a run's newest evaluation of the same rows with the same settings. Raises RunError if there is none."""
+    same = ("data_sha256", "n", "sample_seed", "task_kind")
+    found = [
+        one
+        for one in read_results(run)
+        if all(one.get(key) == result[key] for key in same)
+        and all(one.get("settings", {}).get(key) == result["settings"][key] for key in COMPARED_SETTINGS)
+        and metric in one.get("metrics", {})
+    ]
     if not found:
         raise RunError(
-            f"gate: {run.path} was not evaluated on these rows ({result['data']}, {result['n']} of them); evaluate it first: "
-            f"tunesmith eval {run.path} --data {result['data']}"
+            f"gate: {run.path} has no evaluation with {metric} of these rows ({result['data']}, {result['n']} of them) with these settings; "
+            f"evaluate it first: tunesmith eval {run.path} --data {result['data']}"
         )
     newest: Metrics = max(found, key=lambda one: str(one.get("created")))["metrics"]
     return newest
@@ -288,7 +342,7 @@ def _metrics_of(run: RunFolder, result: Mapping[str, Any]) -> Metrics:
 
 def read_results(run: RunFolder) -> list[dict[str, Any]]:
     """Every evaluation in a run's folder, in the order of file names. Raises RunError for a damaged file."""
-    return [run.read_json(f"{FOLDER}/{path.name}") for path in sorted((run.path / FOLDER).glob("[!.]*.json"))]
+    return [run.read_json(f"{FOLDER}/{path.name}") for path in sorted((run.path / FOLDER).glob("*.json"))]
 
 
 def write_evaluation(run: RunFolder, result: dict[str, Any]) -> Path:
@@ -296,7 +350,7 @@ def write_evaluation(run: RunFolder, result: dict[str, Any]) -> Path:
     folder = run.path / FOLDER
     with disk_errors(folder):
         folder.mkdir(exist_ok=True)
-    stem = re.sub(r"[^\w.-]+", "-", result["task"]) or "evaluation"
+    stem = re.sub(r"[^\w.-]+", "-", result["task"]).lstrip(".") or "evaluation"
     names = (f"{stem}.json" if number == 1 else f"{stem}-{number}.json" for number in range(1, 1_000_000))
     path = next(folder / name for name in names if not (folder / name).exists())
     write_json(path, result)
@@ -314,4 +368,6 @@ def _changed_settings(changes: Mapping[str, Any]) -> dict[str, Any]:
     """`changes`, validated. Raises ConfigError with a line for each that is wrong."""
     if "generate" in changes:
         raise ConfigError("evaluation.generate has no effect here: answers are always generated; remove it")
+    if "samples" in changes:
+        raise ConfigError("evaluation.samples has no effect here: every answer is written; remove it")
     return config_from_dict({"evaluation": dict(changes)}).evaluation.model_dump(exclude_unset=True)

@@ -75,6 +75,11 @@ def quickstart(
     config = load_config(folder / "run.yaml", overrides or [], values)
     if config.method == "full":
         raise ConfigError("the quickstart asks its base by switching the adapter off: method full has none; use lora")
+    if config.adapter.init_lora_weights != "default":
+        raise ConfigError(
+            f"adapter.init_lora_weights {config.adapter.init_lora_weights} changes the base, which the quickstart asks by switching the "
+            "adapter off; use train, and eval --baseline"
+        )
     announce("preparing the model (the first time, the embedded file is converted: about half a minute)")
     session = start(config, out, progress)
     test = folder / "test.jsonl"
@@ -93,7 +98,7 @@ def quickstart(
     result = session.train(sink, progress)
     announce("asking the tuned model the same questions")
     asked.tuned = {part.name: part.ask(subject("tuned"))}
-    evaluation = summarize(questions, [part], asked, settings)
+    evaluation = summarize(questions, [part], asked, settings, {"name": session.source.name})
     write_evaluation(session.run, evaluation)
     report = write_report(session.run)
     return {

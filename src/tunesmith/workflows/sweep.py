@@ -21,7 +21,7 @@ from tunesmith.types import EventSink, Progress, no_progress
 from tunesmith.workflows.evaluate import Questions
 from tunesmith.workflows.shared_base import SharedBase
 from tunesmith.workflows.sweep_points import Axis, configs, grid, located, parse_axes, point_name
-from tunesmith.workflows.sweep_runs import STATE_FILE, Attempt, QuestionFile, Sweep, window_of
+from tunesmith.workflows.sweep_runs import STATE_FILE, Attempt, QuestionFile, Sweep
 from tunesmith.workflows.sweep_search import Search, refuse_without_optuna
 from tunesmith.workflows.train import check, locked, no_event, with_absolute_paths
 
@@ -208,7 +208,7 @@ def _check_all(attempts: Sequence[Attempt], questions: QuestionFile | None, prog
         try:
             known = check(copy.deepcopy(attempt.config))
             if questions:
-                questions.of.part(window_of(attempt.config)).check(known.chat)
+                questions.of.part().check(known.chat)
         except TunesmithError as error:
             of_data = of_data or isinstance(error, DataError)
             for problem in getattr(error, "problems", [str(error)]):

@@ -217,11 +217,11 @@ class Sweep:
         unfuse(session.forward.model)
         session.forward.model.eval()
         settings = session.config.evaluation.model_copy(update=self._changes())
-        part = questions.part(window_of(session.config))
+        part = questions.part()
         part.check(session.chat)
         subject = Subject("tuned", session.forward, session.tokenizer, session.chat, settings, progress=self.progress)
         said = Asked({part.name: part.ask(subject)})
-        write_evaluation(session.run, summarize(questions, [part], said, settings))
+        write_evaluation(session.run, summarize(questions, [part], said, settings, {"name": session.source.name}))
 
     def _changes(self) -> dict[str, Any]:
         return {"max_rows": self.questions.max_rows} if self.questions and self.questions.max_rows else {}

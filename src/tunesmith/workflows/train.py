@@ -26,7 +26,7 @@ from tunesmith.data.batches import StepOrder, num_steps
 from tunesmith.data.chat import ChatFormat
 from tunesmith.data.pairs import PairStore
 from tunesmith.errors import ConfigError, MachineError, RunError
-from tunesmith.evaluation.tasks import find_training_task, generated_metrics
+from tunesmith.evaluation.tasks import find_training_task, generated_metrics, may_measure
 from tunesmith.files import atomic_folder, disk_errors, write_atomic, write_json
 from tunesmith.hardware import (
     ComputeDType,
@@ -364,7 +364,7 @@ def check(config: RunConfig, existing: RunFolder | None = None, progress: Progre
     chat = chat_format(tokenizer, config, existing)
     data = tokenize_rows(config, chat, rows, progress, source.context_length)
     if config.evaluation.generate:
-        find_training_task(data.eval_rows, config.evaluation)  # its settings and rows fit
+        _check_task(config, data)
     data.notes.extend(_never_seen(config.adapter.new_tokens, new_ids, data.train))
     refuse_what_cannot_fit(config, source.config, hardware, dtype, data.train)
     saves_tokenizer = bool(new_ids) or with_tokenizer is not source
@@ -460,8 +460,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             setattr(getattr(config, section), key, str(Path(value).expanduser().absolute()))
     evaluation = config.evaluation
     for key in ("json_schema", "retain_path", "tasks_path"):
-        if (value := getattr(evaluation, key)) and Path(value).exists():
-            setattr(evaluation, key, str(Path(value).absolute()))
+        if (value := getattr(evaluation, key)) and Path(value).expanduser().exists():
+            setattr(evaluation, key, str(Path(value).expanduser().absolute()))
+    evaluation.metrics = [
+        f"{Path(file).expanduser().absolute()}{colon}{name}"
+        if Path(file).expanduser().is_file()
+        else f"{file}{colon}{name}"
+        for file, colon, name in (reference.rpartition(":") for reference in evaluation.metrics)
+    ]
     for source in config.data.mix:
         if source.path and Path(source.path).expanduser().exists():
             source.path = str(Path(source.path).expanduser().absolute())
@@ -491,6 +497,17 @@ def _check_settings(config: RunConfig) -> None:
         problems.append(f"training.early_stopping.metric is {metric!r}: this run evaluates {', '.join(known)}{hint}")
     if problems:
         raise ConfigError(problems)
+
+
+def _check_task(config: RunConfig, data: RunData) -> None:
+    """The settings of the answers' metrics fit the rows, and early stopping looks at one that they have."""
+    task = find_training_task(data.eval_rows, config.evaluation)
+    metric = config.training.early_stopping.metric
+    if metric in generated_metrics("auto") and not may_measure(task, metric):
+        raise ConfigError(
+            f"training.early_stopping.metric is {metric!r}: the held-out rows are the task {task.kind} ({task.reason}), which has "
+            "no such metric"
+        )
 
 
 def _load_trainable(

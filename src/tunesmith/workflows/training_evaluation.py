@@ -31,7 +31,8 @@ def measured_answers(settings: EvaluationConfig) -> list[str]:
     """The metrics of answers that an evaluation during training has."""
     if not settings.generate:
         return []
-    return [*generated_metrics(settings.task), *([JUDGE_SCORE] if settings.judge.url else [])]
+    own = [reference.rpartition(":")[2] for reference in settings.metrics]
+    return [*generated_metrics(settings.task), *own, *([JUDGE_SCORE] if settings.judge.url else [])]
 
 
 def judge_problems(settings: EvaluationConfig) -> list[str]:
