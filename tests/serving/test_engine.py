@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from serving_models import Asked, add, base_forward, make_adapter, one_by_one
 from tiny import GEMMA3_LAYERS, make_tiny_model, make_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models.forward import ModelForward
+from tunesmith.serving import running_batch
 from tunesmith.serving.adapter_bank import BASE, AdapterBank, read_adapter
 from tunesmith.serving.engine import Engine, Failed, Finished, QueueFull, Stopped
 from tunesmith.serving.running_batch import RunningBatch
@@ -291,6 +294,33 @@ def test_memory_that_runs_out_costs_the_last_row_alone(
     assert [text for text, _ in found[:2]] == one_by_one(tiny_model, None, tiny_tokenizer, asked[:2], LIMIT)
     assert isinstance(found[2][1], Failed)
     assert found[2][1].message.startswith("no memory left for this answer: CUDA out of memory")
+
+
+@pytest.mark.parametrize("fails_in", ["reading", "joining"])
+def test_memory_that_runs_out_for_a_prompt_leaves_the_running_ones_alone(
+    fails_in: str, engine: Engine, tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (prompt, other) = prompts(2, seed=14)
+    running = Asked(engine, tiny_tokenizer, prompt, max_tokens=1000)
+    wait_until(lambda: engine.running == 1)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    if fails_in == "reading":
+        monkeypatch.setattr(RunningBatch, "read", mock.Mock(side_effect=error))
+    else:
+        widen, calls = running_batch._widen, itertools.count()
+
+        def fails(states: torch.Tensor, width: int) -> torch.Tensor:
+            if next(calls) == 6:  # in the second layer: the first has the new row already
+                raise error
+            return widen(states, width)
+
+        monkeypatch.setattr(running_batch, "_widen", fails)
+    late = [Asked(engine, tiny_tokenizer, other, max_tokens=n) for n in (5, 1)]
+    ends = [one.answer()[1] for one in late]
+    assert isinstance(ends[0], Failed)
+    assert ends[0].message.startswith("no memory left to read this prompt: CUDA out of memory")
+    monkeypatch.undo()
+    assert [running.answer()[0]] == one_by_one(tiny_model, None, tiny_tokenizer, [prompt], 1000)
 
 
 def test_the_cache_budget_holds_requests_back(tiny_model: Path, tiny_tokenizer: Any) -> None:

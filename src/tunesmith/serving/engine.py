@@ -290,7 +290,7 @@ class Engine:
             failed = within_memory(self._batch.join, joining)
             if not isinstance(failed, OutOfMemory):
                 return
-            tokens = failed
+            tokens, taken = failed, joining.rows  # others of them had one token to say, and have ended
         release_memory()
         for generation in taken:
             self._tell(generation, Failed("memory", f"no memory left to read this prompt: {tokens.reason}; shorten it"))
