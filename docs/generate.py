@@ -37,6 +37,7 @@ COMMANDS = (
     "compare",
     "sweep",
     "chat",
+    "serve",
     "merge",
     "adapters",
     "adapters list",

@@ -33,6 +33,7 @@ COMMANDS = (
     "advise",
     "plan",
     "bench",
+    "serve",
     "data",
     "adapters",
 )

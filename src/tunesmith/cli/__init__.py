@@ -22,6 +22,7 @@ from tunesmith.cli.data import app as data_app
 from tunesmith.cli.evaluate import evaluate, one_line
 from tunesmith.cli.merge import merge
 from tunesmith.cli.plan import plan
+from tunesmith.cli.serve import serve
 from tunesmith.errors import TunesmithError
 from tunesmith.version import __version__
 
@@ -224,6 +225,7 @@ app.command()(sweep)
 app.command()(advise)
 app.command()(plan)
 app.command()(bench)
+app.command()(serve)
 
 
 def main() -> None:

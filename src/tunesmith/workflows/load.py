@@ -156,7 +156,7 @@ def find(
     check(chat)
     source = fetch_weights(source, settings)
     if adapter or (run and base):
-        _check_training(run, adapter, source, chat, forced)
+        check_training(run, adapter, source, chat, forced)
     record = run.metadata if run else read_record(adapter) if adapter else {}
     quantization = _quantization(config, run, record)
     iterations = loftq.iterations_of(config.adapter.init_lora_weights)
@@ -274,9 +274,10 @@ def differences(run: RunFolder | None, adapter: Path | None, source: ModelSource
     ]
 
 
-def _check_training(
+def check_training(
     run: RunFolder | None, adapter: Path | None, source: ModelSource, chat: ChatFormat, forced: Progress | None
 ) -> None:
+    """Raise ModelError for a base, tokenizer or template other than training's; with `forced`, tell it instead."""
     found = differences(run, adapter, source, chat)
     if not found:
         return

@@ -1,0 +1,1 @@
+"""Serving: one base, several adapters in the same batch, an OpenAI-compatible server."""

@@ -1,0 +1,374 @@
+"""Continuous batching over one base: a thread that owns the model, and a queue before it.
+
+Requests wait in a bounded queue. Every step reads the prompts of some that wait (if there is room), lets them join the batch, and
+decodes one token for every row of it, whichever adapters the rows want (adapter_bank.py). A row leaves when its answer ends, when its
+time is up, or when whoever asked has gone; its place is free in the next step. What changes the adapters runs between two steps.
+
+Left out: paged keys and values (the cache is copied as it grows), CUDA graphs, and sharing the prefix of prompts.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from tunesmith.errors import MachineError
+from tunesmith.models.forward import ModelForward
+from tunesmith.models.generate import cache_bytes_per_token
+from tunesmith.out_of_memory import OutOfMemory, release_memory, within_memory
+from tunesmith.serving.adapter_bank import BASE, AdapterBank
+from tunesmith.serving.answer_text import AnswerText
+from tunesmith.serving.running_batch import RunningBatch, refuse_recurrent
+from tunesmith.serving.sampling import GREEDY, Sampling, choose
+
+T = TypeVar("T")
+
+READ_TOKENS = 8_192
+"""Prompt tokens read between two steps, padding included: the running rows wait for no more. One longer prompt is read alone."""
+
+SHARE_OF_FREE_MEMORY = 0.7
+"""What keys and values may take of the GPU memory that is free when the base is loaded: the rest is for the steps and adapters."""
+
+
+class QueueFull(Exception):
+    """As many requests wait as may."""
+
+
+class Stopped(Exception):
+    """The engine takes no requests any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that the answer goes on with. `first` is set with the first token, whose text may be empty."""
+
+    text: str
+    first: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The answer is whole: ended by an end token or a stop string (`stop`), or by its length. `tokens` counts the end token too."""
+
+    reason: Literal["stop", "length"]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """No answer, or no more of it."""
+
+    reason: Literal["timeout", "memory", "stopped"]
+    message: str
+
+
+Event = Piece | Finished | Failed
+
+
+@dataclass(eq=False)
+class Generation:
+    """One request: a prompt, how to answer it, and `on_event`, which the engine's thread calls. It must not block."""
+
+    prompt: Sequence[int]
+    tokenizer: Any
+    ends: frozenset[int]
+    on_event: Callable[[Event], None]
+    max_tokens: int
+    adapter: int = BASE
+    sampling: Sampling = GREEDY
+    stop: tuple[str, ...] = ()
+    seconds: float = float("inf")
+    length: int = 0
+    produced: int = 0
+    last: int = 0
+    cancelled: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.text = AnswerText(self.tokenizer, self.stop)
+        self.random = random.Random(self.sampling.seed)
+
+    @property
+    def late(self) -> bool:
+        """Whether its time is up."""
+        return time.monotonic() - self.submitted > self.seconds
+
+    @property
+    def whole(self) -> int:
+        """Tokens that it may have in the cache."""
+        return len(self.prompt) + self.max_tokens
+
+
+class Engine:
+    """Answers requests on a thread of its own, from `start` to `stop`.
+
+    `max_batch` rows at once, `max_queue` more waiting. `cache_tokens` bounds rows x longest row: by default what fits 0.7 of the free
+    GPU memory, and on the CPU nothing.
+    """
+
+    def __init__(
+        self, forward: ModelForward, max_batch: int = 32, max_queue: int = 256, cache_tokens: int | None = None
+    ):
+        refuse_recurrent(forward.base.config)
+        self.forward = forward
+        self.bank = AdapterBank(forward.base, forward.device)
+        self.max_batch, self.max_queue = max_batch, max_queue
+        self.cache_tokens = cache_tokens if cache_tokens is not None else _fitting_tokens(forward)
+        text = forward.base.config.get_text_config()
+        self.context_length: int | None = getattr(text, "max_position_embeddings", None)
+        self.vocabulary: int = forward.base.get_input_embeddings().num_embeddings
+        self.steps = 0
+        self._batch: RunningBatch[Generation] = RunningBatch(forward)
+        self._waiting: deque[Generation] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._changed = threading.Condition()
+        self._open = True
+        self._thread = threading.Thread(target=self._main, name="tunesmith-engine", daemon=True)
+
+    # -- what other threads call --------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Answer nothing more: what runs and waits fails with `stopped`, behind the step that is under way."""
+        with self._changed:
+            self._open = False
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Close, and wait until the thread has ended."""
+        self.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def submit(self, generations: Sequence[Generation]) -> None:
+        """Queue requests, all or none. Raises QueueFull or Stopped."""
+        with self._changed:
+            if not self._open:
+                raise Stopped
+            if len(self._waiting) + len(generations) > self.max_queue:
+                raise QueueFull
+            self._waiting.extend(generations)
+            self._changed.notify()
+
+    def cancel(self, generation: Generation) -> None:
+        """Whoever asked has gone: its place is freed before the next step. It gets no further event."""
+        with self._changed:
+            generation.cancelled = True
+            self._changed.notify()
+
+    def between_steps(self, call: Callable[[], T]) -> Future[T]:
+        """Run `call` on the engine's thread between two steps; it may change the adapters. Its result, or what it raised."""
+        future: Future[T] = Future()
+        with self._changed:
+            if not self._open:
+                future.set_exception(Stopped())
+                return future
+            self._calls.append((call, future))
+            self._changed.notify()
+        return future
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the thread is at work."""
+        return self._open and self._thread.is_alive()
+
+    @property
+    def running(self) -> int:
+        """Rows of the batch."""
+        return len(self._batch.rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    def wants(self, adapter: int) -> bool:
+        """Whether a row or a waiting request wants this adapter. For calls between two steps."""
+        with self._changed:
+            return any(generation.adapter == adapter for generation in [*self._batch.rows, *self._waiting])
+
+    # -- the engine's own thread --------------------------------------------------------------------------------------
+
+    def _main(self) -> None:
+        import torch
+
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    with (
+                        self.forward.autocast()
+                    ):  # anew each time: it keeps the casts of weights for as long as it lasts
+                        self._drop_gone()
+                        self._run_calls()
+                        self._admit()
+                        if self._batch.rows:
+                            self._step()
+        finally:  # also when the device failed: nobody may wait for ever
+            with self._changed:
+                self._open = False
+                left = [*self._batch.rows, *self._waiting]
+                calls = list(self._calls)
+                self._batch.keep([])
+                self._waiting.clear()
+                self._calls.clear()
+            for generation in left:
+                self._tell(generation, Failed("stopped", "the server stopped before this answer was whole"))
+            for _, future in calls:
+                future.set_exception(Stopped())
+            self.bank.close()
+
+    def _wait(self) -> bool:
+        """Sleep while there is nothing to do; False when it is over."""
+        with self._changed:
+            while self._open and not (self._batch.rows or self._waiting or self._calls):
+                self._changed.wait()
+            return self._open
+
+    def _run_calls(self) -> None:
+        for _ in range(len(self._calls)):  # what these queue themselves waits for the next step
+            call, future = self._calls.popleft()
+            result = within_memory(_attempt, call)
+            if isinstance(result, OutOfMemory):
+                release_memory()
+                future.set_exception(MachineError(f"no memory left for this adapter: {result.reason}"))
+            elif result.error is not None:
+                future.set_exception(result.error)
+            else:
+                future.set_result(result.value)
+
+    def _drop_gone(self) -> None:
+        """Leave out rows whose asker has gone or whose time is up, and take such requests off the queue."""
+        gone = [generation for generation in self._batch.rows if generation.cancelled or generation.late]
+        if gone:
+            self._batch.keep([place for place, row in enumerate(self._batch.rows) if row not in gone])
+        with self._changed:
+            out = [generation for generation in self._waiting if generation.cancelled or generation.late]
+            for generation in out:
+                self._waiting.remove(generation)
+        for generation in [*gone, *out]:
+            said = (
+                f"no whole answer after {generation.seconds:g} s; ask for fewer tokens, or again when less is going on"
+            )
+            self._tell(generation, Failed("timeout", said))
+
+    def _admit(self) -> None:
+        """Read the prompts of requests that have waited longest, as far as there is room, and let them join the batch."""
+        taken: list[Generation] = []
+        with self._changed:
+            while self._waiting:
+                rows = [*self._batch.rows, *taken, self._waiting[0]]
+                reads = [len(row.prompt) for row in rows[len(self._batch.rows) :]]
+                fits = self.cache_tokens is None or len(rows) * max(row.whole for row in rows) <= self.cache_tokens
+                if len(rows) > self.max_batch or not (fits or len(rows) == 1):
+                    break
+                if taken and len(reads) * max(reads) > READ_TOKENS:
+                    break
+                taken.append(self._waiting.popleft())
+        if not taken:
+            return
+        joining: RunningBatch[Generation] = RunningBatch(self.forward)
+
+        def read(rows: list[Generation]) -> list[int]:
+            self.bank.select([row.adapter for row in rows])
+            hidden = joining.read(rows, [row.prompt for row in rows])
+            return self._choose(hidden, rows)
+
+        tokens = within_memory(read, taken)
+        if not isinstance(tokens, OutOfMemory):
+            joining.keep(self._take(taken, tokens))
+            if not joining.rows:
+                return
+            failed = within_memory(self._batch.join, joining)
+            if not isinstance(failed, OutOfMemory):
+                return
+            tokens, taken = failed, joining.rows  # others of them had one token to say, and have ended
+        release_memory()
+        for generation in taken:
+            self._tell(generation, Failed("memory", f"no memory left to read this prompt: {tokens.reason}; shorten it"))
+
+    def _step(self) -> None:
+        """One token for every row. Where memory runs out, the last to join makes room for the others."""
+        self.bank.select([row.adapter for row in self._batch.rows])
+        hidden = within_memory(self._batch.step, [row.last for row in self._batch.rows])
+        if isinstance(hidden, OutOfMemory):
+            self._give_up_last(hidden.reason)
+            return
+        self.steps += 1
+        while True:
+            rows = self._batch.rows
+            tokens = within_memory(lambda rows: self._choose(hidden[: len(rows)], rows), rows)
+            if not isinstance(tokens, OutOfMemory):
+                self._batch.keep(self._take(rows, tokens))
+                return
+            self._give_up_last(tokens.reason)
+
+    def _give_up_last(self, reason: str) -> None:
+        row = self._batch.rows[-1]
+        self._batch.keep(range(len(self._batch.rows) - 1))
+        release_memory()
+        self._tell(row, Failed("memory", f"no memory left for this answer: {reason}; ask again later"))
+
+    def _choose(self, hidden: Any, rows: Sequence[Generation]) -> list[int]:
+        logits = self.forward.logits(hidden)
+        return choose(logits, [row.sampling for row in rows], [row.random for row in rows])
+
+    def _take(self, rows: Sequence[Generation], tokens: Sequence[int]) -> list[int]:
+        """Give each row its token; the places of rows that go on."""
+        going = []
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            row.last = token
+            row.produced += 1
+            ended = token in row.ends
+            piece = "" if ended else row.text.push(token)
+            ended = ended or row.text.stopped
+            last = ended or row.produced == row.max_tokens
+            if last:
+                piece += row.text.finish()
+            if piece or row.produced == 1:
+                self._tell(row, Piece(piece, first=row.produced == 1))
+            if last:
+                self._tell(row, Finished("stop" if ended or row.text.stopped else "length", row.produced))
+            else:
+                going.append(place)
+        return going
+
+    def _tell(self, generation: Generation, event: Event) -> None:
+        if not generation.cancelled:
+            generation.on_event(event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    value: Any = None
+    error: Exception | None = None
+
+
+def _attempt(call: Callable[[], Any]) -> _Outcome:
+    """What a call gave, or the error of ours that it raised; others stop the engine."""
+    from tunesmith.errors import TunesmithError
+
+    try:
+        return _Outcome(call())
+    except TunesmithError as error:
+        return _Outcome(error=error)
+
+
+def _fitting_tokens(forward: ModelForward) -> int | None:
+    """Tokens whose keys and values fit 0.7 of what is free on the GPU now; None on the CPU."""
+    import torch
+
+    if not forward.device.startswith("cuda"):
+        return None
+    free, _ = torch.cuda.mem_get_info(forward.device)
+    free += torch.cuda.memory_reserved(forward.device) - torch.cuda.memory_allocated(forward.device)
+    width = 2 if forward.dtype == "fp32" else 1
+    return int(SHARE_OF_FREE_MEMORY * free / (cache_bytes_per_token(forward.base.config) * width))

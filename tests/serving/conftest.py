@@ -1,0 +1,43 @@
+"""What the tests of this folder share: a tiny base with two adapters, and an engine with both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from serving_models import add, base_forward, make_adapter
+
+from trained import tiny_run
+from tunesmith.serving.engine import Engine
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two adapters of unequal rank over the tiny base. Do not write into them."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "cs": make_adapter(tiny_model, folder / "cs", seed=1),
+        "hr": make_adapter(tiny_model, folder / "hr", seed=2, r=6, lora_alpha=12),
+    }
+
+
+@pytest.fixture
+def engine(tiny_model: Path) -> Iterator[Engine]:
+    """A running engine without adapters."""
+    engine = Engine(base_forward(tiny_model), max_batch=8, max_queue=64)
+    engine.start()
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def numbers(engine: Engine, adapters: dict[str, Path]) -> dict[str, int]:
+    """The numbers of both adapters in the engine."""
+    return {name: add(engine, path) for name, path in adapters.items()}
+
+
+@pytest.fixture(scope="session")
+def tiny_run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished LoRA run. Do not write into it."""
+    return tiny_run(tmp_path_factory, "lora")
