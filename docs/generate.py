@@ -38,6 +38,7 @@ COMMANDS = (
     "sweep",
     "chat",
     "merge",
+    "export",
     "report",
     "doctor",
     "advise",

@@ -18,6 +18,7 @@ from tunesmith.cli.bench import bench
 from tunesmith.cli.compare import compare, sweep
 from tunesmith.cli.data import app as data_app
 from tunesmith.cli.evaluate import evaluate, one_line
+from tunesmith.cli.export import export
 from tunesmith.cli.plan import plan
 from tunesmith.errors import TunesmithError
 from tunesmith.version import __version__
@@ -304,6 +305,7 @@ app.command()(sweep)
 app.command()(advise)
 app.command()(plan)
 app.command()(bench)
+app.command()(export)
 
 
 def main() -> None:
