@@ -75,10 +75,13 @@ def byte_level(name: str, template: str = CHATML, end: str = "<|im_end|>", marks
     return tokenizer
 
 
-def sentencepiece(space: str, template: str, end: str = "</s>", marks: tuple[str, ...] = ()) -> Any:
+def sentencepiece(
+    space: str, template: str, end: str = "</s>", marks: tuple[str, ...] = (), strips: tuple[str, ...] = ()
+) -> Any:
     """A SentencePiece BPE tokenizer as transformers converts it: every way to make a piece is a merge, bytes stand for the rest.
 
     `space`: `legacy` (Llama 2: a space before each text between control tokens), `always`, `first` (Mistral v0.3), `none` (Gemma).
+    The tokens `strips` swallow the spaces behind them, as Phi-3's do.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -107,12 +110,15 @@ def sentencepiece(space: str, template: str, end: str = "</s>", marks: tuple[str
     else:
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=space, split=False)
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in specials])
+    added = [AddedToken(name, normalized=False, special=True, rstrip=name in strips) for name in specials]
+    backend.add_special_tokens(added)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocab["<s>"])]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token=end, clean_up_tokenization_spaces=False
+        tokenizer_object=backend,
+        **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": end, "pad_token": end},
+        clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = template
     return tokenizer
@@ -175,7 +181,7 @@ def family(name: str) -> dict[str, Any]:
             },
         },
         "phi3": {
-            "tokenizer": sentencepiece("legacy", PHI3, "<|end|>", ("<|user|>", "<|assistant|>", "<|system|>")),
+            "tokenizer": phi3_tokenizer(),
             "rope_parameters": LONG,
         },
     }
@@ -185,6 +191,12 @@ def family(name: str) -> dict[str, Any]:
 def gemma_tokenizer() -> Any:
     """Gemma's kind of tokenizer."""
     return sentencepiece("none", GEMMA, "<eos>", ("<start_of_turn>", "<end_of_turn>"))
+
+
+def phi3_tokenizer() -> Any:
+    """Phi-3's kind of tokenizer: control tokens swallow the line end that its template writes behind them."""
+    strips = ("</s>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>")
+    return sentencepiece("legacy", PHI3, "<|end|>", (*strips[:4], "<|endoftext|>"), strips)
 
 
 FAMILIES = (

@@ -17,7 +17,7 @@ import torch
 
 from tunesmith.errors import MachineError, ModelError
 from tunesmith.export.gguf_architectures import Description, as_stored, describe, tensor_names, tensors, translate
-from tunesmith.export.gguf_tokenizer import Vocabulary, vocabulary
+from tunesmith.export.gguf_tokenizer import Vocabulary, model_name, vocabulary
 from tunesmith.export.gguf_types import NEEDS_GGUF, ExportType, block_of, block_width, quantize
 from tunesmith.files import disk_errors
 
@@ -44,7 +44,7 @@ def exportable(model: Any, tokenizer: Any, template: str | None, name: str) -> E
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = tuple(ends) if isinstance(ends, list) else (ends,) if ends is not None else ()
     rows = model.get_input_embeddings().weight.shape[0]
-    return Exportable(description, vocabulary(tokenizer, rows, ends), template, name)
+    return Exportable(description, vocabulary(tokenizer, rows, ends), template, model_name(name, tokenizer))
 
 
 def write_model(path: Path, state: dict[str, torch.Tensor], made: Exportable, kind: ExportType) -> None:

@@ -11,6 +11,7 @@ are in that order, so that a token's score is minus the rank of the first merge 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +40,13 @@ has the same patterns beside the names)."""
 PREFIXES = {"always": True, "never": False, "first": False}
 """Metaspace's prepend_scheme to `add_space_prefix`: llama.cpp puts the space after every control token, as `always` does. With `first`
 chat prompts, which begin with a control token, get none."""
+
+
+STRIPS = ("phi-3", "phi3")
+"""Where general.name holds one of these, llama.cpp drops spaces and line ends behind every control token but `NEVER_STRIP`: Phi-3's rule,
+which GGUF has no key for (src/llama-vocab.cpp)."""
+
+NEVER_STRIP = {"<unk>", "<s>", "<|endoftext|>"}
 
 
 @dataclass(slots=True)
@@ -89,6 +97,22 @@ def vocabulary(tokenizer: Any, rows: int, ends: tuple[int, ...] = ()) -> Vocabul
     found.flags["add_bos_token"] = plain[:1] == [tokenizer.bos_token_id]
     found.flags["add_eos_token"] = plain[-1:] == [tokenizer.eos_token_id]
     return found
+
+
+def model_name(name: str, tokenizer: Any) -> str:
+    """`general.name`, with `phi-3` in it just where the tokenizer's control tokens swallow the spaces behind them.
+
+    Raises ModelError for tokens that swallow otherwise.
+    """
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    strips = {text for text, token in added.items() if token.rstrip}
+    if any(token.lstrip or token.single_word for token in added.values()):
+        raise ModelError("an added token swallows spaces before it, or matches whole words only: llama.cpp has no such tokens")
+    if not strips:
+        return re.sub(r"(phi)-?3", r"\1_3", name, flags=re.IGNORECASE)
+    if strips != {text for text, token in added.items() if token.special} - NEVER_STRIP or not {"</s>", *NEVER_STRIP} <= set(added):
+        raise ModelError(f"the tokens {', '.join(sorted(strips)[:3])} swallow the spaces behind them: llama.cpp does that for Phi-3's only")
+    return name if any(mark in name.lower() for mark in STRIPS) else f"phi-3 {name}"
 
 
 def pre_tokenizer(state: dict[str, Any]) -> str:
@@ -172,6 +196,8 @@ def _space_prefix(state: dict[str, Any], found: Vocabulary) -> bool:
         if pre["prepend_scheme"] == "first":
             found.leading = " "
             found.notes.append("plain text that begins without a control token is read without the space that the tokenizer puts first")
+        elif pre["prepend_scheme"] == "always":
+            found.notes.append("a text that begins with a space is read with one more: llama.cpp puts its space before that one too")
         return PREFIXES[pre["prepend_scheme"]]
     raise ModelError(f"the tokenizer normalizes text in a way that llama.cpp does not: normalizer {normalizer}, pre_tokenizer {pre}")
 

@@ -78,7 +78,8 @@ def export(
         made = exportable(_whole(loaded), loaded.tokenizer, loaded.chat.template, name)
         reference = _reference(loaded, progress)
         if lora:
-            rows = [_write_lora(loaded, made, reference, kinds[0], work / files[0].name, progress)]
+            adapter = loaded.run.adapter_path if loaded.run else path
+            rows = [_write_lora(loaded, adapter, made, reference, kinds[0], work / files[0].name, progress)]
         else:
             state = loaded.forward.model.state_dict()
             rows = [
@@ -184,11 +185,15 @@ def _write_merged(
 
 
 def _write_lora(
-    loaded: LoadedModel, made: Exportable, reference: Reference, kind: ExportType, file: Path, progress: Progress
+    loaded: LoadedModel,
+    adapter: Path,
+    made: Exportable,
+    reference: Reference,
+    kind: ExportType,
+    file: Path,
+    progress: Progress,
 ) -> dict[str, Any]:
     """The adapter's file, verified over its base in f16, which is removed again."""
-    run = loaded.run
-    adapter = run.adapter_path if run else Path(loaded.forward.model.peft_config["default"].base_model_name_or_path)
     progress(f"writing the adapter in {kind.name}", 0, 1)
     write_adapter(file, adapter, made.description, made.name, kind.block)
     base = file.with_name("base.gguf")
