@@ -12,7 +12,7 @@ from tiny import CHATML, GEMMA3_LAYERS
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog's owner isn't pleased: they're late.\n\n",
     "def f(x):\n    return x ** 2 + 3.14159  # twice the 2026th    time\n",
-    "오늘 날씨가 어때요? 안녕하세요, 오늘은 날씨가 좋아요. Привет, мир! Привет! 你好，世界！你好！\n",
+    "오늘 날씨가 어때요? 안녕하세요, 오늘은 날씨가 좋아요. Привет, мир! Привет! 你好，世界！你好！\n",  # noqa: RUF001
     "WE'VE SEEN 1,000,000 naïve cafés №½ 🚀🚀 in the HTTPServer and the parseXML of the user.\n",
 ] * 3
 
@@ -37,7 +37,9 @@ MISTRAL = (
 )
 
 
-def byte_level(name: str, template: str = CHATML, end: str = "<|im_end|>", marks: tuple[str, ...] = ("<|im_start|>",), **more: Any) -> Any:
+def byte_level(
+    name: str, template: str = CHATML, end: str = "<|im_end|>", marks: tuple[str, ...] = ("<|im_start|>",), **more: Any
+) -> Any:
     """A trained byte-level BPE tokenizer that cuts text as llama.cpp's pre-tokenizer `name` does."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -62,7 +64,9 @@ def byte_level(name: str, template: str = CHATML, end: str = "<|im_end|>", marks
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+    backend.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
     bos = more.get("bos_token")
     backend.add_special_tokens([end, *marks, *([bos] if bos else [])])
     backend.add_tokens(["<tool_call>"])
@@ -70,7 +74,9 @@ def byte_level(name: str, template: str = CHATML, end: str = "<|im_end|>", marks
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
         )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=end, clean_up_tokenization_spaces=False, **more)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=end, clean_up_tokenization_spaces=False, **more
+    )
     tokenizer.chat_template = template
     return tokenizer
 
@@ -83,7 +89,17 @@ def sentencepiece(
     `space`: `legacy` (Llama 2: a space before each text between control tokens), `always`, `first` (Mistral v0.3), `none` (Gemma).
     The tokens `strips` swallow the spaces behind them, as Phi-3's do.
     """
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     trained = Tokenizer(models.BPE())
@@ -117,7 +133,10 @@ def sentencepiece(
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        **{"unk_token": "<unk>", "bos_token": "<s>", "eos_token": end, "pad_token": end},
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token=end,
+        pad_token=end,
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = template
@@ -164,7 +183,10 @@ def family(name: str) -> dict[str, Any]:
             "family": "qwen2",
             "tokenizer": byte_level("qwen2"),
             "rope_parameters": {
-                **{"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 64},
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "rope_theta": 1e4,
+                "original_max_position_embeddings": 64,
             },
         },
         "mistral": {"tokenizer": sentencepiece("legacy", MISTRAL), "sliding_window": None},

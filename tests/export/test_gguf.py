@@ -159,7 +159,9 @@ def test_the_mixture_of_q4_k_m_is_llama_cpps() -> None:
     assert block_of("token_embd.weight", (320, 576), kind, 16, 4, tied=True) == "Q8_0"
 
 
-@pytest.mark.parametrize(("block", "within"), [("Q8_0", 0.006), ("Q6_K", 0.02), ("Q5_K", 0.04), ("Q4_K", 0.08), ("Q3_K", 0.17)])
+@pytest.mark.parametrize(
+    ("block", "within"), [("Q8_0", 0.006), ("Q6_K", 0.02), ("Q5_K", 0.04), ("Q4_K", 0.08), ("Q3_K", 0.17)]
+)
 def test_blocks_hold_the_values(block: str, within: float) -> None:
     """The gguf package's reading of what llama.cpp's quantizer wrote, against normal values."""
     import gguf
@@ -176,7 +178,10 @@ def test_every_type_is_written_and_smaller_than_the_next(models: Any, tmp_path: 
     order = ["q4_0", "q5_0", "q8_0", "f16", "f32"]  # 64 wide: the K types take blocks of 32 here
     assert sorted(order, key=size.__getitem__) == order
     for row in result["files"]:
-        assert keys(Path(row["path"]))["general.file_type"] == __import__("gguf").LlamaFileType[TYPES[row["type"]].file_type]
+        assert (
+            keys(Path(row["path"]))["general.file_type"]
+            == __import__("gguf").LlamaFileType[TYPES[row["type"]].file_type]
+        )
 
 
 # -- an adapter --------------------------------------------------------------------------------------------------------
@@ -214,7 +219,9 @@ def test_a_run_is_merged_and_exported(run: Path, models: Any) -> None:
     base = load_file(models("llama") / "model.safetensors")["model.layers.0.self_attn.v_proj.weight"]
     expected = base + 32 / 16**0.5 * b @ a
     assert (expected - base).norm() > 0.05 * base.norm()
-    torch.testing.assert_close(torch.from_numpy(read(Path(row["path"]))["blk.0.attn_v.weight"]), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        torch.from_numpy(read(Path(row["path"]))["blk.0.attn_v.weight"]), expected, rtol=1e-5, atol=1e-6
+    )
     assert sorted(path.name for path in (run / "gguf").iterdir()) == ["run-f32.Modelfile", "run-f32.gguf"]
 
 
@@ -238,7 +245,9 @@ def test_an_adapter_of_its_own_computes_over_the_base(run: Path, tmp_path: Path)
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_computes_something_else_is_not_kept(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_computes_something_else_is_not_kept(
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Weights spoiled behind the source's back: nothing stays, and the error says how far off it is."""
     plain = workflow.write_model
 
@@ -247,7 +256,9 @@ def test_a_file_that_computes_something_else_is_not_kept(models: Any, tmp_path: 
         plain(path, {**state, name: state[name].flip(0)}, *others)
 
     monkeypatch.setattr(workflow, "write_model", spoiled)
-    with pytest.raises(VerificationError, match=r"q8_0: llama.cpp does not compute .* KL .*\(allowed: 0.03\).*nothing was kept"):
+    with pytest.raises(
+        VerificationError, match=r"q8_0: llama.cpp does not compute .* KL .*\(allowed: 0.03\).*nothing was kept"
+    ):
         export(models("llama"), "gguf:q8_0", tmp_path / "out", device="cpu")
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -257,11 +268,13 @@ def test_what_gguf_cannot_say_is_refused(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "a", **{**shape, "query_pre_attn_scalar": 32})
     with pytest.raises(ModelError, match=r"query_pre_attn_scalar is 32: llama.cpp scales by 16"):
         export(folder, "gguf:f16", device="cpu")
-    folder = make_tiny_model(tmp_path / "b", family="smollm3", hidden=64, vocab=800, tokenizer=family("llama")["tokenizer"])
+    folder = make_tiny_model(
+        tmp_path / "b", family="smollm3", hidden=64, vocab=800, tokenizer=family("llama")["tokenizer"]
+    )
     with pytest.raises(ModelError, match="model_type 'smollm3' cannot be exported"):
         export(folder, "gguf:f16", device="cpu")
     folder = make_tiny_model(tmp_path / "c", **{**family("llama"), "hidden_act": "relu"})
-    with pytest.raises(ModelError, match="hidden_act is 'relu': llama.cpp computes silu"):
+    with pytest.raises(ModelError, match=r"hidden_act is 'relu': llama.cpp computes silu"):
         export(folder, "gguf:f16", device="cpu")
 
 
@@ -293,4 +306,6 @@ def test_a_space_before_the_first_text_only(tmp_path: Path) -> None:
     shape = family("mistral")
     tokenizer = sentencepiece("first", shape["tokenizer"].chat_template)
     result = export(make_tiny_model(tmp_path / "m", **{**shape, "tokenizer": tokenizer}), "gguf:f16", device="cpu")
-    assert result["notes"] == ["plain text that begins without a control token is read without the space that the tokenizer puts first"]
+    assert result["notes"] == [
+        "plain text that begins without a control token is read without the space that the tokenizer puts first"
+    ]

@@ -49,7 +49,10 @@ def test_another_name_reads_other_tokens(tmp_path: Path, monkeypatch: pytest.Mon
     from tunesmith.export import gguf_tokenizer
 
     monkeypatch.setattr(gguf_tokenizer, "pre_tokenizer", lambda state: "smollm")
-    with pytest.raises(VerificationError, match=r"llama.cpp reads other tokens in a difficult text: at token \d+ \(near .*nothing was kept"):
+    with pytest.raises(
+        VerificationError,
+        match=r"llama.cpp reads other tokens in a difficult text: at token \d+ \(near .*nothing was kept",
+    ):
         exported(tmp_path, byte_level("llama-bpe"))
     assert not list(tmp_path.rglob("*.gguf"))
 
@@ -59,7 +62,13 @@ def test_sentencepiece_tokens_are_the_same_ids_in_llama_cpp(space: str, tmp_path
     tokenizer = sentencepiece(space, CHATML, marks=("<|im_start|>", "<|im_end|>"))
     with LlamaCpp(exported(tmp_path, tokenizer)) as opened:
         # Metaspace adds no space to one that is there, llama.cpp does: the export says so.
-        for text in (DIFFICULT, *([" two  spaces"] if space != "always" else []), "x", "\n\n", "<|im_start|>user\nhi<|im_end|>"):
+        for text in (
+            DIFFICULT,
+            *([" two  spaces"] if space != "always" else []),
+            "x",
+            "\n\n",
+            "<|im_start|>user\nhi<|im_end|>",
+        ):
             expected = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert opened.tokenize(text, control_tokens=True) == expected, text
         assert opened.tokenize("hi", control_tokens=True, add_special=True) == tokenizer("hi")["input_ids"]
@@ -115,10 +124,12 @@ def test_the_name_says_whether_control_tokens_swallow_spaces() -> None:
         model_name("mine", odd)
 
 
-def test_a_template_that_llama_cpp_renders_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_llama_cpp_renders_otherwise_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = workflow.LlamaCpp.render
     monkeypatch.setattr(workflow.LlamaCpp, "render", lambda self, messages: plain(self, messages) + " ")
-    with pytest.raises(VerificationError, match="llama.cpp renders the chat template otherwise: .*nothing was kept"):
+    with pytest.raises(VerificationError, match=r"llama.cpp renders the chat template otherwise: .*nothing was kept"):
         exported(tmp_path, byte_level("gpt-2"))
 
 

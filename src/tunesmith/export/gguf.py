@@ -38,8 +38,7 @@ class Exportable:
 
 
 def exportable(model: Any, tokenizer: Any, template: str | None, name: str) -> Exportable:
-    """Whether and how `model` can be written; `template` is its chat template. Raises ModelError, or MachineError without `gguf`."""
-    _require_gguf()
+    """Whether and how `model` can be written; `template` is its chat template. Raises ModelError."""
     description = describe(model.config)
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = tuple(ends) if isinstance(ends, list) else (ends,) if ends is not None else ()
@@ -82,7 +81,6 @@ def write_adapter(path: Path, folder: Path, description: Description, name: str,
     from safetensors.torch import load_file
 
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    _require_gguf()
     _refuse_beyond_lora(settings)
     state = load_file(folder / "adapter_model.safetensors")
     names = tensor_names(description)
@@ -113,15 +111,20 @@ def write_adapter(path: Path, folder: Path, description: Description, name: str,
     _write(path, writer, weights)
 
 
-def _require_gguf() -> None:
+def require_packages() -> None:
+    """Raise MachineError unless the packages that write and verify GGUF are there."""
     import importlib.util
 
-    if importlib.util.find_spec("gguf") is None:
+    if any(importlib.util.find_spec(name) is None for name in ("gguf", "xllamacpp")):
         raise MachineError(NEEDS_GGUF)
 
 
 def _refuse_beyond_lora(settings: dict[str, Any]) -> None:
-    wrong = [key for key in ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices") if settings.get(key)]
+    wrong = [
+        key
+        for key in ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices")
+        if settings.get(key)
+    ]
     if settings.get("bias", "none") != "none":
         wrong.append("bias")
     if settings.get("peft_type") != "LORA" or wrong:
@@ -134,7 +137,11 @@ def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
     import re
 
     alpha = next(
-        (value for key, value in (settings.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({key})$", module)),
+        (
+            value
+            for key, value in (settings.get("alpha_pattern") or {}).items()
+            if re.match(rf"(.*\.)?({key})$", module)
+        ),
         settings["lora_alpha"],
     )
     return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)

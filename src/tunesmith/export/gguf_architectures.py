@@ -153,7 +153,9 @@ def _describe_yarn(config: Any, found: Description, rope: dict[str, Any]) -> Non
     }
     usual = 0.1 * math.log(rope["factor"]) + 1.0  # YaRN's (arXiv 2309.00071), which llama.cpp computes itself
     if (scale := rope.get("attention_factor")) is not None and abs(scale - usual) > 1e-6:
-        raise ModelError(f"attention_factor of YaRN is {scale}: llama.cpp computes {usual:.4f} for factor {rope['factor']}")
+        raise ModelError(
+            f"attention_factor of YaRN is {scale}: llama.cpp computes {usual:.4f} for factor {rope['factor']}"
+        )
     for key in ("beta_fast", "beta_slow"):
         if rope.get(key) is not None:
             found.keys[f"rope.scaling.yarn_{key}"] = float(rope[key])
@@ -169,7 +171,9 @@ def _describe_longrope(config: Any, found: Description, rope: dict[str, Any], ro
     for length in ("long", "short"):
         factors = rope[f"{length}_factor"]
         if len(factors) != rotated // 2:
-            raise ModelError(f"{length}_factor has {len(factors)} values, expected {rotated // 2}: half of what is rotated")
+            raise ModelError(
+                f"{length}_factor has {len(factors)} values, expected {rotated // 2}: half of what is rotated"
+            )
         found.tensors[f"rope_factors_{length}.weight"] = np.asarray(factors, dtype=np.float32)
 
 
@@ -179,7 +183,7 @@ def _describe_windows(config: Any, found: Description) -> None:
     layers = getattr(config, "layer_types", None) or []
     slides = bool(window) and ("sliding_attention" in layers or not layers)
     if config.model_type in PERIOD:
-        if not slides and layers:
+        if not window or not slides:
             raise ModelError(f"{config.model_type} without sliding layers cannot be written to GGUF")
         found.keys["attention.sliding_window"] = int(window)
         period = _period(layers) if layers else PERIOD[config.model_type]
@@ -200,7 +204,9 @@ def _period(layers: list[str]) -> int:
     period = layers.index("full_attention") + 1 if "full_attention" in layers else len(layers) + 1
     expected = ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(len(layers))]
     if layers != expected:
-        raise ModelError(f"layer_types follow no period that GGUF can say (full layers: every {period}th expected): {layers}")
+        raise ModelError(
+            f"layer_types follow no period that GGUF can say (full layers: every {period}th expected): {layers}"
+        )
     return period
 
 
@@ -217,7 +223,9 @@ def _describe_gemma(config: Any, found: Description, head_dim: int) -> None:
     attention, final = config.attn_logit_softcapping, config.final_logit_softcapping
     if config.model_type == "gemma2":
         if not attention or not final:
-            raise ModelError("gemma2 without soft-caps: llama.cpp always caps; expected attn_ and final_logit_softcapping")
+            raise ModelError(
+                "gemma2 without soft-caps: llama.cpp always caps; expected attn_ and final_logit_softcapping"
+            )
         found.keys["attn_logit_softcapping"] = float(attention)
     elif attention:
         raise ModelError("gemma3 with attn_logit_softcapping: llama.cpp has none for it")

@@ -91,7 +91,13 @@ class LlamaCpp:
         # The answer is forced to be a letter: of an end token, or half a character, the server shows no probabilities. What it shows
         # are the model's own, before any bias.
         letter = [[self.tokenize("a", control_tokens=False)[-1], 1000.0]]
-        settings = {"n_predict": 1, "n_probs": CANDIDATES, "cache_prompt": True, "logit_bias": letter, "ignore_eos": True}
+        settings = {
+            "n_predict": 1,
+            "n_probs": CANDIDATES,
+            "cache_prompt": True,
+            "logit_bias": letter,
+            "ignore_eos": True,
+        }
         for end in range(1, len(ids) + 1):
             answer = self._complete(list(ids[:end]), **settings)
             top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]

@@ -43,10 +43,17 @@ class Kind:
         roles = [("system", self.system), ("user", self.user), ("assistant", self.assistant)]
         known = [(role, turn) for role, turn in roles if turn is not None]
         branches = [f'eq .Role "{role}" }}}}{turn[0]}{{{{ .Content }}}}{turn[1]}' for role, turn in known]
-        return f"{self.start}{{{{ range .Messages }}}}{{{{ if " + "{{ else if ".join(branches) + "{{ end }}{{ end }}" + self.opening
+        return (
+            f"{self.start}{{{{ range .Messages }}}}{{{{ if "
+            + "{{ else if ".join(branches)
+            + "{{ end }}{{ end }}"
+            + self.opening
+        )
 
 
-def _marked(name: str, mark: str, end: str, *, gap: str, after: str, model: str = "assistant", system: bool = True) -> Kind:
+def _marked(
+    name: str, mark: str, end: str, *, gap: str, after: str, model: str = "assistant", system: bool = True
+) -> Kind:
     """A format with a marker that names the role (`mark` has %s for it), and an end of turn."""
     before = {role: mark % role + gap for role in ("user", "system", model)}
     turn = {role: (text, end + after) for role, text in before.items()}
@@ -92,7 +99,9 @@ def match(render: Render, bos: str) -> Match | None:
         alone = prompt(USER)
         default = _default_system(kind, alone)
         given = [Message("system", default)] if default is not None else []
-        if alone != kind.render([*given, USER]) or prompt(USER, ANSWER, MORE) != kind.render([*given, USER, ANSWER, MORE]):
+        if alone != kind.render([*given, USER]) or prompt(USER, ANSWER, MORE) != kind.render(
+            [*given, USER, ANSWER, MORE]
+        ):
             continue
         if kind.system is not None and prompt(SYSTEM, USER) != kind.render([SYSTEM, USER]):
             if default is not None:
@@ -123,7 +132,9 @@ def modelfile(file_name: str, found: Match | None, stops: list[str]) -> str:
     else:
         lines.append(f'TEMPLATE """{found.kind.go_template()}"""')
         if found.kind.system is None:
-            lines.append(f"# The template has no system turn ({found.kind.name}): put instructions into the first user message.")
+            lines.append(
+                f"# The template has no system turn ({found.kind.name}): put instructions into the first user message."
+            )
         if found.default_system is not None:
             lines.append(f'SYSTEM """{found.default_system}"""')
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]

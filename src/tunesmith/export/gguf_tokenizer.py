@@ -74,9 +74,13 @@ def vocabulary(tokenizer: Any, rows: int, ends: tuple[int, ...] = ()) -> Vocabul
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     if model["type"] != "BPE":
-        raise ModelError(f"the tokenizer is {model['type']}: GGUF export knows BPE (byte-level, or SentencePiece with byte tokens)")
+        raise ModelError(
+            f"the tokenizer is {model['type']}: GGUF export knows BPE (byte-level, or SentencePiece with byte tokens)"
+        )
     if len(tokenizer) > rows:
-        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {rows}: resize the embeddings first")
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embeddings {rows}: resize the embeddings first"
+        )
     ranks = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     sentencepiece = bool(model.get("byte_fallback")) and "ByteLevel" not in _shape(state)
     found = Vocabulary("llama" if sentencepiece else "gpt2", "default", *_tokens(tokenizer, state, rows, sentencepiece))
@@ -91,7 +95,9 @@ def vocabulary(tokenizer: Any, rows: int, ends: tuple[int, ...] = ()) -> Vocabul
         if normalizers := [step["type"] for step in _steps(state.get("normalizer"), "normalizers")]:
             if normalizers != ["NFC"]:
                 raise ModelError(f"the tokenizer normalizes text ({', '.join(normalizers)}): llama.cpp does not")
-            found.notes.append("the tokenizer composes characters first (NFC), llama.cpp does not: decomposed accents are other tokens")
+            found.notes.append(
+                "the tokenizer composes characters first (NFC), llama.cpp does not: decomposed accents are other tokens"
+            )
     found.specials = _specials(tokenizer, ends)
     plain = tokenizer("a")["input_ids"]
     found.flags["add_bos_token"] = plain[:1] == [tokenizer.bos_token_id]
@@ -107,11 +113,18 @@ def model_name(name: str, tokenizer: Any) -> str:
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
     strips = {text for text, token in added.items() if token.rstrip}
     if any(token.lstrip or token.single_word for token in added.values()):
-        raise ModelError("an added token swallows spaces before it, or matches whole words only: llama.cpp has no such tokens")
+        raise ModelError(
+            "an added token swallows spaces before it, or matches whole words only: llama.cpp has no such tokens"
+        )
     if not strips:
         return re.sub(r"(phi)-?3", r"\1_3", name, flags=re.IGNORECASE)
-    if strips != {text for text, token in added.items() if token.special} - NEVER_STRIP or not {"</s>", *NEVER_STRIP} <= set(added):
-        raise ModelError(f"the tokens {', '.join(sorted(strips)[:3])} swallow the spaces behind them: llama.cpp does that for Phi-3's only")
+    if strips != {text for text, token in added.items() if token.special} - NEVER_STRIP or not {
+        "</s>",
+        *NEVER_STRIP,
+    } <= set(added):
+        raise ModelError(
+            f"the tokens {', '.join(sorted(strips)[:3])} swallow the spaces behind them: llama.cpp does that for Phi-3's only"
+        )
     return name if any(mark in name.lower() for mark in STRIPS) else f"phi-3 {name}"
 
 
@@ -195,11 +208,17 @@ def _space_prefix(state: dict[str, Any], found: Vocabulary) -> bool:
     if not steps and pre is not None and pre["type"] == "Metaspace":
         if pre["prepend_scheme"] == "first":
             found.leading = " "
-            found.notes.append("plain text that begins without a control token is read without the space that the tokenizer puts first")
+            found.notes.append(
+                "plain text that begins without a control token is read without the space that the tokenizer puts first"
+            )
         elif pre["prepend_scheme"] == "always":
-            found.notes.append("a text that begins with a space is read with one more: llama.cpp puts its space before that one too")
+            found.notes.append(
+                "a text that begins with a space is read with one more: llama.cpp puts its space before that one too"
+            )
         return PREFIXES[pre["prepend_scheme"]]
-    raise ModelError(f"the tokenizer normalizes text in a way that llama.cpp does not: normalizer {normalizer}, pre_tokenizer {pre}")
+    raise ModelError(
+        f"the tokenizer normalizes text in a way that llama.cpp does not: normalizer {normalizer}, pre_tokenizer {pre}"
+    )
 
 
 def _specials(tokenizer: Any, ends: tuple[int, ...]) -> dict[str, int]:

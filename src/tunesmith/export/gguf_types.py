@@ -135,7 +135,9 @@ def find_type(name: str) -> ExportType:
     return TYPES[name.lower()]
 
 
-def block_of(name: str, shape: tuple[int, ...], kind: ExportType, num_layers: int, queries_per_key: int, tied: bool) -> str:
+def block_of(
+    name: str, shape: tuple[int, ...], kind: ExportType, num_layers: int, queries_per_key: int, tied: bool
+) -> str:
     """The block type of the tensor `name` (GGUF's name) of `shape` (rows first) in a file of type `kind`."""
     match = ROLE.fullmatch(name)
     if len(shape) < 2 or match is None or match[2].endswith("_norm"):
@@ -201,5 +203,7 @@ def _quantize_in_llama_cpp(values: np.ndarray, kind: Any) -> np.ndarray:
     out = np.empty((rows, values.shape[1] // width * size), dtype=np.uint8)
     written = function(int(kind), values.ctypes.data, out.ctypes.data, 0, rows, values.shape[1], None)
     if written != out.nbytes:
-        raise MachineError(f"llama.cpp's quantizer wrote {written} bytes of {kind.name} where {out.nbytes} were expected")
+        raise MachineError(
+            f"llama.cpp's quantizer wrote {written} bytes of {kind.name} where {out.nbytes} were expected"
+        )
     return out

@@ -18,7 +18,7 @@ import torch
 
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, DataError, ModelError, RunError, VerificationError
-from tunesmith.export.gguf import Exportable, exportable, write_adapter, write_model
+from tunesmith.export.gguf import Exportable, exportable, require_packages, write_adapter, write_model
 from tunesmith.export.gguf_llama_cpp import SPEED_TOKENS, Agreement, LlamaCpp, agreement
 from tunesmith.export.gguf_ollama import match, modelfile
 from tunesmith.export.gguf_types import ExportType, find_type
@@ -32,7 +32,7 @@ from tunesmith.workflows.merge import merge
 DIFFICULT = (
     "I'll, we'VE and they're — “naïve” café №½; 3.14159 + 1,000,000 = 2026年11月27日?\n\n\n"
     "\tdef f(x):\r\n        return x**2  # twice\t\t\n"
-    "오늘 날씨가 어때요? 你好，世界！ Привет, мир! שלום नमस्ते ไทย\n"
+    "오늘 날씨가 어때요? 你好，世界！ Привет, мир! שלום नमस्ते ไทย\n"  # noqa: RUF001
     "🚀👩‍👩‍👧‍👦🏳️‍🌈 x\u00a0y\u200bz   end  "
 )
 """Contractions in both cases, numbers, runs of spaces and line ends, scripts with and without spaces, joined emoji."""
@@ -69,6 +69,7 @@ def export(
     path = Path(target)
     name = _name(path)
     files = _files(path, name, kinds, Path(out) if out else None, lora)
+    require_packages()
     folder = files[0].parent
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,7 +162,9 @@ def _reference(loaded: LoadedModel, progress: Progress) -> Reference:
     for number, ids in enumerate(prompts):
         progress("the source's probabilities", number, len(prompts))
         with torch.no_grad():
-            rows.append(loaded.forward.model(input_ids=torch.tensor([ids], device=loaded.hardware.device)).logits[0].cpu())
+            rows.append(
+                loaded.forward.model(input_ids=torch.tensor([ids], device=loaded.hardware.device)).logits[0].cpu()
+            )
     progress("the source's probabilities", len(prompts), len(prompts))
     return Reference(prompts, rows)
 
@@ -238,7 +241,9 @@ def compare_templates(opened: LlamaCpp, chat: ChatFormat, made: Exportable) -> N
             continue  # a template without system turns
         found = opened.render([{"role": one.role, "content": one.content} for one in messages])
         if found not in (expected, expected.removeprefix(chat.tokenizer.bos_token or "")):
-            raise VerificationError(f"llama.cpp renders the chat template otherwise: {found!r}, expected {expected!r}; nothing was kept")
+            raise VerificationError(
+                f"llama.cpp renders the chat template otherwise: {found!r}, expected {expected!r}; nothing was kept"
+            )
 
 
 def compare_tokens(opened: LlamaCpp, loaded: LoadedModel, made: Exportable) -> None:
@@ -259,7 +264,9 @@ def compare_tokens(opened: LlamaCpp, loaded: LoadedModel, made: Exportable) -> N
 def _same(expected: list[int], found: list[int], tokenizer: Any, what: str) -> None:
     if expected == found:
         return
-    at = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), min(len(expected), len(found))
+    )
     here = tokenizer.decode(expected[max(0, at - 3) : at + 3])
     raise VerificationError(
         f"llama.cpp reads other tokens in {what}: at token {at} (near {here!r}) it has {found[at : at + 4]}, the tokenizer "
