@@ -192,7 +192,13 @@ def family(name: str) -> dict[str, Any]:
         "mistral": {"tokenizer": sentencepiece("legacy", MISTRAL), "sliding_window": None},
         "qwen2": {"tokenizer": byte_level("qwen2")},
         "qwen3": {"tokenizer": byte_level("qwen2"), "head_dim": 32},
-        "gemma2": {"tokenizer": gemma_tokenizer(), **gemma},
+        "gemma2": {
+            "tokenizer": gemma_tokenizer(),
+            **gemma,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "rms_norm_eps": 1e-3,
+        },
         "gemma3_text": {
             "tokenizer": gemma_tokenizer(),
             **gemma,
@@ -205,6 +211,12 @@ def family(name: str) -> dict[str, Any]:
         "phi3": {
             "tokenizer": phi3_tokenizer(),
             "rope_parameters": LONG,
+        },
+        "phi4": {
+            "family": "phi3",
+            "tokenizer": byte_level("gpt-4o", PHI3, "<|end|>", ("<|user|>", "<|assistant|>", "<|system|>")),
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
         },
     }
     return {"family": name, **base, **kinds[name]}
@@ -223,5 +235,5 @@ def phi3_tokenizer() -> Any:
 
 FAMILIES = (
     *("llama", "llama3", "llama-biases", "linear", "yarn", "mistral", "qwen2", "qwen3"),
-    *("gemma2", "gemma3_text", "phi3"),
+    *("gemma2", "gemma3_text", "phi3", "phi4"),
 )
