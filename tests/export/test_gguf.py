@@ -69,7 +69,14 @@ def test_llama_cpp_computes_what_the_source_does(name: str, models: Any, tmp_pat
     assert by_type["f32"]["top1"] == 1.0
     assert 1e-5 < by_type["q8_0"]["kl"] < 1e-3
     assert by_type["q8_0"]["kl"] < by_type["q4_k_m"]["kl"] < 0.03
-    kinds = {"llama3": "llama3", "mistral": "mistral", "gemma2": "gemma", "gemma3_text": "gemma", "phi3": "phi3", "phi4": "phi3"}
+    kinds = {
+        "llama3": "llama3",
+        "mistral": "mistral",
+        "gemma2": "gemma",
+        "gemma3_text": "gemma",
+        "phi3": "phi3",
+        "phi4": "phi3",
+    }
     assert result["ollama_template"] == kinds.get(name, "chatml")
 
 
