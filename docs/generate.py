@@ -43,6 +43,7 @@ COMMANDS = (
     "adapters list",
     "adapters show",
     "adapters verify",
+    "export",
     "report",
     "doctor",
     "advise",

@@ -20,6 +20,7 @@ from tunesmith.cli.chat import chat
 from tunesmith.cli.compare import compare, sweep
 from tunesmith.cli.data import app as data_app
 from tunesmith.cli.evaluate import evaluate, one_line
+from tunesmith.cli.export import export
 from tunesmith.cli.merge import merge
 from tunesmith.cli.plan import plan
 from tunesmith.cli.serve import serve
@@ -226,6 +227,7 @@ app.command()(advise)
 app.command()(plan)
 app.command()(bench)
 app.command()(serve)
+app.command()(export)
 
 
 def main() -> None:

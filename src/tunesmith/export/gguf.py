@@ -1,0 +1,190 @@
+"""Write a model, or a LoRA adapter, as one GGUF file.
+
+The file's layout is the `gguf` package's (GGUFWriter). Tensors are quantized one after another as they are written, so that beside the
+model itself one tensor is in memory. What stands in which key: gguf_architectures, gguf_tokenizer and gguf_types.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tunesmith.errors import MachineError, ModelError
+from tunesmith.export.gguf_architectures import Description, as_stored, describe, tensor_names, tensors, translate
+from tunesmith.export.gguf_tokenizer import Vocabulary, model_name, vocabulary
+from tunesmith.export.gguf_types import NEEDS_GGUF, ExportType, block_of, block_width, quantize
+from tunesmith.files import disk_errors
+
+
+@dataclass(frozen=True, slots=True)
+class Exportable:
+    """A model that can be written: its description and vocabulary, made before any weight is touched."""
+
+    description: Description
+    vocabulary: Vocabulary
+    template: str | None
+    name: str
+
+    @property
+    def notes(self) -> list[str]:
+        """What llama.cpp does otherwise."""
+        return [*self.description.notes, *self.vocabulary.notes]
+
+
+def exportable(model: Any, tokenizer: Any, template: str | None, name: str) -> Exportable:
+    """Whether and how `model` can be written; `template` is its chat template. Raises ModelError."""
+    description = describe(model.config)
+    ends = getattr(model.generation_config, "eos_token_id", None)
+    ends = tuple(ends) if isinstance(ends, list) else (ends,) if ends is not None else ()
+    rows = model.get_input_embeddings().weight.shape[0]
+    return Exportable(description, vocabulary(tokenizer, rows, ends), template, model_name(name, tokenizer))
+
+
+def write_model(path: Path, state: dict[str, torch.Tensor], made: Exportable, kind: ExportType) -> None:
+    """Write the tensors of `state` (transformers' names) in `kind` to `path`. Raises ModelError for a tensor without a place."""
+    import gguf
+
+    found = made.description
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[found.architecture]])
+    writer.add_type("model")
+    writer.add_name(made.name)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_file_type(gguf.LlamaFileType[kind.file_type])
+    _add_keys(writer, found)
+    _add_vocabulary(writer, made.vocabulary)
+    if made.template:
+        writer.add_chat_template(made.template)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor, str]]:
+        for name, tensor in tensors(state, found):
+            shape = tuple(tensor.shape)
+            yield name, tensor, block_of(name, shape, kind, found.num_layers, found.queries_per_key, found.tied)
+        for name, values in found.tensors.items():
+            yield name, torch.from_numpy(values), "F32"
+
+    _write(path, writer, weights)
+
+
+def write_adapter(path: Path, folder: Path, description: Description, name: str, block: str = "F16") -> None:
+    """Write the PEFT LoRA adapter in `folder` as a LoRA GGUF: W + (α / r) · B · A, A as `W.lora_a`, B as `W.lora_b`.
+
+    llama.cpp divides one α by each pair's rank; where PEFT scales a pair otherwise (rsLoRA, patterns), B is multiplied by the quotient.
+    Raises ModelError for an adapter that is more than such pairs.
+    """
+    import gguf
+    from safetensors.torch import load_file
+
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    _refuse_beyond_lora(settings)
+    state = load_file(folder / "adapter_model.safetensors")
+    names = tensor_names(description)
+    alpha = float(settings["lora_alpha"])
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    for key in [key for key in state if key.endswith(".lora_A.weight")]:
+        module = key.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
+        a, b = state.pop(key).float(), state.pop(key.replace("lora_A", "lora_B")).float()
+        scale = _scale(settings, module, a.shape[0])
+        target = translate(f"{module}.weight", names, description)
+        b = as_stored(f"{module}.weight", b, description) * (scale * a.shape[0] / alpha)
+        pairs[target] = (a, b)
+    if state:
+        raise ModelError(
+            f"{folder}: {min(state)} is not part of a LoRA pair, and a LoRA GGUF holds nothing else; export the merged model instead"
+        )
+    writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[description.architecture]])
+    writer.add_type("adapter")
+    writer.add_name(name)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+
+    def weights() -> Iterator[tuple[str, torch.Tensor, str]]:
+        for target, (a, b) in pairs.items():
+            for part, tensor in (("lora_a", a), ("lora_b", b)):
+                yield f"{target}.{part}", tensor, block if tensor.shape[-1] % block_width(block) == 0 else "F16"
+
+    _write(path, writer, weights)
+
+
+def require_packages() -> None:
+    """Raise MachineError unless the packages that write and verify GGUF are there."""
+    import importlib.util
+
+    if any(importlib.util.find_spec(name) is None for name in ("gguf", "xllamacpp")):
+        raise MachineError(NEEDS_GGUF)
+
+
+def _refuse_beyond_lora(settings: dict[str, Any]) -> None:
+    wrong = [
+        key
+        for key in ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices")
+        if settings.get(key)
+    ]
+    if settings.get("bias", "none") != "none":
+        wrong.append("bias")
+    if settings.get("peft_type") != "LORA" or wrong:
+        what = f"{', '.join(wrong)} set" if wrong else f"peft_type {settings.get('peft_type')}"
+        raise ModelError(f"the adapter has {what}: a LoRA GGUF holds B and A only; export the merged model instead")
+
+
+def _scale(settings: dict[str, Any], module: str, rank: int) -> float:
+    """What PEFT multiplies B · A by: α / r, or α / √r (rsLoRA, arXiv 2312.03732); α may be one of `alpha_pattern`."""
+    import re
+
+    alpha = next(
+        (
+            value
+            for key, value in (settings.get("alpha_pattern") or {}).items()
+            if re.match(rf"(.*\.)?({key})$", module)
+        ),
+        settings["lora_alpha"],
+    )
+    return float(alpha) / (rank**0.5 if settings.get("use_rslora") else rank)
+
+
+def _write(path: Path, writer: Any, weights: Callable[[], Iterator[tuple[str, torch.Tensor, str]]]) -> None:
+    """Two passes over `weights`: what stands where, then the values."""
+    import gguf
+
+    for name, tensor, block in weights():
+        kind = gguf.GGMLQuantizationType[block]
+        width, size = gguf.GGML_QUANT_SIZES[kind]
+        # The shape is of values; of bytes it would be only with dtype uint8.
+        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.numel() // width * size, raw_dtype=kind)
+    with disk_errors(path):
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, tensor, block in weights():
+            writer.write_tensor_data(quantize(tensor.detach().float().cpu().numpy(), block))
+        writer.close()
+
+
+def _add_keys(writer: Any, found: Description) -> None:
+    """The keys of the description; `scaling.type` is a word, counts are unsigned, the rest are floats."""
+    import gguf
+
+    prefix = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[found.architecture]]
+    for key, value in found.keys.items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(f"{prefix}.{key}", value)
+
+
+def _add_vocabulary(writer: Any, found: Vocabulary) -> None:
+    writer.add_tokenizer_model(found.model)
+    writer.add_tokenizer_pre(found.pre)
+    writer.add_token_list(found.tokens)
+    writer.add_token_types(found.types)
+    if found.merges:
+        writer.add_token_merges(found.merges)
+    if found.scores:
+        writer.add_token_scores(found.scores)
+    for name, number in found.specials.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
+    for name, flag in found.flags.items():
+        writer.add_bool(f"tokenizer.ggml.{name}", flag)

@@ -1,0 +1,318 @@
+"""GGUF files: llama.cpp and transformers, each on its own, compute from them what the source computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gguf_models import FAMILIES, family, sentencepiece
+from tiny import chat_rows, make_tiny_model, write_jsonl
+from tunesmith.errors import ConfigError, ModelError, RunError, VerificationError
+from tunesmith.export.gguf_architectures import pair_rows
+from tunesmith.export.gguf_types import TYPES, block_of, find_type, quantize
+from tunesmith.workflows import export as workflow
+from tunesmith.workflows.export import export
+
+IDS = torch.arange(300, 340)[None]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tiny model folder of a family, made once."""
+    folder = tmp_path_factory.mktemp("gguf-models")
+
+    def make(name: str) -> Path:
+        return folder / name if (folder / name).is_dir() else make_tiny_model(folder / name, **family(name))
+
+    return make
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a GGUF file, dequantized by the gguf package, rows first."""
+    import gguf
+
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+def keys(path: Path) -> dict[str, Any]:
+    import gguf
+
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def blocks(path: Path) -> dict[str, str]:
+    import gguf
+
+    return {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+# -- llama.cpp computes the same ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_computes_what_the_source_does(name: str, models: Any, tmp_path: Path) -> None:
+    """In f32 the probabilities agree to rounding; a wrong norm, rotation, window or cap is off by 1e-3 and more. The export itself
+    has compared the template's renderings and the tokens.
+    """
+    result = export(models(name), "gguf:f32,q8_0,q4_k_m", tmp_path / "out", device="cpu")
+    by_type = {row["type"]: row for row in result["files"]}
+    assert by_type["f32"]["kl"] < 1e-7  # 1e-12 measured; Gemma, whose GELU is a table of f16 in llama.cpp, 2e-8
+    assert by_type["f32"]["top1"] == 1.0
+    assert 1e-5 < by_type["q8_0"]["kl"] < 1e-3
+    assert by_type["q8_0"]["kl"] < by_type["q4_k_m"]["kl"] < 0.03
+    kinds = {
+        "llama3": "llama3",
+        "mistral": "mistral",
+        "gemma2": "gemma",
+        "gemma3_text": "gemma",
+        "phi3": "phi3",
+        "phi4": "phi3",
+    }
+    assert result["ollama_template"] == kinds.get(name, "chatml")
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
+@pytest.mark.parametrize(("kind", "within"), [("f32", 1e-5), ("f16", 2e-3), ("bf16", 2e-2), ("q8_0", 3e-2)])
+def test_transformers_reads_the_same_weights(name: str, kind: str, within: float, models: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = AutoModelForCausalLM.from_pretrained(models(name), dtype=torch.float32)
+    write(models(name), tmp_path / "model.gguf", kind)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    # The weights one by one: transformers does not read every setting (RoPE factors, Qwen3's head size) from a GGUF file.
+    theirs = found.state_dict()
+    for key, tensor in source.state_dict().items():
+        assert (theirs[key] - tensor).norm() <= within * tensor.norm(), key
+    if name in ("llama", "mistral", "qwen2"):
+        assert (logits(found) - logits(source)).norm() <= 4 * within * logits(source).norm()
+
+
+def write(folder: Path, path: Path, kind: str) -> None:
+    from tunesmith.export.gguf import exportable, write_model
+    from tunesmith.workflows.load import load
+
+    loaded = load(folder, dtype="fp32", device="cpu")
+    made = exportable(loaded.forward.model, loaded.tokenizer, loaded.chat.template, "tiny")
+    write_model(path, loaded.forward.model.state_dict(), made, find_type(kind))
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_keys_of_a_gemma3(models: Any, tmp_path: Path) -> None:
+    write(models("gemma3_text"), tmp_path / "g.gguf", "f16")
+    found = keys(tmp_path / "g.gguf")
+    expected = {
+        "general.architecture": "gemma3",
+        "general.type": "model",
+        "general.file_type": 1,
+        "gemma3.attention.head_count": 4,
+        "gemma3.attention.head_count_kv": 2,
+        "gemma3.attention.key_length": 16,
+        "gemma3.attention.sliding_window": 24,
+        "gemma3.attention.sliding_window_pattern": 2,
+        "gemma3.rope.freq_base": 1e6,
+        "gemma3.rope.freq_base_swa": 1e4,
+        "gemma3.rope.scaling.type": "linear",
+        "gemma3.rope.scaling.factor": 8.0,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.add_bos_token": True,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+    assert {key: found.get(key) for key in expected} == expected
+    assert len(found["tokenizer.ggml.tokens"]) == 800
+    assert found["tokenizer.ggml.tokens"][-1] == "[PAD799]"
+    types = found["tokenizer.ggml.token_type"]
+    tokens = found["tokenizer.ggml.tokens"]
+    assert [types[tokens.index(one)] for one in ("<unk>", "<s>", "<0x0A>", "▁the", "[PAD799]")] == [2, 3, 6, 1, 5]
+
+
+def test_pairs_of_rows_are_what_llama_cpp_rotates() -> None:
+    rows = torch.arange(8.0)[:, None]
+    assert pair_rows(rows, heads=2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_the_mixture_of_q4_k_m_is_llama_cpps() -> None:
+    """Of 16 layers the first two, the last two, and every third between have more bits in attn_v and ffn_down."""
+    kind = find_type("q4_k_m")
+    found = [i for i in range(16) if block_of(f"blk.{i}.ffn_down.weight", (256, 512), kind, 16, 4, False) == "Q6_K"]
+    assert found == [0, 1, 4, 7, 10, 13, 14, 15]
+    of = {
+        name: block_of(name, shape, kind, 16, 4, tied)
+        for name, shape, tied in [
+            ("output.weight", (320, 256), False),
+            ("token_embd.weight", (320, 256), False),
+            ("blk.3.attn_q.weight", (256, 256), False),
+            ("blk.3.attn_qkv.weight", (256, 256), False),
+            ("blk.3.attn_norm.weight", (256,), False),
+            ("blk.3.attn_k.weight", (256, 576), False),  # no multiple of 256
+            ("blk.3.ffn_up.weight", (256, 40), False),  # nor of 32
+        ]
+    }
+    assert list(of.values()) == ["Q6_K", "Q4_K", "Q4_K", "Q5_K", "F32", "Q5_0", "F16"]
+    assert block_of("token_embd.weight", (320, 256), kind, 16, 4, tied=True) == "Q6_K"
+    assert block_of("token_embd.weight", (320, 576), kind, 16, 4, tied=True) == "Q8_0"
+
+
+@pytest.mark.parametrize(
+    ("block", "within"), [("Q8_0", 0.006), ("Q6_K", 0.02), ("Q5_K", 0.04), ("Q4_K", 0.08), ("Q3_K", 0.17)]
+)
+def test_blocks_hold_the_values(block: str, within: float) -> None:
+    """The gguf package's reading of what llama.cpp's quantizer wrote, against normal values."""
+    import gguf
+
+    values = np.random.default_rng(0).standard_normal((8, 512)).astype(np.float32)
+    found = gguf.quants.dequantize(quantize(values, block), gguf.GGMLQuantizationType[block])
+    error = np.linalg.norm(found - values) / np.linalg.norm(values)
+    assert within / 3 < error < within
+
+
+def test_every_type_is_written_and_smaller_than_the_next(models: Any, tmp_path: Path) -> None:
+    result = export(models("qwen3"), "gguf:" + ",".join(TYPES), tmp_path, device="cpu")
+    size = {row["type"]: row["bytes"] for row in result["files"]}
+    order = ["q4_0", "q5_0", "q8_0", "f16", "f32"]  # 64 wide: the K types take blocks of 32 here
+    assert sorted(order, key=size.__getitem__) == order
+    for row in result["files"]:
+        assert (
+            keys(Path(row["path"]))["general.file_type"]
+            == __import__("gguf").LlamaFileType[TYPES[row["type"]].file_type]
+        )
+
+
+# -- an adapter --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tunesmith import api
+    from tunesmith.config import load_config
+
+    folder = tmp_path_factory.mktemp("gguf-run")
+    settings = {
+        "model.name": str(models("llama")),
+        "model.dtype": "fp32",
+        "model.device": "cpu",
+        "data.path": str(write_jsonl(folder / "rows.jsonl", chat_rows(16))),
+        "optimizer.lr": 1e-2,
+        "optimizer.max_grad_norm": 10.0,
+        "training.batch_size": 8,
+        "training.epochs": 2,
+        "adapter.rslora": True,
+    }
+    api.train(load_config(values=settings), folder / "run")
+    return folder / "run"
+
+
+def test_a_run_is_merged_and_exported(run: Path, models: Any) -> None:
+    from safetensors.torch import load_file
+
+    result = export(run, "gguf:f32", device="cpu")
+    (row,) = result["files"]
+    assert (row["path"], row["kl"] < 1e-7) == (str(run / "gguf" / "run-f32.gguf"), True)
+    adapter = load_file(run / "adapter" / "adapter_model.safetensors")
+    a, b = (adapter[f"base_model.model.model.layers.0.self_attn.v_proj.lora_{part}.weight"] for part in "AB")
+    base = load_file(models("llama") / "model.safetensors")["model.layers.0.self_attn.v_proj.weight"]
+    expected = base + 32 / 16**0.5 * b @ a
+    assert (expected - base).norm() > 0.05 * base.norm()
+    torch.testing.assert_close(
+        torch.from_numpy(read(Path(row["path"]))["blk.0.attn_v.weight"]), expected, rtol=1e-5, atol=1e-6
+    )
+    assert sorted(path.name for path in (run / "gguf").iterdir()) == ["run-f32.Modelfile", "run-f32.gguf"]
+
+
+def test_an_adapter_of_its_own_computes_over_the_base(run: Path, tmp_path: Path) -> None:
+    result = export(run, "gguf:f32", tmp_path / "a.gguf", lora=True, device="cpu")
+    assert result["files"][0]["kl"] < 1e-5  # the base that it was verified over is f16
+    assert result["files"][0]["modelfile"] is None
+    found = keys(tmp_path / "a.gguf")
+    assert (found["general.type"], found["adapter.type"], found["adapter.lora.alpha"]) == ("adapter", "lora", 32.0)
+    tensors = read(tmp_path / "a.gguf")
+    assert len(tensors) == 2 * 7 * 2
+    assert tensors["blk.0.attn_q.weight.lora_a"].shape == (16, 64)
+    from safetensors.torch import load_file
+
+    b = load_file(run / "adapter" / "adapter_model.safetensors")[
+        "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
+    ]
+    np.testing.assert_allclose(tensors["blk.0.attn_v.weight.lora_b"], 16**0.5 * b.numpy(), rtol=1e-6)  # α/√r over α/r
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_computes_something_else_is_not_kept(
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights spoiled behind the source's back: nothing stays, and the error says how far off it is."""
+    plain = workflow.write_model
+
+    def spoiled(path: Path, state: dict[str, torch.Tensor], *others: Any) -> None:
+        name = "model.layers.1.mlp.down_proj.weight"
+        plain(path, {**state, name: state[name].flip(0)}, *others)
+
+    monkeypatch.setattr(workflow, "write_model", spoiled)
+    with pytest.raises(
+        VerificationError, match=r"q8_0: llama.cpp does not compute .* KL .*\(allowed: 0.03\).*nothing was kept"
+    ):
+        export(models("llama"), "gguf:q8_0", tmp_path / "out", device="cpu")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_gguf_cannot_say_is_refused(tmp_path: Path) -> None:
+    shape = family("gemma2")
+    folder = make_tiny_model(tmp_path / "a", **{**shape, "query_pre_attn_scalar": 32})
+    with pytest.raises(ModelError, match=r"query_pre_attn_scalar is 32: llama.cpp scales by 16"):
+        export(folder, "gguf:f16", device="cpu")
+    folder = make_tiny_model(
+        tmp_path / "b", family="smollm3", hidden=64, vocab=800, tokenizer=family("llama")["tokenizer"]
+    )
+    with pytest.raises(ModelError, match="model_type 'smollm3' cannot be exported"):
+        export(folder, "gguf:f16", device="cpu")
+    folder = make_tiny_model(tmp_path / "c", **{**family("llama"), "hidden_act": "relu"})
+    with pytest.raises(ModelError, match=r"hidden_act is 'relu': llama.cpp computes silu"):
+        export(folder, "gguf:f16", device="cpu")
+
+
+def test_wrong_requests_name_what_is_right(models: Any, tmp_path: Path) -> None:
+    folder = models("llama")
+    with pytest.raises(ConfigError, match=r"gguf:q9: no such type; expected one of f32, f16"):
+        export(folder, "gguf:q9")
+    with pytest.raises(ConfigError, match=r"--to onnx: expected gguf:TYPE"):
+        export(folder, "onnx")
+    with pytest.raises(ConfigError, match="is one file, and 2 types"):
+        export(folder, "gguf:f16,q8_0", tmp_path / "a.gguf")
+    with pytest.raises(ModelError, match="there is no adapter to write"):
+        export(folder, "gguf:f16", tmp_path, lora=True)
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(RunError, match="already there"):
+        export(folder, "gguf:f16", tmp_path / "b.gguf")
+
+
+def test_a_window_that_llama_cpp_does_not_have_is_said(tmp_path: Path) -> None:
+    folder = make_tiny_model(tmp_path / "m", **{**family("mistral"), "sliding_window": 128})
+    result = export(folder, "gguf:f16", device="cpu")
+    assert result["notes"] == [
+        "the model looks back 128 tokens, llama.cpp at everything: the same up to 128 tokens of context, not beyond"
+    ]
+
+
+def test_a_space_before_the_first_text_only(tmp_path: Path) -> None:
+    """Mistral v0.3's way: prompts begin with a control token, so they are exact; of plain text it is said."""
+    shape = family("mistral")
+    tokenizer = sentencepiece("first", shape["tokenizer"].chat_template)
+    result = export(make_tiny_model(tmp_path / "m", **{**shape, "tokenizer": tokenizer}), "gguf:f16", device="cpu")
+    assert result["notes"] == [
+        "plain text that begins without a control token is read without the space that the tokenizer puts first"
+    ]
