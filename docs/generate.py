@@ -38,6 +38,7 @@ COMMANDS = (
     "sweep",
     "chat",
     "merge",
+    "push",
     "report",
     "doctor",
     "advise",

@@ -20,6 +20,7 @@ from tunesmith.cli.compare import compare, sweep
 from tunesmith.cli.data import app as data_app
 from tunesmith.cli.evaluate import evaluate, one_line
 from tunesmith.cli.plan import plan
+from tunesmith.cli.push import push
 from tunesmith.errors import TunesmithError
 from tunesmith.version import __version__
 
@@ -249,6 +250,7 @@ app.command()(sweep)
 app.command()(advise)
 app.command()(plan)
 app.command()(bench)
+app.command()(push)
 
 
 def main() -> None:

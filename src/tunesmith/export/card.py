@@ -19,6 +19,7 @@ import jinja2
 import yaml
 
 from tunesmith.config import RunConfig
+from tunesmith.errors import RunError
 
 Kind = Literal["adapter", "merged", "gguf"]
 
@@ -59,21 +60,41 @@ def write_card(
     metrics: Mapping[str, Any],
     evaluations: Sequence[Mapping[str, Any]],
 ) -> str:
-    """The card's text. `config`, `metadata`, `metrics` and `evaluations` are what the run folder's files hold."""
-    body = _environment().get_template("card.md.jinja").render(
-        request=request,
-        title=request.repo.partition("/")[2],
-        base=request.base_model or leaf(metadata["model"]["name"]),
-        metadata=metadata,
-        data=_data_rows(metadata["data"]),
-        settings=changed_settings(config),
-        metrics=metrics,
-        evaluations=[_evaluation(result) for result in evaluations],
-        kept=_kept(evaluations),
-        unmeasured=[name for name in KEPT if not any(name in result["metrics"] for result in evaluations)],
-        parent=leaf(str(metadata["parent"])) if metadata.get("parent") else None,
-    )
+    """The card's text, from what the run folder's files hold. Raises RunError where they lack what it says."""
+    try:
+        body = _body(request, config, metadata, metrics, evaluations)
+    except (jinja2.UndefinedError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"the model card cannot be written ({type(error).__name__}: {error}): metadata.json, metrics.json or a file in "
+            "evaluations/ is damaged or lacks what a card says"
+        ) from error
     return f"---\n{header(request, metadata)}---\n\n{body}"
+
+
+def _body(
+    request: CardRequest,
+    config: RunConfig,
+    metadata: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+) -> str:
+    return (
+        _environment()
+        .get_template("card.md.jinja")
+        .render(
+            request=request,
+            title=request.repo.partition("/")[2],
+            base=request.base_model or leaf(metadata["model"]["name"]),
+            metadata=metadata,
+            data=_data_rows(metadata["data"]),
+            settings=changed_settings(config),
+            metrics=metrics,
+            evaluations=[_evaluation(result) for result in evaluations],
+            kept=_kept(evaluations),
+            unmeasured=[name for name in KEPT if not any(name in result["metrics"] for result in evaluations)],
+            parent=leaf(str(metadata["parent"])) if metadata.get("parent") else None,
+        )
+    )
 
 
 def header(request: CardRequest, metadata: Mapping[str, Any]) -> str:
@@ -229,11 +250,12 @@ def _environment() -> jinja2.Environment:
 
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(load),
-        autoescape=False,  # noqa: S701 - Markdown: `code` takes the place of HTML's escapes
+        autoescape=False,  # it is Markdown: `code` takes the place of HTML's escapes
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     environment.filters["code"] = code
+    environment.filters["whole"] = lambda value: f"{int(value):,}"
     return environment
