@@ -291,7 +291,6 @@ def push_package(
             repo,
             "listing the files",
             lambda: list(api.list_repo_tree(repo, recursive=True, revision=commit.oid)),
-            tries_itself=True,
         )
         progress(stage, 1, 1)
     others = _compare(repo, files, listed)
