@@ -76,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.rfile.read(16)
             self.close_connection = True
             self.connection.close()
-            return
+            return None
         body = self._body()
         if status is not None:
             return self._echo(status)

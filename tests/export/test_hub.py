@@ -26,7 +26,7 @@ from tiny import chat_rows, write_jsonl
 from trained import copy_run, tiny_base, tiny_run
 from tunesmith import api
 from tunesmith.config import RunConfig
-from tunesmith.errors import MachineError, ModelError, RunError, TunesmithError, UserError, VerificationError
+from tunesmith.errors import MachineError, ModelError, RunError, UserError, VerificationError
 from tunesmith.export.card import CardRequest, code, leaf, without_folders, write_card
 from tunesmith.types import Message
 from tunesmith.workflows.push import push
@@ -228,7 +228,7 @@ def test_hostile_text_stays_text(text: str) -> None:
         ("a", "`a`"),
         ("a`b", "`` a`b ``"),
         ("a``b`", "``` a``b` ```"),
-        ("a|b", "`a∣b`"),
+        ("a|b", "`a\u2223b`"),
         ("a\n\tb", "`a b`"),
         ("", "`(empty)`"),
     ],
