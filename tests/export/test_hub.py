@@ -312,6 +312,26 @@ def test_an_adapter_goes_up_whole_private_and_without_paths(run: Path, hub: Stub
     )
 
 
+def test_paths_in_what_libraries_note_become_names(run: Path, hub: StubHub) -> None:
+    path = run / "adapter" / "tokenizer_config.json"
+    there = str(run / "config.yaml")
+    noted = {
+        "template": there,
+        "nowhere": "/no/such/path",
+        "long": "/" + "x" * 5000,
+        "user": "~nobody-here/x",
+        "name_or_path": "/a/b",
+    }
+    path.write_text(json.dumps({**noted, "added": [{"content": "/tmp"}, {"content": there}]}))
+    push(run, NAME, base_model=BASE)
+    assert json.loads(hub.files(NAME)["tokenizer_config.json"]) == {
+        **noted,
+        "template": "config.yaml",
+        "name_or_path": BASE,
+        "added": [{"content": "/tmp"}, {"content": there}],
+    }
+
+
 def test_nothing_else_in_the_folder_goes_up(run: Path, hub: StubHub) -> None:
     adapter = run / "adapter"
     (adapter / "optimizer.pt").write_bytes(pickle.dumps([1]))
@@ -417,6 +437,23 @@ def test_a_base_from_the_hub_is_known_and_another_is_refused(run: Path, hub: Stu
         push(run, NAME, base_model=BASE)
     assert push(run, NAME)["base_model"] == "their/base"
     assert parts(hub.files(NAME)["README.md"].decode())[0]["base_model"] == "their/base"
+
+
+def test_of_a_full_fine_tuning_the_model_goes_up(run: Path, hub: StubHub) -> None:
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("method: lora", "method: full"))
+    shutil.rmtree(run / "adapter")
+    (run / "evaluations" / "test.json").unlink()
+    shard(run).rename(run / "model")
+    with pytest.raises(
+        UserError, match=r"a full fine-tuning has no adapter; --what merged pushes its model, .*/run/model"
+    ):
+        push(run, NAME)
+    push(run, NAME, what="merged", base_model=BASE)
+    assert len(hub.files(NAME)) == 5
+    header, body = parts(hub.files(NAME)["README.md"].decode())
+    assert (header["base_model_relation"], header["library_name"]) == ("finetune", "transformers")
+    assert "before it was" not in body
 
 
 def test_a_gguf_file_goes_up_alone(run: Path, hub: StubHub, tmp_path: Path) -> None:

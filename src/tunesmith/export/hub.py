@@ -234,9 +234,16 @@ def _without_paths(value: Any, base: str, key: str = "") -> Any:
         return [_without_paths(item, base, key) for item in value]
     if isinstance(value, str) and key in ("base_name", "base_model_name_or_path", "_name_or_path", "name_or_path"):
         return base if value else value
-    if isinstance(value, str) and len(value) > 1 and is_absolute(value) and Path(value).expanduser().exists():
+    if isinstance(value, str) and key != "content" and is_absolute(value) and _exists(value):  # content: a token's text
         return leaf(value)
     return value
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, of a user that there is not, or with a null: no path
+        return False
 
 
 # -- the hub ----------------------------------------------------------------------------------------------------------
