@@ -440,8 +440,10 @@ def test_a_base_from_the_hub_is_known_and_another_is_refused(run: Path, hub: Stu
 
 
 def test_of_a_full_fine_tuning_the_model_goes_up(run: Path, hub: StubHub) -> None:
-    path = run / "config.yaml"
-    path.write_text(path.read_text().replace("method: lora", "method: full"))
+    for name, old in (("config.yaml", "method: lora"), ("metadata.json", '"method": "lora"')):
+        path = run / name
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, old.replace("lora", "full")))
     shutil.rmtree(run / "adapter")
     (run / "evaluations" / "test.json").unlink()
     shard(run).rename(run / "model")
