@@ -44,6 +44,7 @@ COMMANDS = (
     "adapters show",
     "adapters verify",
     "export",
+    "push",
     "report",
     "doctor",
     "advise",

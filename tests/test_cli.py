@@ -34,6 +34,8 @@ COMMANDS = (
     "plan",
     "bench",
     "serve",
+    "export",
+    "push",
     "data",
     "adapters",
 )

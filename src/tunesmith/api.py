@@ -22,6 +22,7 @@ from tunesmith.workflows.chat import reply, trained_system
 from tunesmith.workflows.compare import compare
 from tunesmith.workflows.doctor import examine
 from tunesmith.workflows.evaluate import evaluate
+from tunesmith.workflows.export import export
 from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.merge import merge
 from tunesmith.workflows.proof import prove
@@ -34,6 +35,7 @@ __all__ = [
     "compare",
     "evaluate",
     "examine",
+    "export",
     "fuse",
     "load",
     "merge",

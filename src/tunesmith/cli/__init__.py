@@ -23,6 +23,7 @@ from tunesmith.cli.evaluate import evaluate, one_line
 from tunesmith.cli.export import export
 from tunesmith.cli.merge import merge
 from tunesmith.cli.plan import plan
+from tunesmith.cli.push import push
 from tunesmith.cli.serve import serve
 from tunesmith.errors import TunesmithError
 from tunesmith.version import __version__
@@ -228,6 +229,7 @@ app.command()(plan)
 app.command()(bench)
 app.command()(serve)
 app.command()(export)
+app.command()(push)
 
 
 def main() -> None:

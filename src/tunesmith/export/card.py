@@ -1,0 +1,261 @@
+"""The model card (README.md with a YAML header) of a run, written from what its folder records.
+
+Nothing here is evaluated or trusted: file names, metric names, settings and the like are data. Only the template that lies
+beside this module is rendered; whatever comes from the run is a value in it, put into a Markdown code span that it cannot
+leave (`code`), and the header is written by a YAML library. Paths of the machine are reduced to a file's name.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+import jinja2
+import yaml
+
+from tunesmith.config import RunConfig
+from tunesmith.errors import RunError
+
+Kind = Literal["adapter", "merged", "gguf"]
+
+LONGEST = 200
+"""Characters of one value that a card shows."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""ORG/NAME, as the hub has them; neither a path nor anything that Markdown, YAML or Python reads as more than a name."""
+
+UNSHOWN = ("evaluation.", "training.tracker", "data.cache", "data.num_proc", "model.name", "model.device", "data.path")
+"""Settings that a card leaves out: those of evaluations stand in their results, the others say nothing of the model."""
+
+KEPT = {
+    "retain": "general knowledge (share of general questions that are right)",
+    "refusal_unsafe": "unsafe requests that are refused",
+    "refusal_safe": "harmless requests that are refused (lower is better)",
+    "memorized": "training answers that come out word for word (lower is better)",
+}
+"""The metrics that say what training did beside its task (docs/general-ability.md), and what each measures."""
+
+
+@dataclass(frozen=True, slots=True)
+class CardRequest:
+    """What a card needs beside the run: where it goes, of which artifact it is, and what only the user can say."""
+
+    repo: str
+    kind: Kind
+    files: Sequence[str]
+    base_model: str | None  # the base's hub id; None where it has none that is known
+    license: str | None = None
+    revision: str | None = None
+
+
+def write_card(
+    request: CardRequest,
+    config: RunConfig,
+    metadata: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+) -> str:
+    """The card's text, from what the run folder's files hold. Raises RunError where they lack what it says."""
+    try:
+        body = _body(request, config, metadata, metrics, evaluations)
+    except (jinja2.UndefinedError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(
+            f"the model card cannot be written ({type(error).__name__}: {error}): metadata.json, metrics.json or a file in "
+            "evaluations/ is damaged or lacks what a card says"
+        ) from error
+    return f"---\n{header(request, metadata)}---\n\n{body}"
+
+
+def _body(
+    request: CardRequest,
+    config: RunConfig,
+    metadata: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    evaluations: Sequence[Mapping[str, Any]],
+) -> str:
+    return (
+        _environment()
+        .get_template("card.md.jinja")
+        .render(
+            request=request,
+            title=request.repo.partition("/")[2],
+            base=request.base_model or leaf(metadata["model"]["name"]),
+            metadata=metadata,
+            data=_data_rows(metadata["data"]),
+            settings=changed_settings(config),
+            metrics=metrics,
+            evaluations=[_evaluation(result) for result in evaluations],
+            kept=_kept(evaluations),
+            unmeasured=[name for name in KEPT if not any(name in result["metrics"] for result in evaluations)],
+            parent=leaf(str(metadata["parent"])) if metadata.get("parent") else None,
+        )
+    )
+
+
+def header(request: CardRequest, metadata: Mapping[str, Any]) -> str:
+    """The YAML that the hub reads (https://huggingface.co/docs/hub/model-cards)."""
+    values: dict[str, Any] = {}
+    if request.base_model:
+        values["base_model"] = request.base_model
+        values["base_model_relation"] = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}[request.kind]
+    if request.kind != "gguf":
+        values["library_name"] = "peft" if request.kind == "adapter" else "transformers"
+    if request.license:
+        values["license"] = request.license
+    values["pipeline_tag"] = "text-generation"
+    values["tags"] = ["tunesmith", plain(metadata["method"]), plain(metadata["objective"])]
+    if request.kind == "gguf":
+        values["tags"].append("gguf")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+# -- what comes from the run, made harmless ---------------------------------------------------------------------------
+
+
+def plain(value: Any) -> str:
+    """One line of visible characters, at most `LONGEST`: no line breaks, no control, formatting or private characters.
+
+    Among those are the marks that turn the direction of text around, which show a name as another.
+    """
+    text = "".join(
+        " " if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else character
+        for character in str(value)
+    )
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def code(value: Any) -> str:
+    """`value` as a Markdown code span, inside of a table or not: nothing in it is markup, HTML, a link or a table's edge.
+
+    The fence is longer than any run of backticks in it (CommonMark 6.1). A bar would end a table's cell, and escaping it shows
+    differently inside and outside of one, so that another bar, U+2223, stands for it.
+    """
+    text = plain(value).replace("|", "\u2223") or "(empty)"
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def leaf(path: str) -> str:
+    """The last part of a path or address, without an address's query, which may hold a key."""
+    bare = path.split("?")[0].split("#")[0] if "://" in path else path
+    return PureWindowsPath(PurePosixPath(bare.rstrip("/\\")).name).name or "(unnamed)"
+
+
+def without_folders(value: Any, key: str = "") -> Any:
+    """`value` with every path in it reduced to its name: absolute ones, and whatever stands under a key that ends in `path`."""
+    if isinstance(value, str):
+        path = key.endswith("path") or key == "init_from" or "://" in value or is_absolute(value)
+        return leaf(value) if path and value else value
+    if isinstance(value, Mapping):
+        return {name: without_folders(item, str(name)) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_folders(item, key) for item in value]
+    return value
+
+
+def is_absolute(text: str) -> bool:
+    """Whether it is the path of a file on some machine: POSIX, Windows, or in the user's home."""
+    return text.startswith(("/", "~", "file:", "\\\\")) or bool(re.match(r"[A-Za-z]:[\\/]", text))
+
+
+def changed_settings(config: RunConfig) -> list[tuple[str, str, str]]:
+    """(key, value, default) of every setting that differs from its default, paths reduced to names."""
+    given, defaults = _flat(config.model_dump(mode="json")), _flat(RunConfig().model_dump(mode="json"))
+    return [
+        (key, str(without_folders(value, key)), str(defaults.get(key)))
+        for key, value in given.items()
+        if value != defaults.get(key) and not key.startswith(UNSHOWN)
+    ]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict) and bool(value)
+        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
+    """(role, name, rows, SHA-256) of each file or set that the run read."""
+    rows = [("training", leaf(str(data["path"])), data.get("train_rows"), data.get("sha256"))]
+    for key, role, count in (("eval", "held out", data.get("eval_rows")), ("general", "general text", None)):
+        if data.get(f"{key}_path"):
+            rows.append((role, leaf(str(data[f"{key}_path"])), count, data.get(f"{key}_sha256")))
+    return rows
+
+
+# -- evaluations ------------------------------------------------------------------------------------------------------
+
+
+def _evaluation(result: Mapping[str, Any]) -> dict[str, Any]:
+    baseline, comparison = result.get("baseline") or {}, result.get("comparison") or {}
+    return {
+        "task": result["task"],
+        "n": result["n"],
+        "data": leaf(str(result["data"])) if result.get("data") else None,
+        "sha256": result.get("data_sha256"),
+        "forced": result["model"].get("forced", False),
+        "gate": result.get("gate"),
+        "baseline": bool(baseline),
+        "rows": [
+            (name, shown(baseline.get(name)), shown(metric), difference(comparison.get(name), metric))
+            for name, metric in result["metrics"].items()
+        ],
+    }
+
+
+def _kept(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """(what, base, tuned, difference) of what was measured beside the task."""
+    return [
+        (what, shown((result.get("baseline") or {}).get(name)), shown(result["metrics"][name]), change)
+        for result in evaluations
+        for name, what in KEPT.items()
+        if name in result["metrics"]
+        for change in [difference((result.get("comparison") or {}).get(name), result["metrics"][name])]
+    ]
+
+
+def shown(metric: Mapping[str, Any] | None) -> str:
+    """A metric with one standard error: `97.5% ± 0.8`, or `1.234 ± 0.056` of one that is no share."""
+    if metric is None or metric.get("value") is None:
+        return "not measured"
+    value, error = metric["value"], metric.get("stderr")
+    if metric.get("share"):
+        return f"{value:.1%}" + (f" ± {100 * error:.1f}" if error is not None else "")
+    return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+
+
+def difference(found: Mapping[str, Any] | None, metric: Mapping[str, Any]) -> str:
+    """`+12.5 points, p < 0.001: better`."""
+    if found is None or found.get("difference") is None:
+        return "not measured"
+    value = f"{100 * found['difference']:+.1f} points" if metric.get("share") else f"{found['difference']:+.3g}"
+    p = found.get("p")
+    if p is None:
+        return value
+    return f"{value}, {'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}: {plain(found.get('verdict'))}"
+
+
+def _environment() -> jinja2.Environment:
+    def load(name: str) -> str:
+        return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(load),
+        autoescape=False,  # it is Markdown: `code` takes the place of HTML's escapes
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = code
+    environment.filters["whole"] = lambda value: f"{int(value):,}"
+    return environment
