@@ -260,10 +260,11 @@ def test_a_damaged_record_is_an_error_of_one_line() -> None:
 
 @pytest.mark.parametrize("what", ["adapter", "merged"])
 def test_the_code_on_the_card_loads_what_was_pushed(
-    run: Path, what: str, hub: StubHub, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any
+    what: str, hub: StubHub, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any
 ) -> None:
-    for template in (run / "chat_template.jinja", run / "adapter" / "chat_template.jinja"):
-        template.write_text("Sort the waste. " + template.read_text())  # not the base's own
+    run = copy_run(
+        tiny_run(tmp_path_factory, **{"data.chat_template": "alpaca"}), tmp_path / "run"
+    )  # not the base's own
     if what == "merged":
         api.merge(run)
     push(run, NAME, what=what, base_model=BASE)
