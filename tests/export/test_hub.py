@@ -28,6 +28,7 @@ from tunesmith import api
 from tunesmith.config import RunConfig
 from tunesmith.errors import MachineError, ModelError, RunError, UserError, VerificationError
 from tunesmith.export.card import CardRequest, code, leaf, without_folders, write_card
+from tunesmith.export.card import plain as plain_text
 from tunesmith.types import Message
 from tunesmith.workflows.push import push
 
@@ -203,13 +204,14 @@ def test_hostile_text_stays_text(text: str) -> None:
     evaluation["comparison"] = {text: {"difference": 0.25, "p": 0.5, "verdict": "unclear"}}
     evaluation["gate"]["conditions"][0]["condition"] = text
     values["config"].data.columns = {"prompt": text}
-    header, body = parts(write_card(CardRequest(NAME, "adapter", [], None), **values))
-    assert list(header) == ["library_name", "pipeline_tag", "tags"]
-    assert len(header["tags"]) == 3
+    header, body = parts(write_card(CardRequest(NAME, "adapter", [], None, f"{text}: [x"), **values))
+    assert list(header) == ["library_name", "license", "pipeline_tag", "tags"]
+    assert header["license"] == plain_text(f"{text}: [x")
+    assert header["tags"] == ["tunesmith", plain_text(text), "sft"]
     assert "49" not in body
     assert not re.search("[\u202e\u2066\x00\x1b\ue000]", body)
     page = MarkdownIt("gfm-like", {"linkify": False}).render(body)  # HTML in Markdown is let through
-    plain = parts(write_card(CardRequest(NAME, "adapter", [], None), **recorded()))[1]
+    plain = parts(write_card(CardRequest(NAME, "adapter", [], None, "mit"), **recorded()))[1]
     calm = MarkdownIt("gfm-like", {"linkify": False}).render(plain)
     assert "<script" not in page
     assert "<img" not in page
@@ -258,8 +260,11 @@ def test_a_damaged_record_is_an_error_of_one_line() -> None:
 
 @pytest.mark.parametrize("what", ["adapter", "merged"])
 def test_the_code_on_the_card_loads_what_was_pushed(
-    run: Path, what: str, hub: StubHub, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any
+    what: str, hub: StubHub, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: Any
 ) -> None:
+    run = copy_run(
+        tiny_run(tmp_path_factory, **{"data.chat_template": "alpaca"}), tmp_path / "run"
+    )  # not the base's own
     if what == "merged":
         api.merge(run)
     push(run, NAME, what=what, base_model=BASE)

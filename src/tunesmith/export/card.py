@@ -106,7 +106,7 @@ def header(request: CardRequest, metadata: Mapping[str, Any]) -> str:
     if request.kind != "gguf":
         values["library_name"] = "peft" if request.kind == "adapter" else "transformers"
     if request.license:
-        values["license"] = request.license
+        values["license"] = plain(request.license)
     values["pipeline_tag"] = "text-generation"
     values["tags"] = ["tunesmith", plain(metadata["method"]), plain(metadata["objective"])]
     if request.kind == "gguf":
