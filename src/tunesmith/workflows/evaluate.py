@@ -194,7 +194,7 @@ def identity_of(loaded: LoadedModel, forced: bool) -> dict[str, Any]:
     return {
         "name": loaded.source.name,
         "weights": weight_hash(loaded.source),
-        "tuned": _tuned_hash(loaded.run),
+        "tuned": tuned_hash(loaded.run),
         "adapted": loaded.adapted,
         "forced": forced,
         "dtype": loaded.dtype,
@@ -241,7 +241,7 @@ def subject_of(
     )
 
 
-def _tuned_hash(run: RunFolder | None) -> str | None:
+def tuned_hash(run: RunFolder | None) -> str | None:
     """Of the weights that a run trained."""
     if run is None:
         return None

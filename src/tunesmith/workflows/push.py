@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ConfigError, RunError, UserError, VerificationError
-from tunesmith.evaluation.journal import key_of
 from tunesmith.export.card import HUB_ID, CardRequest, Kind, leaf, write_card
 from tunesmith.export.hub import CARD, Package, check_names, package_folder, package_gguf, push_package, refuse_links
-from tunesmith.files import sha256_file
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
+from tunesmith.workflows.evaluate import tuned_hash
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 """The hub's identifiers of licenses: apache-2.0, mit, llama3.2, other."""
@@ -119,7 +118,7 @@ def _evaluations(run: RunFolder) -> list[dict[str, Any]]:
     """The results in evaluations/. Raises VerificationError for one of other weights than the run has now."""
     paths = sorted(path for path in (run.path / "evaluations").glob("*.json") if not path.name.startswith("."))
     results = [run.read_json(f"evaluations/{path.name}") for path in paths]
-    weights = _tuned_hash(run)
+    weights = tuned_hash(run)
     for path, result in zip(paths, results, strict=True):
         try:
             tuned = result["model"]["tuned"]
@@ -132,8 +131,3 @@ def _evaluations(run: RunFolder) -> list[dict[str, Any]]:
                 f"{weights[:12]}): one of them has changed since. Evaluate again, or remove it; nothing was uploaded"
             )
     return results
-
-
-def _tuned_hash(run: RunFolder) -> str:
-    folder = run.adapter_path if run.adapter_path.is_dir() else run.model_path
-    return key_of(*([file.name, sha256_file(file)] for file in sorted(folder.glob("*.safetensors"))))
