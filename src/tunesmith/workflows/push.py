@@ -118,7 +118,7 @@ def _evaluations(run: RunFolder) -> list[dict[str, Any]]:
     """The results in evaluations/. Raises VerificationError for one of other weights than the run has now."""
     paths = sorted(path for path in (run.path / "evaluations").glob("*.json") if not path.name.startswith("."))
     results = [run.read_json(f"evaluations/{path.name}") for path in paths]
-    weights = tuned_hash(run)
+    weights = str(tuned_hash(run))
     for path, result in zip(paths, results, strict=True):
         try:
             tuned = result["model"]["tuned"]
