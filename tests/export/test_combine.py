@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,37 @@ def test_svd_of_a_large_enough_rank_is_the_weighted_sum(pair: tuple[Path, Path, 
     name = "model.layers.0.mlp.up_proj.weight"
     torch.testing.assert_close(both[name], alone[name], rtol=1e-4, atol=1e-4)
     assert (both[name] - before[name]).norm() > 0.1
+
+
+@pytest.mark.parametrize("method", ["linear", "svd"])
+def test_rank_stabilized_adapters_keep_their_scale(tmp_path: Path, method: str) -> None:
+    """Of one adapter twice, by half each, what it adds alone. PEFT's own is the root of the rank too strong."""
+    base = make_tiny_model(tmp_path / "base", hidden=64)
+    kind = replace(KIND, lora={**KIND.lora, "use_rslora": True})
+    one, same = (make_adapter(base, tmp_path / name, kind, seed=1) for name in ("one", "same"))
+    merge([one, same], tmp_path / "out", dtype="fp32", method=method, weights=[0.5, 0.5])
+    merge(one, tmp_path / "alone", dtype="fp32")
+    both, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "alone"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.testing.assert_close(both[name], alone[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lora", "what"),
+    [
+        ({"use_dora": True}, "DoRA's magnitudes"),
+        ({"modules_to_save": ["lm_head"]}, "modules that were trained in full"),
+        ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, "trained token rows"),
+    ],
+)
+def test_what_peft_would_leave_out_is_refused(
+    pair: tuple[Path, Path, Path], tmp_path: Path, lora: dict[str, Any], what: str
+) -> None:
+    base, one, _ = pair
+    other = make_adapter(base, tmp_path / "other", replace(KIND, lora={**KIND.lora, **lora}), seed=3)
+    with pytest.raises(ModelError, match=f"{other} has {what}, which PEFT does not combine; merge it alone"):
+        merge([one, other], tmp_path / "out", dtype="fp32", method="svd")
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_go_beside_the_first_by_default(pair: tuple[Path, Path, Path]) -> None:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,8 +68,29 @@ def combination(
     return Combination(method, tuple(weights or [1 / count] * count), density)  # type: ignore[arg-type]  # it is one of METHODS
 
 
+def refuse_uncombined(folders: Sequence[Path]) -> None:
+    """Raise ModelError for adapters with parts that PEFT leaves out, without a word, when it makes one of several."""
+    kinds = {
+        "use_dora": "DoRA's magnitudes",
+        "modules_to_save": "modules that were trained in full",
+        "trainable_token_indices": "trained token rows",
+        "target_parameters": "adapters of parameters",
+        "lora_bias": "biases of the adapter",
+    }
+    problems = []
+    for folder in folders:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        parts = [what for key, what in kinds.items() if config.get(key)]
+        if parts:
+            problems.append(f"{folder} has {', '.join(parts)}, which PEFT does not combine; merge it alone")
+    if problems:
+        raise ModelError("; ".join(problems))
+
+
 def load_combined(model: Any, folders: Sequence[Path], how: Combination | None) -> Any:
     """A PeftModel with the adapters of `folders` as one, active. Raises ModelError for what PEFT cannot combine."""
+    if how is not None:
+        refuse_uncombined(folders)
     adapted = load_adapter(model, folders[0])
     if how is None:
         return adapted
@@ -93,5 +115,11 @@ def load_combined(model: Any, folders: Sequence[Path], how: Combination | None) 
         ) from error
     finally:
         torch.set_rng_state(rng)
+    # PEFT puts each adapter's scale into the factors and alpha = r on top, which is 1 but for rsLoRA, where it is the root of r.
+    adapted.peft_config["combined"].use_rslora = False
+    for module in adapted.modules():
+        scales = getattr(module, "scaling", None)  # attention has a number of that name
+        if isinstance(scales, dict) and "combined" in scales:
+            scales["combined"] = 1.0
     adapted.set_adapter("combined")
     return adapted

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ModelError, RunError
+from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.runs import RunFolder
 
 CONFIG, WEIGHTS, PICKLED, RECORD = (
@@ -100,7 +100,7 @@ def read_adapter(place: Path, root: Path | None = None) -> AdapterRecord:
         elif (record := read_json(folder / RECORD)) is not None:
             facts |= _of_record(record)
         config = read_json(folder / CONFIG)
-    except (ModelError, RunError) as error:
+    except (ConfigError, ModelError, RunError) as error:
         return AdapterRecord(**facts, status="refused", problem=str(error))
     if config is None:
         full = facts.get("kind") == "full"

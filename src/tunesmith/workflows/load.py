@@ -247,6 +247,10 @@ def read_record(adapter: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         record["base"]["weight_hash"].encode()
+        for key in ("tokenizer", "chat_template", "quantization"):
+            if not isinstance(record.get(key, {}), dict | None):
+                raise TypeError(f"{key} is no object")
+        QuantizationConfig.model_validate(record.get("quantization") or {})
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{path}: cannot be read ({error}); restore it, or remove it to load on any base") from None
     found: dict[str, Any] = record
@@ -264,8 +268,8 @@ def differences(run: RunFolder | None, adapter: Path | None, source: ModelSource
     own_tokenizer = adapter is not None and tokenizer_source(source, adapter) is not source
     compared = [
         ("its weights", "are not those", "on", record.get("base", {}), "weight_hash", weight_hash),
-        ("its tokenizer", "is not the one", "with", {} if own_tokenizer else record.get("tokenizer", {}), "hash", tokenizer_hash),
-        ("the chat template", "is not the one", "with", record.get("chat_template", {}), "hash", lambda _: chat.hash),
+        ("its tokenizer", "is not the one", "with", {} if own_tokenizer else record.get("tokenizer") or {}, "hash", tokenizer_hash),
+        ("the chat template", "is not the one", "with", record.get("chat_template") or {}, "hash", lambda _: chat.hash),
     ]  # fmt: skip
     return [
         f"{source.name}: {what} (sha256 {now[:12]}) {is_not} that {place} was trained {how} ({trained[:12]})"
