@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,17 +64,20 @@ def test_svd_of_a_large_enough_rank_is_the_weighted_sum(pair: tuple[Path, Path, 
     assert (both[name] - before[name]).norm() > 0.1
 
 
-@pytest.mark.parametrize("method", ["linear", "svd"])
-def test_rank_stabilized_adapters_keep_their_scale(tmp_path: Path, method: str) -> None:
-    """Of one adapter twice, by half each, what it adds alone. PEFT's own is the root of the rank too strong."""
+@pytest.mark.parametrize(("method", "times"), [("linear", 2), ("svd", 1)])
+def test_rank_stabilized_adapters_keep_their_scale(tmp_path: Path, method: str, times: int) -> None:
+    """Of one adapter twice, by half each, what it adds alone (linear weighs the factors: twice that). PEFT's own is the root of the rank
+    too strong."""
     base = make_tiny_model(tmp_path / "base", hidden=64)
-    kind = replace(KIND, lora={**KIND.lora, "use_rslora": True})
-    one, same = (make_adapter(base, tmp_path / name, kind, seed=1) for name in ("one", "same"))
+    one = make_adapter(base, tmp_path / "one", replace(KIND, lora={**KIND.lora, "use_rslora": True}), seed=1)
+    same = Path(shutil.copytree(one, tmp_path / "same"))
     merge([one, same], tmp_path / "out", dtype="fp32", method=method, weights=[0.5, 0.5])
     merge(one, tmp_path / "alone", dtype="fp32")
-    both, alone = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "alone"))
     name = "model.layers.0.mlp.up_proj.weight"
-    torch.testing.assert_close(both[name], alone[name], rtol=1e-4, atol=1e-4)
+    both, alone, before = (
+        load_file(tmp_path / folder / "model.safetensors")[name] for folder in ("out", "alone", "base")
+    )
+    torch.testing.assert_close(both - before, times * (alone - before), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
