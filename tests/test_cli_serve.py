@@ -275,3 +275,11 @@ def test_vllm_has_one_template_and_ranks_up_to_512(base: Path, run: Path, tmp_pa
     assert "rank 600, and vLLM holds at most 512" in result.problems[0]
     if result := tunesmith("serve", base, *one, "--engine", "vllm"):
         assert "--max-lora-rank 64" in result.problems[0]
+
+
+def test_vllms_adapters_change_at_run_time_only_where_nobody_else_reaches_it(run: Path, base: Path) -> None:
+    for host, there in (("127.0.0.1", True), ("0.0.0.0", False)):
+        options = ("--adapter", f"bins={run}", "--engine", "vllm", "--host", host)
+        said = tunesmith("serve", base, *options).problems[0]
+        assert f"--host {host}" in said
+        assert ("VLLM_ALLOW_RUNTIME_LORA_UPDATING" in said) == there

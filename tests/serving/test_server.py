@@ -210,7 +210,7 @@ def test_a_model_that_is_not_served_is_404(live: LiveServer) -> None:
         ({"top_k": 5}, "top_k", "Unknown parameter: 'top_k'."),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "messages.0.content"),
         ({"\ud800": 1}, "\\ud800", "Unknown parameter"),
-        ({"messages": [{"role": "user", "content": "x", "\udfff": 1}]}, "messages.0.\\udfff", "not permitted"),
+        ({"messages": [{"role": "user", "content": "x", "\udfff": 1}]}, "messages.0", "valid string"),
         ({"messages": [{"role": "user", "content": "\ufdd2" + "0\ufdd3"}]}, "messages", "Unicode noncharacter"),
     ],
 )
@@ -307,11 +307,19 @@ def test_the_key_is_wanted_everywhere_but_at_health(tiny_model: Path, adapters: 
 # -- load, and clients that go --------------------------------------------------------------------------------------
 
 
+def two_running(endless: LiveServer, **values: Any) -> list[socket.socket]:
+    """One after the other: the queue has one place, and both might want it at once."""
+    connections = []
+    for running in (1, 2):
+        connections.append(raw(endless, chat_request(endless, max_tokens=3000, **values)))
+        eventually(lambda running=running: endless.engine.running == running)
+    return connections
+
+
 def test_a_client_that_goes_away_frees_its_place(endless: LiveServer) -> None:
     for stream in (True, False):
         before = endless.engine.steps
-        connections = [raw(endless, chat_request(endless, stream=stream, max_tokens=3000)) for _ in range(2)]
-        eventually(lambda: endless.engine.running == 2)
+        connections = two_running(endless, stream=stream)
         waiting = raw(endless, chat_request(endless, stream=stream, max_tokens=3000))
         eventually(lambda: endless.engine.waiting == 1)
         for connection in (*connections, waiting):
@@ -332,8 +340,7 @@ def test_a_client_of_openais_that_stops_reading_frees_its_place(endless: LiveSer
 
 
 def test_a_full_queue_is_429_and_says_when_to_come_back(endless: LiveServer) -> None:
-    connections = [raw(endless, chat_request(endless, max_tokens=3000)) for _ in range(2)]
-    eventually(lambda: endless.engine.running == 2)
+    connections = two_running(endless)
     connections.append(raw(endless, chat_request(endless, max_tokens=3000)))
     eventually(lambda: endless.engine.waiting == 1)
     with pytest.raises(openai.RateLimitError) as found:
