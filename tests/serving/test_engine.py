@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import threading
 import time
@@ -22,7 +23,7 @@ from tunesmith.serving import running_batch
 from tunesmith.serving.adapter_bank import BASE, AdapterBank, read_adapter
 from tunesmith.serving.engine import Engine, Failed, Finished, QueueFull, Stopped
 from tunesmith.serving.running_batch import RunningBatch
-from tunesmith.serving.sampling import Sampling, choose
+from tunesmith.serving.sampling import GREEDY, Sampling, choose
 
 LIMIT = 24
 NEVER = {"ends": frozenset()}
@@ -171,6 +172,45 @@ def test_an_adapter_of_another_base_or_with_nan_is_refused(tiny_model: Path, tmp
         read_adapter(path, base, "cpu", torch.float32)
 
 
+def test_an_adapter_that_is_not_what_its_config_says_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base = base_forward(tiny_model).base
+    path = make_adapter(tiny_model, tmp_path / "adapter", 1)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
+    with pytest.raises(ModelError, match=r"_proj has rank 4, and adapter_config.json says 8"):
+        read_adapter(path, base, "cpu", torch.float32)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(path / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
+    assert 0 < len(kept) < len(tensors)
+    save_file(kept, path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"no weights for model\.layers\.1\.mlp\.down_proj and 6 more layers"):
+        read_adapter(path, base, "cpu", torch.float32)
+    (path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": "("}))
+    with pytest.raises(ModelError, match="PEFT cannot read which layers"):
+        read_adapter(path, base, "cpu", torch.float32)
+
+
+def test_an_adapter_on_the_head_or_on_a_layer_that_sees_no_rows_is_refused(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = base_forward(tiny_model)
+    path = make_adapter(tiny_model, tmp_path / "head", 1, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ModelError, match="lm_head gives the logits"):
+        read_adapter(path, forward.base, "cpu", torch.float32)
+    mlp = forward.decoder.layers[1].mlp
+    inner = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda x: inner(x.flatten(0, 1)).view(x.shape))
+    engine = Engine(forward)
+    assert set(engine.bank._without_rows) == {f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    weights = read_adapter(adapters["cs"], forward.base, "cpu", torch.float32)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.\w+_proj: this layer of the base sees \(6, \d+\)"):
+        engine.bank.add(weights)
+    assert (engine.bank.numbers, engine.bank.bytes) == ([], 0)
+
+
 def test_an_adapter_that_overflows_leaves_the_others_alone(
     engine: Engine, numbers: dict[str, int], tiny_model: Path, adapters: dict[str, Path], tiny_tokenizer: Any
 ) -> None:
@@ -182,6 +222,9 @@ def test_an_adapter_that_overflows_leaves_the_others_alone(
     alone = one_by_one(tiny_model, adapters["hr"], tiny_tokenizer, [prompt], LIMIT)
     running = [Asked(engine, tiny_tokenizer, prompt, n, max_tokens=LIMIT) for n in (broken, numbers["hr"])]
     assert [running[1].answer()[0]] == alone
+    end = running[0].answer()[1]
+    assert isinstance(end, Failed)
+    assert (end.reason, "logits are not finite" in end.message) == ("error", True)
 
 
 def test_an_adapter_that_left_changes_nothing_and_holds_nothing(
@@ -242,7 +285,11 @@ def test_a_full_queue_refuses(tiny_model: Path, tiny_tokenizer: Any) -> None:
 def test_time_is_up_for_running_and_waiting_requests(tiny_model: Path, tiny_tokenizer: Any) -> None:
     engine = Engine(base_forward(tiny_model), max_batch=1)
     engine.start()
-    asked = [endless(engine, tiny_tokenizer, seconds=0.2), endless(engine, tiny_tokenizer, seconds=0.1)]
+    asked = [endless(engine, tiny_tokenizer, max_tokens=10**6)]
+    wait_until(lambda: asked[0].generation.produced > 20, 60)
+    asked.append(endless(engine, tiny_tokenizer, seconds=0.1))
+    wait_until(lambda: engine.waiting == 0, 60)  # its time is up in the queue
+    asked[0].generation.seconds = 0.2
     texts, ends = zip(*(one.answer() for one in asked), strict=True)
     assert texts[0]
     assert texts[1] == ""
@@ -267,6 +314,55 @@ def test_requests_in_flight_end_when_the_engine_stops_or_breaks(tiny_model: Path
             engine.stop()
         assert [one.answer()[1].reason for one in asked] == ["stopped", "stopped"]
         assert not engine.healthy
+
+
+@pytest.mark.parametrize("tokens", ["a prompt", "one token"])
+def test_a_forward_that_fails_costs_its_own_rows(
+    tokens: str, engine: Engine, tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlp = engine.forward.decoder.layers[1].mlp
+    forward, armed = mlp.forward, [True]
+
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        if armed[0] and (x.shape[1] == 1) == (tokens == "one token"):
+            armed[0] = False
+            raise ModelError("a layer that sees what it does not know")
+        return forward(x)
+
+    monkeypatch.setattr(mlp, "forward", fails)
+    (prompt, other) = (one * 2 for one in prompts(2, seed=9))
+    end = Asked(engine, tiny_tokenizer, prompt, max_tokens=LIMIT).answer()[1]
+    assert isinstance(end, Failed)
+    assert (end.reason, "ModelError: a layer that sees" in end.message) == ("error", True)
+    assert engine.healthy
+    text, _ = Asked(engine, tiny_tokenizer, other, max_tokens=LIMIT).answer()
+    assert [text] == one_by_one(tiny_model, None, tiny_tokenizer, [other], LIMIT)
+
+
+def test_requests_whose_prompt_is_being_read_are_told_that_the_engine_broke(
+    tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(BaseException):
+        pass
+
+    reading, gate = threading.Event(), threading.Event()
+
+    def read(*_: Any) -> None:
+        reading.set()
+        gate.wait(30)
+        raise Broken
+
+    monkeypatch.setattr(RunningBatch, "read", read)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    engine = Engine(base_forward(tiny_model), max_batch=2)
+    assert engine.idle
+    engine.start()
+    asked = endless(engine, tiny_tokenizer)
+    assert reading.wait(30)
+    assert (engine.running, engine.waiting, engine.idle) == (0, 0, False)
+    gate.set()
+    assert asked.answer()[1].reason == "stopped"
+    assert engine.idle
 
 
 def test_memory_that_runs_out_costs_the_last_row_alone(
@@ -323,16 +419,21 @@ def test_memory_that_runs_out_for_a_prompt_leaves_the_running_ones_alone(
     assert [running.answer()[0]] == one_by_one(tiny_model, None, tiny_tokenizer, [prompt], 1000)
 
 
-def test_the_cache_budget_holds_requests_back(tiny_model: Path, tiny_tokenizer: Any) -> None:
+def test_the_cache_budget_holds_requests_back(
+    tiny_model: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, sizes = RunningBatch.step, set()
+
+    def counted(batch: Any, tokens: Any) -> torch.Tensor:
+        sizes.add(len(tokens))
+        return step(batch, tokens)
+
+    monkeypatch.setattr(RunningBatch, "step", counted)
     engine = Engine(base_forward(tiny_model), max_batch=8, cache_tokens=250)
-    engine.start()
     running = [endless(engine, tiny_tokenizer, max_tokens=97) for _ in range(5)]  # 100 tokens each
-    most = 0
-    while engine.running or engine.waiting:
-        most = max(most, engine.running)
-        time.sleep(0.001)
-    assert most == 2
+    engine.start()
     assert all(one.answer()[1] == Finished("length", 97) for one in running)
+    assert max(sizes) == 2
     engine.stop()
 
 
@@ -355,8 +456,15 @@ def test_drawn_tokens_follow_the_distribution_and_the_nucleus() -> None:
 
 def test_a_tiny_temperature_or_nucleus_is_greedy() -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [900.0, -900.0, 0.0]])
-    for setting in (Sampling(1e-6), Sampling(2.0, 1e-9), Sampling(1.0, 0.0)):
+    for setting in (Sampling(1e-50), Sampling(1e-6), Sampling(2.0, 1e-9), Sampling(1.0, 0.0)):
         assert choose(logits, [setting] * 2, [random.Random(0), random.Random(1)]) == [1, 0]
+
+
+def test_a_row_without_finite_logits_has_no_token() -> None:
+    infinite, nan = float("inf"), float("nan")
+    logits = torch.tensor([[1.0, nan, 2.0], [1.0, -infinite, 2.0], [0.0, infinite, 1.0], [-infinite] * 3])
+    for setting in (GREEDY, Sampling(1e-3)):
+        assert choose(logits, [setting] * 4, [random.Random(0) for _ in range(4)]) == [None, 2, None, None]
 
 
 def test_a_seed_draws_the_same_in_any_company(engine: Engine, numbers: dict[str, int], tiny_tokenizer: Any) -> None:

@@ -18,6 +18,7 @@ from live_server import LiveServer, eventually
 from serving_models import make_adapter, one_by_one
 
 from tunesmith.data.chat import ChatFormat
+from tunesmith.serving.catalog import ServedModel
 from tunesmith.serving.limits import Limits
 from tunesmith.types import Message
 from tunesmith.workflows.load import load
@@ -35,7 +36,7 @@ def live(tiny_model: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]:
 @pytest.fixture(scope="module")
 def endless(tiny_model: Path) -> Iterator[LiveServer]:
     """Two at once, one more waiting; the base's answers do not end."""
-    limits = Limits(answer_tokens=3000, batch=2, queue=1, answer_seconds=3, arrival_seconds=1)
+    limits = Limits(answer_tokens=3000, batch=2, queue=1, answer_seconds=60, arrival_seconds=1)
     with LiveServer(tiny_model, {}, limits, never_ends=True) as live:
         yield live
 
@@ -208,6 +209,8 @@ def test_a_model_that_is_not_served_is_404(live: LiveServer) -> None:
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"top_k": 5}, "top_k", "Unknown parameter: 'top_k'."),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, None, "messages.0.content"),
+        ({"\ud800": 1}, "\\ud800", "Unknown parameter"),
+        ({"messages": [{"role": "user", "content": "x", "\udfff": 1}]}, "messages.0", "valid string"),
         ({"messages": [{"role": "user", "content": "\ufdd2" + "0\ufdd3"}]}, "messages", "Unicode noncharacter"),
     ],
 )
@@ -264,6 +267,17 @@ def test_bodies_that_are_no_request(body: bytes, status: int, code: str, live: L
         assert (response.status_code, error_of(response)["code"]) == (status, code)
 
 
+def test_what_nobody_expected_is_500_in_openais_form(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(_: ServedModel) -> dict[str, Any]:
+        raise ZeroDivisionError("a secret of the server's")
+
+    monkeypatch.setattr(live.server, "_card", breaks)
+    response = httpx.get(live.url + "/v1/models")
+    error = error_of(response)
+    assert (response.status_code, error["type"], error["code"]) == (500, "server_error", "internal_error")
+    assert "secret" not in response.text
+
+
 def test_other_media_types_and_urls(live: LiveServer) -> None:
     assert error_of(live.post("/v1/chat/completions", content="{}", headers={"content-type": "text/plain"}))[
         "code"
@@ -293,11 +307,19 @@ def test_the_key_is_wanted_everywhere_but_at_health(tiny_model: Path, adapters: 
 # -- load, and clients that go --------------------------------------------------------------------------------------
 
 
+def two_running(endless: LiveServer, **values: Any) -> list[socket.socket]:
+    """One after the other: the queue has one place, and both might want it at once."""
+    connections = []
+    for running in (1, 2):
+        connections.append(raw(endless, chat_request(endless, max_tokens=3000, **values)))
+        eventually(lambda running=running: endless.engine.running == running)
+    return connections
+
+
 def test_a_client_that_goes_away_frees_its_place(endless: LiveServer) -> None:
     for stream in (True, False):
         before = endless.engine.steps
-        connections = [raw(endless, chat_request(endless, stream=stream, max_tokens=3000)) for _ in range(2)]
-        eventually(lambda: endless.engine.running == 2)
+        connections = two_running(endless, stream=stream)
         waiting = raw(endless, chat_request(endless, stream=stream, max_tokens=3000))
         eventually(lambda: endless.engine.waiting == 1)
         for connection in (*connections, waiting):
@@ -310,7 +332,7 @@ def test_a_client_that_goes_away_frees_its_place(endless: LiveServer) -> None:
 def test_a_client_of_openais_that_stops_reading_frees_its_place(endless: LiveServer) -> None:
     stream = endless.client().chat.completions.create(model="base", messages=QUESTION, stream=True, max_tokens=3000)
     next(iter(stream))
-    assert endless.engine.running == 1
+    assert not endless.server.idle
     before = endless.engine.steps
     stream.close()
     eventually(lambda: endless.server.idle)
@@ -318,8 +340,7 @@ def test_a_client_of_openais_that_stops_reading_frees_its_place(endless: LiveSer
 
 
 def test_a_full_queue_is_429_and_says_when_to_come_back(endless: LiveServer) -> None:
-    connections = [raw(endless, chat_request(endless, max_tokens=3000)) for _ in range(2)]
-    eventually(lambda: endless.engine.running == 2)
+    connections = two_running(endless)
     connections.append(raw(endless, chat_request(endless, max_tokens=3000)))
     eventually(lambda: endless.engine.waiting == 1)
     with pytest.raises(openai.RateLimitError) as found:
@@ -347,17 +368,19 @@ def test_more_open_requests_than_may_be_are_503(tiny_model: Path) -> None:
 
 
 def test_time_that_is_up_is_an_error_and_frees_the_place(tiny_model: Path) -> None:
-    limits = Limits(answer_tokens=3000, answer_seconds=0.3)
+    limits = Limits(answer_tokens=10**6, answer_seconds=2)
     with LiveServer(tiny_model, {}, limits, never_ends=True) as live:
+        live.engine.context_length = None  # no answer is whole before its time is up
         client = live.client()
+        client.chat.completions.create(model="base", messages=QUESTION, max_tokens=2)  # what a first request loads
         with pytest.raises(openai.APIStatusError) as found:
-            client.chat.completions.create(model="base", messages=QUESTION, max_tokens=3000)
+            client.chat.completions.create(model="base", messages=QUESTION, max_tokens=10**6)
         assert (found.value.status_code, found.value.code) == (504, "timeout")
-        stream = client.chat.completions.create(model="base", messages=QUESTION, max_tokens=3000, stream=True)
+        stream = client.chat.completions.create(model="base", messages=QUESTION, max_tokens=10**6, stream=True)
         assert next(stream).choices
-        with pytest.raises(openai.APIError, match=r"no whole answer after 0\.3 s"):
+        with pytest.raises(openai.APIError, match=r"no whole answer after 2 s"):
             list(stream)
-        assert live.server.idle
+        eventually(lambda: live.server.idle)
 
 
 def test_a_client_that_sends_slowly_is_cut_off(endless: LiveServer) -> None:
@@ -366,7 +389,7 @@ def test_a_client_that_sends_slowly_is_cut_off(endless: LiveServer) -> None:
         connection = raw(endless, sent)
         start = time.monotonic()
         found = connection.recv(1000)
-        assert 0.5 < time.monotonic() - start < 5
+        assert time.monotonic() - start < 15  # arrival_seconds is 1; without it nothing comes within the socket's 20 s
         assert found == b"" or b" 408 " in found.splitlines()[0]
     whole = raw(endless, request)
     assert b" 200 " in whole.recv(1000).splitlines()[0]
@@ -374,9 +397,10 @@ def test_a_client_that_sends_slowly_is_cut_off(endless: LiveServer) -> None:
 
 def test_a_client_that_reads_slowly_holds_no_place(endless: LiveServer) -> None:
     """The answer is made at the engine's pace, and waits for its reader outside the batch."""
+    before = endless.engine.steps
     connection = raw(endless, chat_request(endless, stream=True, max_tokens=200))
-    eventually(lambda: endless.engine.running == 1)
-    eventually(lambda: endless.server.idle, 2.5)
+    eventually(lambda: endless.engine.steps - before >= 199)
+    eventually(lambda: endless.server.idle)
     text = b""
     while not text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n"):
         text += connection.recv(4096)

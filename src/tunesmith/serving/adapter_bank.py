@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from tunesmith.errors import ModelError
 from tunesmith.models.adapters import find_adapter
+from tunesmith.models.forward import ModelForward
 
 BASE = -1
 """The number of no adapter."""
@@ -85,8 +86,8 @@ class AdapterWeights:
 def read_adapter(path: Path, base: torch.nn.Module, device: str, dtype: torch.dtype) -> AdapterWeights:
     """Read a PEFT folder (or a run's) for `base`. Only safetensors and JSON are read; nothing of the folder is executed.
 
-    Raises ModelError for what is no plain LoRA on linear layers, for weights that are not finite, that are missing, or that do not
-    fit the base.
+    Raises ModelError for what is no plain LoRA on linear layers of the decoder, for weights that are not finite, and for those that
+    do not fit the base or are not what the config says: layers that lack, other ranks.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -108,6 +109,22 @@ def read_adapter(path: Path, base: torch.nn.Module, device: str, dtype: torch.dt
         raise ModelError(f"{folder}: adapter_model.safetensors cannot be read: {error}") from None
     if not found:
         raise ModelError(f"{folder}: adapter_model.safetensors holds no weights")
+    model: Any = base
+    head = model.get_output_embeddings()
+    for name in found:
+        if linear[name] is head:
+            raise ModelError(
+                f"{folder}: {name} gives the logits, and only layers below it can share a base; merge this adapter "
+                "(`tunesmith merge`) and serve it alone"
+            )
+    if lacking := sorted(
+        _targets(config, folder, [name for name in linear if linear[name] is not head]) - found.keys()
+    ):
+        raise ModelError(
+            f"{folder}: adapter_model.safetensors has no weights for {lacking[0]}"
+            + (f" and {len(lacking) - 1} more layers" if lacking[1:] else "")
+            + ", which adapter_config.json names; the file is damaged, or the config is another adapter's"
+        )
     finite = []
     layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, parts in found.items():
@@ -120,6 +137,11 @@ def read_adapter(path: Path, base: torch.nn.Module, device: str, dtype: torch.dt
             raise ModelError(
                 f"{folder}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, and the base's layer goes from {shape[0]} to "
                 f"{shape[1]}; the adapter was made for another base"
+            )
+        if len(a) != (rank := _of_layer(config, "rank_pattern", name, config["r"])):
+            raise ModelError(
+                f"{folder}: {name} has rank {len(a)}, and adapter_config.json says {rank}; its weights would be scaled wrongly: "
+                "the file or the config is another adapter's"
             )
         b = b.float() * _scaling(config, name, len(a))
         finite += [torch.isfinite(a).all(), torch.isfinite(b).all()]
@@ -172,11 +194,65 @@ def _plain(value: Any) -> Any:
 
 def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); a layer's own alpha comes first."""
+    alpha = float(_of_layer(config, "alpha_pattern", name, config["lora_alpha"]))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _of_layer(config: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
+    """A layer's own number in a pattern of the config, or the one for all."""
     from peft.utils.other import get_pattern_key
 
-    pattern = config.get("alpha_pattern") or {}
-    alpha = float(pattern.get(get_pattern_key(list(pattern), name), config["lora_alpha"]))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    pattern = config.get(key) or {}
+    return pattern.get(get_pattern_key(list(pattern), name), default)
+
+
+def _targets(config: Mapping[str, Any], folder: Path, linear: Sequence[str]) -> set[str]:
+    """The linear layers that a config names, by PEFT's own rules. Without `target_modules` it names none."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    wanted = config.get("target_modules")
+    if wanted is None or wanted == "all-linear":
+        return set() if wanted is None else set(linear)
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    try:
+        settings = LoraConfig(**{name: config[name] for name in names if config.get(name) is not None})
+        return {name for name in linear if check_target_module_exists(settings, name)}
+    except (ValueError, TypeError, re.error) as error:
+        raise ModelError(f"{folder}: adapter_config.json: PEFT cannot read which layers it names: {error}") from None
+
+
+def layers_without_rows(forward: ModelForward) -> dict[str, tuple[int, ...]]:
+    """Linear layers of the decoder that do not see (rows, tokens, width), as routers and experts do not, and what they see.
+
+    Read off a forward of two rows of three tokens. A layer that took no part in it counts as its siblings do, other numbers in its
+    name: some experts get no token.
+    """
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def record(name: str) -> Any:
+        def see(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = tuple(inputs[0].shape)
+
+        return see
+
+    linear = [(name, one) for name, one in forward.base.named_modules() if isinstance(one, torch.nn.Linear)]
+    handles = [module.register_forward_pre_hook(record(name)) for name, module in linear]
+    try:
+        with torch.inference_mode(), forward.autocast():
+            ids = torch.zeros(2, 3, dtype=torch.long, device=forward.device)
+            forward.decoder(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    odd = {name: shape for name, shape in seen.items() if len(shape) != 3 or shape[0] != 2}
+    of_kind = {_kind(name): shape for name, shape in odd.items()}
+    unseen = [name for name, _ in linear if name not in seen and _kind(name) in of_kind]
+    return {**odd, **{name: of_kind[_kind(name)] for name in unseen}}
+
+
+def _kind(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 @dataclass(slots=True)
@@ -189,10 +265,14 @@ class _Layer:
 
 
 class AdapterBank:
-    """Holds adapters by number, and adds their products to the base's layers in every forward behind `select`."""
+    """Holds adapters by number, and adds their products to the base's layers in every forward behind `select`.
 
-    def __init__(self, base: torch.nn.Module, device: str):
+    `without_rows` are the layers that no adapter may have (layers_without_rows).
+    """
+
+    def __init__(self, base: torch.nn.Module, device: str, without_rows: Mapping[str, tuple[int, ...]] | None = None):
         self.device = device
+        self._without_rows = without_rows or {}
         self._modules = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
         self._layers: dict[str, _Layer] = {}
         self._handles: dict[str, Any] = {}
@@ -214,7 +294,15 @@ class AdapterBank:
         return sorted(self._adapters)
 
     def add(self, weights: AdapterWeights) -> int:
-        """Take an adapter in; returns its number, which no other ever has. The caller lets go of `weights`."""
+        """Take an adapter in; returns its number, which no other ever has. The caller lets go of `weights`.
+
+        Raises ModelError for one on a layer that cannot tell the rows of a batch apart.
+        """
+        for name in weights.layers.keys() & self._without_rows.keys():
+            raise ModelError(
+                f"{name}: this layer of the base sees {self._without_rows[name]} where 2 rows of 3 tokens were given, so that rows "
+                "with several adapters cannot be told apart; merge this adapter (`tunesmith merge`) and serve it alone"
+            )
         number, self._next = self._next, self._next + 1
         self._columns = {}
         for name, (a, b) in weights.layers.items():

@@ -109,6 +109,8 @@ def _as_error(failed: Failed) -> ApiError:
         return ApiError(504, failed.message, "timeout")
     if failed.reason == "memory":
         return ApiError(503, failed.message, "out_of_memory", headers={"Retry-After": "5"})
+    if failed.reason == "error":
+        return ApiError(500, failed.message, "model_error")
     return draining()
 
 

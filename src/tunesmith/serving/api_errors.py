@@ -23,7 +23,13 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """The JSON of the response."""
         kind = KINDS.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _writable(self.param)
+        return {"error": {"message": _writable(self.message), "type": kind, "param": param, "code": self.code}}
+
+
+def _writable(text: str) -> str:
+    """Half of a surrogate pair, which a client's key may hold, cannot be written as UTF-8: it stands there as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 504: "timeout_error"}

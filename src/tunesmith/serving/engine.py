@@ -18,11 +18,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from tunesmith.errors import MachineError
+from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.generate import cache_bytes_per_token
 from tunesmith.out_of_memory import OutOfMemory, release_memory, within_memory
-from tunesmith.serving.adapter_bank import BASE, AdapterBank
+from tunesmith.serving.adapter_bank import BASE, AdapterBank, layers_without_rows
 from tunesmith.serving.answer_text import AnswerText
 from tunesmith.serving.running_batch import RunningBatch, refuse_recurrent
 from tunesmith.serving.sampling import GREEDY, Sampling, choose
@@ -34,6 +34,9 @@ READ_TOKENS = 8_192
 
 SHARE_OF_FREE_MEMORY = 0.7
 """What keys and values may take of the GPU memory that is free when the base is loaded: the rest is for the steps and adapters."""
+
+FORWARD_ERRORS = (TunesmithError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
+"""What a forward may raise over the rows that it was given."""
 
 
 class QueueFull(Exception):
@@ -64,7 +67,7 @@ class Finished:
 class Failed:
     """No answer, or no more of it."""
 
-    reason: Literal["timeout", "memory", "stopped"]
+    reason: Literal["timeout", "memory", "error", "stopped"]
     message: str
 
 
@@ -117,7 +120,7 @@ class Engine:
     ):
         refuse_recurrent(forward.base.config)
         self.forward = forward
-        self.bank = AdapterBank(forward.base, forward.device)
+        self.bank = AdapterBank(forward.base, forward.device, layers_without_rows(forward))
         self.max_batch, self.max_queue = max_batch, max_queue
         self.cache_tokens = cache_tokens if cache_tokens is not None else _fitting_tokens(forward)
         text = forward.base.config.get_text_config()
@@ -126,6 +129,7 @@ class Engine:
         self.steps = 0
         self._batch: RunningBatch[Generation] = RunningBatch(forward)
         self._waiting: deque[Generation] = deque()
+        self._reading: list[Generation] = []  # off the queue, and not yet in the batch
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()
         self._open = True
@@ -191,6 +195,12 @@ class Engine:
         """Requests in the queue."""
         return len(self._waiting)
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request is here: none runs, none waits, and no prompt is being read."""
+        with self._changed:
+            return not (self._waiting or self._reading or self._batch.rows)
+
     def wants(self, adapter: int) -> bool:
         """Whether a row or a waiting request wants this adapter. For calls between two steps."""
         with self._changed:
@@ -215,9 +225,10 @@ class Engine:
         finally:  # also when the device failed: nobody may wait for ever
             with self._changed:
                 self._open = False
-                left = [*self._batch.rows, *self._waiting]
+                left = list(dict.fromkeys([*self._batch.rows, *self._reading, *self._waiting]))
                 calls = list(self._calls)
-                self._batch.keep([])
+                self._batch = RunningBatch(self.forward)
+                self._reading = []
                 self._waiting.clear()
                 self._calls.clear()
             for generation in left:
@@ -262,8 +273,8 @@ class Engine:
 
     def _admit(self) -> None:
         """Read the prompts of requests that have waited longest, as far as there is room, and let them join the batch."""
-        taken: list[Generation] = []
         with self._changed:
+            taken = self._reading
             while self._waiting:
                 rows = [*self._batch.rows, *taken, self._waiting[0]]
                 reads = [len(row.prompt) for row in rows[len(self._batch.rows) :]]
@@ -273,16 +284,22 @@ class Engine:
                 if taken and len(reads) * max(reads) > READ_TOKENS:
                     break
                 taken.append(self._waiting.popleft())
-        if not taken:
-            return
+        if taken:
+            self._read(taken)
+            self._reading = []
+
+    def _read(self, taken: Sequence[Generation]) -> None:
         joining: RunningBatch[Generation] = RunningBatch(self.forward)
 
-        def read(rows: list[Generation]) -> list[int]:
+        def read(rows: Sequence[Generation]) -> list[int | None]:
             self.bank.select([row.adapter for row in rows])
             hidden = joining.read(rows, [row.prompt for row in rows])
             return self._choose(hidden, rows)
 
-        tokens = within_memory(read, taken)
+        tokens = self._guarded(read, taken)
+        if isinstance(tokens, _Broken):
+            self._fail(taken, tokens)
+            return
         if not isinstance(tokens, OutOfMemory):
             joining.keep(self._take(taken, tokens))
             if not joining.rows:
@@ -297,15 +314,25 @@ class Engine:
 
     def _step(self) -> None:
         """One token for every row. Where memory runs out, the last to join makes room for the others."""
-        self.bank.select([row.adapter for row in self._batch.rows])
-        hidden = within_memory(self._batch.step, [row.last for row in self._batch.rows])
+
+        def step(rows: Sequence[Generation]) -> Any:
+            self.bank.select([row.adapter for row in rows])
+            return self._batch.step([row.last for row in rows])
+
+        hidden = self._guarded(step, self._batch.rows)
+        if isinstance(hidden, _Broken):
+            self._fail_batch(hidden)
+            return
         if isinstance(hidden, OutOfMemory):
             self._give_up_last(hidden.reason)
             return
         self.steps += 1
         while True:
             rows = self._batch.rows
-            tokens = within_memory(lambda rows: self._choose(hidden[: len(rows)], rows), rows)
+            tokens = self._guarded(lambda rows: self._choose(hidden[: len(rows)], rows), rows)
+            if isinstance(tokens, _Broken):
+                self._fail_batch(tokens)
+                return
             if not isinstance(tokens, OutOfMemory):
                 self._batch.keep(self._take(rows, tokens))
                 return
@@ -317,14 +344,42 @@ class Engine:
         release_memory()
         self._tell(row, Failed("memory", f"no memory left for this answer: {reason}; ask again later"))
 
-    def _choose(self, hidden: Any, rows: Sequence[Generation]) -> list[int]:
+    def _guarded(
+        self, work: Callable[[Sequence[Generation]], T], rows: Sequence[Generation]
+    ) -> T | OutOfMemory | _Broken:
+        """`work(rows)`, or why there is none. Raises what the device itself died of: the engine ends with it."""
+        try:
+            return within_memory(work, rows)
+        except FORWARD_ERRORS as error:
+            broken = _Broken(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}")
+        if self.forward.device.startswith("cuda"):
+            import torch
+
+            torch.cuda.synchronize(self.forward.device)  # raises again where no kernel can run any more
+        return broken
+
+    def _fail_batch(self, broken: _Broken) -> None:
+        rows = self._batch.rows
+        self._batch = RunningBatch(self.forward)  # some layers of its cache may have a token that others have not
+        self._fail(rows, broken)
+
+    def _fail(self, rows: Sequence[Generation], broken: _Broken) -> None:
+        release_memory()
+        for row in rows:
+            self._tell(row, Failed("error", f"the model failed on this request: {broken.reason}"))
+
+    def _choose(self, hidden: Any, rows: Sequence[Generation]) -> list[int | None]:
         logits = self.forward.logits(hidden)
         return choose(logits, [row.sampling for row in rows], [row.random for row in rows])
 
-    def _take(self, rows: Sequence[Generation], tokens: Sequence[int]) -> list[int]:
-        """Give each row its token; the places of rows that go on."""
+    def _take(self, rows: Sequence[Generation], tokens: Sequence[int | None]) -> list[int]:
+        """Give each row its token; the places of rows that go on. A row without a token ends with an error."""
         going = []
         for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            if token is None:
+                said = "the model's logits are not finite (NaN or infinity) for this request; check its adapter and the base"
+                self._tell(row, Failed("error", said))
+                continue
             row.last = token
             row.produced += 1
             ended = token in row.ends
@@ -347,6 +402,13 @@ class Engine:
 
 
 @dataclass(frozen=True, slots=True)
+class _Broken:
+    """What a forward raised."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Outcome:
     value: Any = None
     error: Exception | None = None
@@ -354,8 +416,6 @@ class _Outcome:
 
 def _attempt(call: Callable[[], Any]) -> _Outcome:
     """What a call gave, or the error of ours that it raised; others stop the engine."""
-    from tunesmith.errors import TunesmithError
-
     try:
         return _Outcome(call())
     except TunesmithError as error:

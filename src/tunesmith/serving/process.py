@@ -7,7 +7,6 @@ answer is whole, or after `drain_seconds`, the process ends with 0. The second o
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 import time
 from types import FrameType
@@ -17,6 +16,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tunesmith.errors import MachineError
+from tunesmith.serving.addresses import is_loopback as is_loopback
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.server import Server, make_app
 
@@ -25,16 +25,6 @@ SPARE_CONNECTIONS = 64
 
 LAST_WRITES_SECONDS = 5
 """For what is still on its way to clients when the last answer is whole."""
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def bind(host: str, port: int) -> socket.socket:

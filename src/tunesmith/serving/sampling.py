@@ -21,16 +21,20 @@ class Sampling:
 GREEDY = Sampling()
 """The likeliest token, always."""
 
+COLDEST = 1e-4
+"""Temperatures below it take the likeliest token too: far smaller ones are 0 in fp32, and 0 / 0 is no number."""
 
-def choose(logits_BV: torch.Tensor, settings: Sequence[Sampling], draws: Sequence[random.Random]) -> list[int]:
-    """A token for each row of logits (B, V).
+
+def choose(logits_BV: torch.Tensor, settings: Sequence[Sampling], draws: Sequence[random.Random]) -> list[int | None]:
+    """A token for each row of logits (B, V); None for a row whose largest logit is NaN or infinite.
 
     A drawn one is the inverse of the cumulative distribution of softmax(logits / temperature) at a uniform number, over the fewest
     likeliest tokens whose probabilities reach `top_p` (nucleus sampling, arXiv 1904.09751). The number comes from the row's own
     generator: what a seed draws does not depend on the other rows.
     """
     tokens = logits_BV.argmax(-1)
-    drawn = [row for row, setting in enumerate(settings) if setting.temperature > 0]
+    finite = torch.isfinite(logits_BV.amax(-1)).tolist()  # single -inf are tokens that a model rules out
+    drawn = [row for row, setting in enumerate(settings) if finite[row] and setting.temperature >= COLDEST]
     if drawn:
         device = logits_BV.device
 
@@ -51,4 +55,4 @@ def choose(logits_BV: torch.Tensor, settings: Sequence[Sampling], draws: Sequenc
         place = torch.searchsorted(reached, uniform * reached[:, -1:], right=True)
         last = (nucleus > 0).sum(-1, keepdim=True) - 1  # rounding may reach past the nucleus
         tokens[places] = order.gather(-1, torch.minimum(place, last))[:, 0]
-    return [int(token) for token in tokens.tolist()]
+    return [int(token) if good else None for token, good in zip(tokens.tolist(), finite, strict=True)]

@@ -50,7 +50,7 @@ class Server:
     @property
     def idle(self) -> bool:
         """Whether no request is in the engine."""
-        return self.engine.running + self.engine.waiting == 0
+        return self.engine.idle
 
     # -- what a request has to pass -----------------------------------------------------------------------------------
 
@@ -345,6 +345,11 @@ def make_app(server: Server) -> ASGIApp:
     async def gone(request: Request, error: Any) -> Response:
         return Response(status_code=499)
 
+    async def broken(request: Request, error: Exception) -> Response:  # raised again behind this, for the log
+        return JSONResponse(
+            ApiError(500, "the server failed on this request; its log says why", "internal_error").body, 500
+        )
+
     app = Starlette(
         routes=[
             route("POST", "/v1/chat/completions", server.chat),
@@ -357,7 +362,7 @@ def make_app(server: Server) -> ASGIApp:
             route("GET", "/metrics", server.scrape),
             Route("/health", server.health, methods=["GET"]),
         ],
-        exception_handlers={ApiError: api_error, HTTPException: http_error, ClientDisconnect: gone},
+        exception_handlers={ApiError: api_error, HTTPException: http_error, ClientDisconnect: gone, Exception: broken},
     )
 
     async def counted(scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tunesmith.errors import ConfigError, ModelError
 from tunesmith.models.adapters import find_adapter
+from tunesmith.serving.addresses import is_loopback
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What `--max-lora-rank` may be."""
@@ -63,7 +64,8 @@ def vllm_command(
         arguments += ["--lora-modules", *(f"{adapter}={folder}" for adapter, folder in found.items())]
     if templates:
         arguments += ["--chat-template", str(next(iter(templates.values())).resolve())]
-    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if found else {}
+    # Whoever may load adapters names any folder: vLLM's own warning is against this where others reach the server.
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if found and is_loopback(host) else {}
     if api_key_env:
         environment["VLLM_API_KEY"] = f"${api_key_env}"
     return VllmCommand(tuple(arguments), environment)
