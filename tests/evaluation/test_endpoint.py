@@ -147,6 +147,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 INTERRUPTED = """
+import signal
 import sys
 from pathlib import Path
 from tunesmith.evaluation.endpoint import Endpoint
@@ -154,6 +155,7 @@ from tunesmith.evaluation.judge import JudgedRow, judge_rows
 from tunesmith.evaluation.judges import JudgeSettings
 settings = JudgeSettings(sys.argv[1], "stub", workers=2)
 rows = [JudgedRow(line, f"question {line}", None, f"long {line}", f"{line}") for line in range(20)]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 try:
     judge_rows(rows, Endpoint(settings), settings, Path(sys.argv[2]), lambda stage, done, total: print(done, flush=True))
 except KeyboardInterrupt:
