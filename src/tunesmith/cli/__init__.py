@@ -22,6 +22,7 @@ from tunesmith.cli.data import app as data_app
 from tunesmith.cli.evaluate import evaluate, one_line
 from tunesmith.cli.export import export
 from tunesmith.cli.merge import merge
+from tunesmith.cli.options import Json, Model, Set
 from tunesmith.cli.plan import plan
 from tunesmith.cli.push import push
 from tunesmith.cli.serve import serve
@@ -56,13 +57,6 @@ app = typer.Typer(
 
 app.add_typer(data_app)
 app.add_typer(adapters_app)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
-Model = Annotated[str | None, typer.Option("--model", help="Base model: folder, .gguf file or hub id.", metavar="NAME")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any other setting.", metavar="SECTION.KEY=VALUE")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="NAME")]
-DTypeOption = Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16, fp32.", metavar="TYPE")]
-Target = Annotated[str, typer.Argument(help="A run, an adapter folder, or a model.", metavar="RUN|MODEL")]
 
 
 @app.callback(invoke_without_command=True)

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.options import Device, Json
+
 app = typer.Typer(
     name="adapters",
     help="The adapters that there are: what each was trained on and with, and whether it still is what was saved.",
@@ -16,7 +18,6 @@ app = typer.Typer(
 )
 
 Path_ = Annotated[str, typer.Argument(help="A run or an adapter folder.", metavar="PATH")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 
 
 @app.command(name="list")
@@ -98,7 +99,7 @@ def verify(
         str,
         typer.Option("--dtype", help="Measure inference in this type against training's.", metavar="TYPE"),
     ] = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="NAME")] = "auto",
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Recompute its hashes and load it on its base; exit code 1 if anything differs."""

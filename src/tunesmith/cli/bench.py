@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.options import DTypeName
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -38,7 +40,7 @@ def bench(
     check: Annotated[bool, typer.Option("--check", help="Compare gradients with the reference.")] = False,
     models: Annotated[str | None, typer.Option("--models", help="Keep the peers' models here.", metavar="DIR")] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1.", metavar="NAME")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16, fp32.", metavar="TYPE")] = "auto",
+    dtype: DTypeName = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """Measure a training step: ours, and peers installed here."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tunesmith.cli.options import Device, DTypeName, Model, Target
+
 if TYPE_CHECKING:
     from tunesmith.workflows.chat import Conversation, Sampling
 
@@ -21,7 +23,7 @@ COMMANDS = {
 
 
 def chat(
-    target: Annotated[str, typer.Argument(help="A run, an adapter folder, or a model.", metavar="RUN|MODEL")],
+    target: Target,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Ask this one question and exit.", metavar="TEXT")
     ] = None,
@@ -37,11 +39,9 @@ def chat(
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="0: greedy; above: sampled.", min=0.0, metavar="T")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Base model: folder, .gguf file or hub id.", metavar="NAME")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="NAME")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16, fp32.", metavar="TYPE")] = "auto",
+    model: Model = None,
+    device: Device = "auto",
+    dtype: DTypeName = "auto",
 ) -> None:
     """Talk to a run, an adapter or a model. /help lists the commands."""
     from tunesmith import api

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.options import Json, Set
+
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
     from tunesmith.report.comparison import Table
 
 Html = Annotated[str | None, typer.Option("--html", help="Write a page with plots here.", metavar="FILE")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 
 
 def compare(
@@ -23,7 +24,8 @@ def compare(
 ) -> None:
     """Show runs side by side: metrics, settings, data, cost."""
     from tunesmith import api
-    from tunesmith.cli.console import Console, as_p
+    from tunesmith.cli.console import Console
+    from tunesmith.figures import as_p
     from tunesmith.report.comparison import comparison_tables
 
     result = api.compare(runs, html)
@@ -52,9 +54,7 @@ def sweep(
         list[str] | None,
         typer.Option("--over", help="Values to try; with --trials also LOW..HIGH.", metavar="SECTION.KEY=VALUE,VALUE"),
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting.", metavar="SECTION.KEY=VALUE")
-    ] = None,
+    settings: Set = None,
     out: Annotated[str | None, typer.Option("--out", help="Folder (default: runs/NAME-sweep).", metavar="DIR")] = None,
     data: Annotated[str | None, typer.Option("--data", help="Questions that each run answers.", metavar="FILE")] = None,
     rows: Annotated[

@@ -25,6 +25,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from tunesmith.figures import as_difference, as_measured
 from tunesmith.files import finite
 from tunesmith.types import Event
 
@@ -123,14 +124,6 @@ class Console:
         out.print(table)
 
 
-def as_text(metric: Mapping[str, Any]) -> str:
-    """A metric with its standard error: `97.5% ± 0.8`, or `1.234 ± 0.056` of one that is no share."""
-    value, error = metric["value"], metric["stderr"]
-    if metric["share"]:
-        return f"{value:.1%}" + (f" ± {100 * error:.1f}" if error is not None else "")
-    return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
-
-
 def metrics_table(result: Mapping[str, Any]) -> Table:
     """The metrics of one evaluation, before and after where there is a baseline."""
     baseline = result["baseline"]
@@ -144,22 +137,20 @@ def metrics_table(result: Mapping[str, Any]) -> Table:
         table.add_column("difference", justify="right")
     for name, metric in result["metrics"].items():
         if not baseline:
-            table.add_row(escape(name), as_text(metric))
+            table.add_row(escape(name), as_measured(metric))
         elif name in baseline:
             table.add_row(
-                escape(name), as_text(baseline[name]), as_text(metric), _difference(result["comparison"][name], metric)
+                escape(name),
+                as_measured(baseline[name]),
+                as_measured(metric),
+                _difference(result["comparison"][name], metric),
             )
         else:
-            table.add_row(escape(name), "", as_text(metric), "")
+            table.add_row(escape(name), "", as_measured(metric), "")
     return table
 
 
 def _difference(found: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
     """`+12.5 points, p < 0.001: better`."""
-    value = f"{100 * found['difference']:+.1f} points" if metric["share"] else f"{found['difference']:+.3g}"
-    return f"{value}, {as_p(found['p'])}: {found['verdict']}" if found["p"] is not None else value
-
-
-def as_p(p: float) -> str:
-    """A p-value as one writes it: `p = 0.031`, `p < 0.001`."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    said = as_difference(found, metric)
+    return said if found["p"] is None else f"{said}: {found['verdict']}"

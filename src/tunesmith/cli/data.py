@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.options import Json
+
 if TYPE_CHECKING:
     from tunesmith.config import RunConfig
 
@@ -43,7 +45,6 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any other setting, e.g. data.overlong=truncate.", metavar="SECTION.KEY=VALUE"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")]
 
 
 @app.command()

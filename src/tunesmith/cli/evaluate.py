@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.options import Device, DTypeName, Json, Model, Target
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -16,7 +18,7 @@ EXAMPLES_SHOWN = 3
 
 
 def evaluate(
-    target: Annotated[str, typer.Argument(help="A run, an adapter folder, or a model.", metavar="RUN|MODEL")],
+    target: Target,
     data: Annotated[str | None, typer.Option("--data", help="Questions with known answers.", metavar="FILE")] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Ask the base model too, and compare.")] = False,
     gate: Annotated[
@@ -41,14 +43,10 @@ def evaluate(
         str | None, typer.Option("--judge", help="An LLM judges: endpoint or local:PATH.", metavar="URL")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Also over a base that it was not trained on.")] = False,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Base model: folder, .gguf file or hub id.", metavar="NAME")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="NAME")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16, fp32.", metavar="TYPE")] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
-    ] = False,
+    model: Model = None,
+    device: Device = "auto",
+    dtype: DTypeName = "auto",
+    as_json: Json = False,
 ) -> None:
     """Measure a model, against its base and against gates."""
     from tunesmith import api

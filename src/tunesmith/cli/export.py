@@ -6,21 +6,19 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.cli.options import Device, Json, Model, Target
+
 
 def export(
-    target: Annotated[str, typer.Argument(help="A run, an adapter folder, or a model.", metavar="RUN|MODEL")],
+    target: Target,
     to: Annotated[str, typer.Option("--to", help="gguf:q8_0; several: gguf:q8_0,q4_k_m.", metavar="FORMAT:TYPE")],
     out: Annotated[
         str | None, typer.Option("--out", help="File, or folder for several (default: RUN/gguf).", metavar="FILE")
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="The adapter alone, as a LoRA GGUF.")] = False,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Base model: folder, .gguf file or hub id.", metavar="NAME")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="NAME")] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
-    ] = False,
+    model: Model = None,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Write GGUF files for llama.cpp and Ollama, verified."""
     from rich.table import Table

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.options import Device, DTypeName, Json, Model
+
 
 def merge(
     targets: Annotated[
@@ -15,11 +17,9 @@ def merge(
     out: Annotated[
         str | None, typer.Option("--out", help="Folder to write (default: RUN/merged).", metavar="DIR")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", help="Base model: folder, .gguf file or hub id.", metavar="NAME")
-    ] = None,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="NAME")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16, fp32.", metavar="TYPE")] = "auto",
+    model: Model = None,
+    device: Device = "auto",
+    dtype: DTypeName = "auto",
     onto: Annotated[
         str,
         typer.Option("--onto", help="16bit, or quantized: the weights a QLoRA run was trained over.", metavar="BASE"),
@@ -35,9 +35,7 @@ def merge(
         float | None,
         typer.Option("--density", help="Share of values that TIES and DARE keep, e.g. 0.5.", metavar="SHARE"),
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Write base + adapter as one model, verified."""
     from pathlib import Path

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tunesmith.cli.options import Set
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -44,9 +46,7 @@ def plan(
     rank: Annotated[str | None, typer.Option("--rank", help="Ranks, e.g. 8,16,64.", metavar="N,N,...")] = None,
     price: Annotated[float | None, typer.Option("--price-per-hour", help="Of one card.", min=0, metavar="X")] = None,
     plot: Annotated[str | None, typer.Option("--plot", help="Draw the memory (.png, .svg).", metavar="FILE")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting.", metavar="SECTION.KEY=VALUE")
-    ] = None,
+    settings: Set = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     """What fits on a card: memory, speed, cost. No GPU needed."""

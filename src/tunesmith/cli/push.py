@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tunesmith.cli.options import Json
+
 
 def push(
     run: Annotated[str, typer.Argument(help="The run folder.", metavar="RUN")],
@@ -25,9 +27,7 @@ def push(
     base_model: Annotated[
         str | None, typer.Option("--base-model", help="The base's hub id, if it was a folder.", metavar="ORG/NAME")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object on stdout, everything else on stderr.")
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """Upload an adapter, merged model or GGUF file with a model card. The token is HF_TOKEN, or `hf auth login`'s."""
     from tunesmith.cli.console import Console

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from tunesmith.cli.options import Device, DTypeName
+
 
 def serve(
     model: Annotated[str, typer.Argument(help="The base: folder, .gguf file or hub id.", metavar="MODEL")],
@@ -16,8 +18,8 @@ def serve(
     name: Annotated[str | None, typer.Option("--name", help="What clients call the base.", metavar="NAME")] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.", metavar="IP")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="0: any free one.", min=0, max=65535, metavar="N")] = 8000,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, mps.", metavar="NAME")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bf16, fp16, fp32.", metavar="TYPE")] = "auto",
+    device: Device = "auto",
+    dtype: DTypeName = "auto",
     quantization: Annotated[
         str | None, typer.Option("--quantization", help="nf4, fp4 or int8.", metavar="NAME")
     ] = None,

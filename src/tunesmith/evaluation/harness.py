@@ -32,6 +32,7 @@ from tunesmith.evaluation.statistics import (
     Measured,
     compare,
     compare_statistic,
+    statistic,
 )
 from tunesmith.files import sha256_text
 
@@ -44,6 +45,10 @@ FEWSHOT_SEED = 1234
 
 SLOW_METRICS = ("bleu", "chrf", "chrf++", "ter")
 """Corpus scores that take long: 100 bootstrap samples, as in the harness."""
+
+
+SHARES = ("f1",)
+"""Statistics of all rows that are fractions of 1. Perplexities and corpus scores are not, nor is a correlation, which may be negative."""
 
 
 @dataclass
@@ -208,12 +213,18 @@ def _task_score(
     from lm_eval.api.metrics import mean
 
     if aggregation in (mean, None):  # without one the harness takes the mean
-        return Score(replace(measured, rows=tuple(float(row) for row in rows.values())), rows)
-    return Score(measured, rows, aggregation, 100 if metric in SLOW_METRICS else SAMPLES)
+        values = tuple(float(row) for row in rows.values())
+        return Score(replace(measured, rows=values, share=all(0 <= value <= 1 for value in values)), rows)
+    samples = 100 if metric in SLOW_METRICS else SAMPLES
+    if measured.stderr is None and rows:  # the harness has none for perplexities of words and bytes
+        error = statistic(aggregation, list(rows.values()), measured.higher_is_better, samples).stderr
+        measured = replace(measured, stderr=error)
+    return Score(replace(measured, share=metric in SHARES), rows, aggregation, samples)
 
 
 def _group_score(measured: Measured, parts: Sequence[Score]) -> Score:
     """With the rows of all its tasks where the group's value is their mean: then it can be compared row by row."""
+    measured = replace(measured, share=all(part.measured.share for part in parts))
     if any(part.measured.rows is None for part in parts):
         return Score(measured)
     rows = {key: float(value) for part in parts for key, value in (part.rows or {}).items()}

@@ -20,6 +20,7 @@ import yaml
 
 from tunesmith.config import RunConfig
 from tunesmith.errors import RunError
+from tunesmith.figures import as_difference, as_measured
 
 Kind = Literal["adapter", "merged", "gguf"]
 
@@ -224,24 +225,16 @@ def _kept(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str,
 
 
 def shown(metric: Mapping[str, Any] | None) -> str:
-    """A metric with one standard error: `97.5% ± 0.8`, or `1.234 ± 0.056` of one that is no share."""
-    if metric is None or metric.get("value") is None:
-        return "not measured"
-    value, error = metric["value"], metric.get("stderr")
-    if metric.get("share"):
-        return f"{value:.1%}" + (f" ± {100 * error:.1f}" if error is not None else "")
-    return f"{value:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+    """A metric with one standard error, where it was measured."""
+    return "not measured" if metric is None or metric.get("value") is None else as_measured(metric)
 
 
 def difference(found: Mapping[str, Any] | None, metric: Mapping[str, Any]) -> str:
     """`+12.5 points, p < 0.001: better`."""
     if found is None or found.get("difference") is None:
         return "not measured"
-    value = f"{100 * found['difference']:+.1f} points" if metric.get("share") else f"{found['difference']:+.3g}"
-    p = found.get("p")
-    if p is None:
-        return value
-    return f"{value}, {'p < 0.001' if p < 0.001 else f'p = {p:.3f}'}: {plain(found.get('verdict'))}"
+    said = as_difference(found, metric)
+    return said if found.get("p") is None else f"{said}: {plain(found.get('verdict'))}"
 
 
 def _environment() -> jinja2.Environment:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from tunesmith.figures import as_p
 from tunesmith.report.classes import Classes, read_classes
 from tunesmith.report.facts import flattened
 from tunesmith.report.text import as_number, as_text, moment, number, percent, plural, shortened
@@ -235,9 +236,8 @@ def _by_paired_test(comparison: Comparison, test: Any) -> Comparison:
     p = as_number(test.get("p")) if isinstance(test, dict) else None
     if comparison.base is None or p is None or test.get("verdict") not in ("better", "worse", "unclear"):
         return comparison
-    said = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
     words = {"unclear": "no clear difference"}.get(test["verdict"], test["verdict"])
-    return replace(comparison, verdict=test["verdict"], reason=f"{words} ({said}, {as_text(test.get('test'))})")
+    return replace(comparison, verdict=test["verdict"], reason=f"{words} ({as_p(p)}, {as_text(test.get('test'))})")
 
 
 def _measurements(raw: Any) -> dict[str, tuple[float, float | None]]:
