@@ -14,7 +14,7 @@ from tiny import chat_rows, make_tiny_model, write_jsonl
 from tunesmith.errors import ConfigError, ModelError, RunError, VerificationError
 from tunesmith.export.gguf_architectures import pair_rows
 from tunesmith.export.gguf_types import TYPES, block_of, find_type, quantize
-from tunesmith.workflows import export as workflow
+from tunesmith.workflows import export_gguf as workflow
 from tunesmith.workflows.export import export
 
 IDS = torch.arange(300, 340)[None]
