@@ -36,7 +36,8 @@ from tiny import make_tokenizer
 from tunesmith.hardware import compute_dtype, probe, torch_dtype
 from tunesmith.models.forward import ModelForward
 from tunesmith.serving.adapter_bank import BASE, read_adapter
-from tunesmith.serving.engine import Engine, Failed, Finished, Generation
+from tunesmith.serving.engine import Engine
+from tunesmith.serving.generation import Failed, Finished, Generation
 from tunesmith.serving.running_batch import RunningBatch
 from tunesmith.types import GB
 from tunesmith.workflows.bench_step import random_model

@@ -257,26 +257,38 @@ def _kind(name: str) -> str:
 
 @dataclass(slots=True)
 class _Layer:
-    """The stacked matrices of one linear layer. `owners` says which rows of them are whose: (adapter, start, stop)."""
+    """The stacked matrices of one linear layer. `owners` says which rows of them are whose: (place, start, stop)."""
 
     a: torch.Tensor
     b: torch.Tensor
     owners: tuple[tuple[int, int, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an adapter lies: `number` in the layers' `owners`, and the rank that it has room for in each layer."""
+
+    number: int
+    ranks: Mapping[str, int]
+
+
 class AdapterBank:
     """Holds adapters by number, and adds their products to the base's layers in every forward behind `select`.
 
-    `without_rows` are the layers that no adapter may have (layers_without_rows).
+    `without_rows` are the layers that no adapter may have (layers_without_rows). `version` changes when the adapters lie elsewhere
+    than they did: graphs that were captured read memory which is no longer theirs. An adapter that takes the place of another
+    leaves it as it is.
     """
 
     def __init__(self, base: torch.nn.Module, device: str, without_rows: Mapping[str, tuple[int, ...]] | None = None):
         self.device = device
+        self.version = 0
         self._without_rows = without_rows or {}
         self._modules = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
         self._layers: dict[str, _Layer] = {}
         self._handles: dict[str, Any] = {}
-        self._adapters: dict[int, AdapterWeights] = {}
+        self._places: dict[int, _Place] = {}
+        self._spare: _Place | None = None
         self._next = 0
         self._only: int | None = BASE
         self._rows = torch.empty(0)
@@ -291,7 +303,7 @@ class AdapterBank:
     @property
     def numbers(self) -> list[int]:
         """The adapters that are here."""
-        return sorted(self._adapters)
+        return sorted(self._places)
 
     def add(self, weights: AdapterWeights) -> int:
         """Take an adapter in; returns its number, which no other ever has. The caller lets go of `weights`.
@@ -304,25 +316,46 @@ class AdapterBank:
                 "with several adapters cannot be told apart; merge this adapter (`tunesmith merge`) and serve it alone"
             )
         number, self._next = self._next, self._next + 1
+        ranks = {name: len(a) for name, (a, _) in weights.layers.items()}
+        if self._spare is not None and self._spare.ranks == ranks:
+            place, self._spare = self._spare, None
+            for name, (a, b) in weights.layers.items():
+                layer = self._layers[name]
+                ((start, stop),) = [(start, stop) for owner, start, stop in layer.owners if owner == place.number]
+                layer.a[start:stop], layer.b[start:stop] = a, b
+        else:
+            place = _Place(number, ranks)
+            self._append(place, weights)
+        self._places[number] = place
+        return number
+
+    def _append(self, place: _Place, weights: AdapterWeights) -> None:
+        self.version += 1
         self._columns = {}
         for name, (a, b) in weights.layers.items():
             layer = self._layers.get(name)
             if layer is None:
-                self._layers[name] = _Layer(a, b, ((number, 0, len(a)),))
+                self._layers[name] = _Layer(a, b, ((place.number, 0, len(a)),))
                 self._handles[name] = self._modules[name].register_forward_hook(self._hook(name))
             else:
                 start = len(layer.a)
                 layer.a, layer.b = torch.cat([layer.a, a]), torch.cat([layer.b, b])
-                layer.owners = (*layer.owners, (number, start, start + len(a)))
-        self._adapters[number] = AdapterWeights({name: (a[:0], b[:0]) for name, (a, b) in weights.layers.items()})
-        return number
+                layer.owners = (*layer.owners, (place.number, start, start + len(a)))
 
-    def remove(self, number: int) -> None:
-        """Let go of an adapter that no row of the next forwards wants."""
+    def remove(self, number: int, replaced: bool = False) -> None:
+        """Let go of an adapter that no row of the next forwards wants. The place of one that was `replaced` stays for the next."""
+        left: _Place | None = self._places.pop(number)
+        if replaced:
+            left, self._spare = self._spare, left
+        if left is not None:
+            self._free(left)
+
+    def _free(self, place: _Place) -> None:
+        self.version += 1
         self._columns = {}
-        for name in self._adapters.pop(number).layers:
+        for name in place.ranks:
             layer = self._layers[name]
-            kept = [owner for owner in layer.owners if owner[0] != number]
+            kept = [owner for owner in layer.owners if owner[0] != place.number]
             if not kept:
                 self._handles.pop(name).remove()
                 del self._layers[name]
@@ -335,21 +368,31 @@ class AdapterBank:
                 at += stop - start
             layer.owners = tuple(owners)
 
+    def place(self, number: int) -> int:
+        """What `select_places` calls an adapter, or BASE. Raises ValueError for one that is not here."""
+        if number == BASE:
+            return BASE
+        if number not in self._places:
+            raise ValueError(f"no adapter has the number {number}")
+        return self._places[number].number
+
     def select(self, rows: Sequence[int]) -> None:
         """Say whose each row of the next forwards is: the number of an adapter, or BASE. Raises ValueError for one not here."""
-        kinds = set(rows)
-        if unknown := kinds - self._adapters.keys() - {BASE}:
-            raise ValueError(f"no adapter has the number {min(unknown)}")
-        self._only = kinds.pop() if len(kinds) == 1 else None
+        places = [self.place(number) for number in rows]
+        self._only = places[0] if len(set(places)) == 1 else None
         self._others = {}
         if self._only is None:
-            self._rows = torch.tensor(rows, device=self.device)
+            self._rows = torch.tensor(places, device=self.device)
+
+    def select_places(self, rows: torch.Tensor) -> None:
+        """`select` by a tensor (B,) of places on the device, which a graph reads anew in every replay."""
+        self._only, self._others, self._rows = None, {}, rows
 
     def close(self) -> None:
         """Take the hooks off: the model is as it was."""
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._layers, self._adapters = {}, {}, {}
+        self._handles, self._layers, self._places, self._spare = {}, {}, {}, None
 
     def _hook(self, name: str) -> Any:
         def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
