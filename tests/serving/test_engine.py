@@ -66,7 +66,7 @@ def test_a_mixed_batch_answers_as_each_adapter_alone(
     found = [one.answer()[0] for one in running]
     assert found == [expected[name][place] for place, name in rows]
     assert together > 2
-    assert (engine.running, engine.waiting) == (0, 0)
+    wait_until(lambda: (engine.running, engine.waiting) == (0, 0))
 
 
 @pytest.mark.parametrize(

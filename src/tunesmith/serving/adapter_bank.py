@@ -343,12 +343,15 @@ class AdapterBank:
                 layer.owners = (*layer.owners, (place.number, start, start + len(a)))
 
     def remove(self, number: int, replaced: bool = False) -> None:
-        """Let go of an adapter that no row of the next forwards wants. The place of one that was `replaced` stays for the next."""
-        left: _Place | None = self._places.pop(number)
-        if replaced:
-            left, self._spare = self._spare, left
-        if left is not None:
-            self._free(left)
+        """Let go of an adapter that no row of the next forwards wants, and of its memory.
+
+        The place of one that was `replaced` stays for the next, until another is replaced or one is removed for good.
+        """
+        left, spare = self._places.pop(number), self._spare
+        self._spare = left if replaced else None
+        for place in (spare, None if replaced else left):
+            if place is not None:
+                self._free(place)
 
     def _free(self, place: _Place) -> None:
         self.version += 1
