@@ -36,7 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import make_tokenizer
 from tunesmith.hardware import compute_dtype, probe, torch_dtype
 from tunesmith.models.forward import ModelForward
-from tunesmith.serving.adapter_bank import BASE, read_adapter
+from tunesmith.serving.adapter_bank import BASE
+from tunesmith.serving.adapter_files import read_adapter
 from tunesmith.serving.engine import Engine
 from tunesmith.serving.fixed_batch import FixedBatch
 from tunesmith.serving.generation import Failed, Finished, Generation

@@ -14,7 +14,8 @@ from tunesmith.models.adapters import load_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.generate import end_tokens, generate_greedy
 from tunesmith.models.load import find_model, load_model
-from tunesmith.serving.adapter_bank import BASE, read_adapter
+from tunesmith.serving.adapter_bank import BASE
+from tunesmith.serving.adapter_files import read_adapter
 from tunesmith.serving.engine import Engine
 from tunesmith.serving.generation import Event, Failed, Finished, Generation, Piece
 

@@ -20,7 +20,8 @@ from tiny import GEMMA3_LAYERS, make_tiny_model, make_tokenizer
 from tunesmith.errors import ModelError
 from tunesmith.models.forward import ModelForward
 from tunesmith.serving import running_batch
-from tunesmith.serving.adapter_bank import BASE, AdapterBank, read_adapter
+from tunesmith.serving.adapter_bank import BASE, AdapterBank
+from tunesmith.serving.adapter_files import read_adapter
 from tunesmith.serving.engine import Engine, QueueFull, Stopped
 from tunesmith.serving.fixed_batch import FixedBatch
 from tunesmith.serving.generation import Failed, Finished, Generation

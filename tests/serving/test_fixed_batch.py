@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,9 @@ import torch
 from serving_models import Asked, add, base_forward, make_adapter, one_by_one
 
 from tiny import GEMMA3_LAYERS, make_tiny_model, make_tokenizer
-from tunesmith.serving.adapter_bank import BASE, AdapterBank, read_adapter
+from tunesmith.errors import ModelError
+from tunesmith.serving.adapter_bank import BASE, AdapterBank
+from tunesmith.serving.adapter_files import read_adapter
 from tunesmith.serving.engine import Engine
 from tunesmith.serving.fixed_batch import FixedBatch, Places, why_not_fixed
 from tunesmith.serving.generation import Failed, Finished, Generation
@@ -198,6 +203,43 @@ def test_adapters_take_their_own_size_alone(tiny_model: Path, adapters: dict[str
     gc.collect()
     assert storages
     assert not [one for one in storages if one() is not None]
+
+
+def test_an_adapter_that_does_not_fit_leaves_nothing(
+    tiny_model: Path, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = base_forward(tiny_model)
+    bank = AdapterBank(forward.base, "cpu")
+    cs, hr = (read_adapter(adapters[name], forward.base, "cpu", torch.float32) for name in ("cs", "hr"))
+    bank.add(cs)
+    before, columns = bank.bytes, {name: len(layer.a) for name, layer in bank._layers.items()}
+    joined, calls = torch.cat, itertools.count()
+
+    def runs_out(parts: Any) -> torch.Tensor:
+        if next(calls) == 9:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return joined(parts)
+
+    monkeypatch.setattr(torch, "cat", runs_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        bank.add(hr)
+    monkeypatch.undo()
+    assert (bank.bytes, {name: len(layer.a) for name, layer in bank._layers.items()}) == (before, columns)
+    assert bank.numbers == [0]
+    assert bank.add(hr) == 2
+
+
+def test_an_adapter_whose_scaled_weights_overflow_the_type_is_refused(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its infinity would be NaN in every other row, whose product with it is 0 x infinity."""
+    folder = shutil.copytree(adapters["cs"], tmp_path / "large")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 10_000_000}))
+    base = base_forward(tiny_model).base
+    assert read_adapter(folder, base, "cpu", torch.float32).layers
+    with pytest.raises(ModelError, match="with its scale, are not finite .* in float16"):
+        read_adapter(folder, base, "cpu", torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from typing import Any
 
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError
-from tunesmith.serving.adapter_bank import BASE, AdapterWeights
+from tunesmith.serving.adapter_bank import BASE
+from tunesmith.serving.adapter_files import AdapterWeights
 from tunesmith.serving.api_errors import ApiError
 from tunesmith.serving.engine import Engine
 
