@@ -238,7 +238,7 @@ def test_an_adapter_whose_scaled_weights_overflow_the_type_is_refused(
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 10_000_000}))
     base = base_forward(tiny_model).base
     assert read_adapter(folder, base, "cpu", torch.float32).layers
-    with pytest.raises(ModelError, match="with its scale, are not finite .* in float16"):
+    with pytest.raises(ModelError, match=r"with its scale, are not finite .* in float16"):
         read_adapter(folder, base, "cpu", torch.float16)
 
 
