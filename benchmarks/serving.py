@@ -127,7 +127,7 @@ class Bench:
 
     def swaps(self, count: int) -> dict[str, float]:
         """Replace the first adapter again and again while a full batch runs."""
-        running = self.ask([self.numbers[-1]] * self.options.batch, 20 * self.options.new)
+        running = self.ask([self.numbers[-1]] * self.options.batch, 100 * self.options.new)
         while not self.engine.running:
             time.sleep(0.001)
         reads, exchanges = [], []

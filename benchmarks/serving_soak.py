@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from serving_models import make_adapter, one_by_one
 from soak import Target, soak
 
 from tiny import make_tiny_model
+from tunesmith.hardware import probe
 
 BODY_LIMIT = 100_000
 TOKENS = 12
@@ -82,6 +84,8 @@ def main() -> None:
             code = server.wait(60)
     growth, gpu_growth = growth_of(outcome.memory), growth_of(outcome.gpu_memory)
     result: dict[str, Any] = {
+        "hardware": probe(options.device).describe(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "uvicorn")},
         "requests": options.requests,
         "seconds": round(seconds, 1),
         "kinds": dict(outcome.kinds),
