@@ -57,6 +57,7 @@ def test_a_run_merges_into_a_model_that_computes_the_same(run: Path, tmp_path_fa
     result = merge(run)  # a Path does as well as a string
     assert list(result) == [
         "path", "dtype", "difference", "effect", "kl", "top1", "tokens", "onto", "streamed", "notes", "files", "bytes",
+        "loaded_whole",
     ]  # fmt: skip
     assert (result["onto"], result["streamed"], result["notes"], result["files"]) == ("16bit", True, [], 1)
     size = (run / "merged" / "model.safetensors").stat().st_size

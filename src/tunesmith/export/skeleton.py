@@ -39,7 +39,7 @@ class Skeleton:
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu"):
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
@@ -53,9 +53,6 @@ class Skeleton:
             self.model = AutoModelForCausalLM.from_config(
                 config.get_text_config() if mapping else config, dtype=torch.float32, attn_implementation="eager"
             )
-        self.generation_config = self.model.generation_config if self.model.can_generate() else None
-        if (folder / "generation_config.json").is_file():
-            self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         self.device = torch.device(device)
         self.model.eval().requires_grad_(False)
         self.checkpoint = Checkpoint(folder, self.model, mapping)

@@ -26,10 +26,11 @@ from tunesmith.types import Progress, no_progress
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written: files, their bytes in all, and whether the head was untied from the embeddings."""
+    """What was written: files, their bytes in all and of the largest, and whether the head was untied from the embeddings."""
 
     files: int
     bytes: int
+    largest: int
     untied: bool
 
 
@@ -41,7 +42,7 @@ def write_merged(
     changed: frozenset[str] = frozenset(),
     progress: Progress = no_progress,
 ) -> Written:
-    """Write the model of `skeleton` with its adapter merged in as safetensors in `dtype`, with config and generation config.
+    """Write the model of `skeleton` with its adapter merged in as safetensors in `dtype`, with its config.
 
     `read` gives the base's parameters, the stored ones by default, and `changed` names those that it changes. Raises VerificationError for values that
     the type cannot hold, Unstreamable for what cannot be turned back into the files' tensors.
@@ -70,7 +71,8 @@ def write_merged(
         )
     skeleton.close()
     _write_configs(skeleton, folder, dtype, merger.untied)
-    return Written(len(plan), size, merger.untied)
+    largest = max(sum(entry.size for entry in entries) for entries in plan.values())
+    return Written(len(plan), size, largest, merger.untied)
 
 
 class _Merger:
@@ -166,7 +168,7 @@ class _Merger:
 
 
 def _write_configs(skeleton: Skeleton, folder: Path, dtype: torch.dtype, untied: bool) -> None:
-    """config.json and, where the model generates, generation_config.json."""
+    """config.json; what stands beside the weights of any merge is written by workflows/merge.py."""
     model = skeleton.model
     config = model.config
     config.dtype = str(dtype).removeprefix("torch.")
@@ -174,5 +176,3 @@ def _write_configs(skeleton: Skeleton, folder: Path, dtype: torch.dtype, untied:
     if untied:
         config.tie_word_embeddings = False
     config.save_pretrained(folder)
-    if model.can_generate() and skeleton.generation_config is not None:
-        skeleton.generation_config.save_pretrained(folder)
