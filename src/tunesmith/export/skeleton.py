@@ -4,7 +4,7 @@ PEFT puts an adapter on it as on any other model, and the adapter's own matrices
 one module at a time: `merged` gives a parameter with the adapter in it, by PEFT's own `merge`, and `logits` runs the model with each
 module's weights read as its turn comes. The NaN makes what was read past this visible: nothing can come out right without its weights.
 
-All is computed in fp32, whatever the weights are stored in, on any device; a GPU holds one module's weights.
+All is computed in fp32 unless asked otherwise, whatever the weights are stored in, on any device; a GPU holds one module's weights.
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ class Skeleton:
                 place.data = nothing
 
     @contextmanager
-    def _filled(self, read: Read) -> Iterator[None]:
-        """For the length of the block each module reads its weights when it is called, and lets go of them afterwards."""
+    def _filled(self, read: Read, dtype: torch.dtype) -> Iterator[None]:
+        """For the length of the block each module reads its weights, in `dtype`, when it is called, and lets go of them afterwards."""
         by_module: dict[torch.nn.Module, list[tuple[str, str]]] = {}
         for name, full in self.places.items():
             module = self._wrapper(full) or self.model.get_submodule(full.rpartition(".")[0])
@@ -180,7 +180,7 @@ class Skeleton:
 
             def fill(*_: Any, places: Any = places) -> None:
                 for place, name in places:
-                    place.data = self._fit(name, read(name), place.shape)
+                    place.data = self._fit(name, read(name), place.shape).to(self.kept_in(name, dtype))
 
             def drop(*_: Any, places: Any = places, empty: Any = empty) -> None:
                 for (place, _), nothing in zip(places, empty, strict=True):
@@ -193,8 +193,20 @@ class Skeleton:
             for handle in handles:
                 handle.remove()
 
-    def logits(self, prompts: Sequence[Sequence[int]], read: Read | None = None, adapter: bool = True) -> torch.Tensor:
-        """Logits (tokens, vocabulary) in fp32 of all prompts, with the adapter or without it.
+    def kept_in(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The type of a parameter in a model of `dtype`: transformers keeps some in fp32 whatever that is."""
+        kept = {*(self.model._keep_in_fp32_modules or ()), *(self.model._keep_in_fp32_modules_strict or ())}
+        return torch.float32 if any(part in kept for part in name.split(".")) else dtype
+
+    def logits(
+        self,
+        prompts: Sequence[Sequence[int]],
+        read: Read | None = None,
+        adapter: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Logits (tokens, vocabulary) of all prompts, with the adapter or without it, in fp32; computed in it too, unless weights are to be
+        in another `dtype`.
 
         The prompts are rows of one batch, filled up on the right, so that weights are read once; what fills a row is behind its tokens, which do not
         see it. Raises Unstreamable where a module uses weights that are not its own.
@@ -206,7 +218,7 @@ class Skeleton:
         off: AbstractContextManager[Any] = (
             nullcontext() if adapter or self.adapted is self.model else self.adapted.disable_adapter()
         )
-        with self._filled(read or self.stored), off, torch.no_grad():
+        with self._filled(read or self.stored, dtype), off, torch.no_grad():
             found = self.adapted(input_ids=ids, use_cache=False).logits.float().cpu()
         return torch.cat([row[: len(prompt)] for row, prompt in zip(found, prompts, strict=True)])
 

@@ -122,10 +122,7 @@ class _Merger:
         return Entry(name if self.skeleton.renamed else entry.name, shape, dtype)
 
     def _dtype(self, name: str) -> torch.dtype:
-        """transformers keeps some parameters in fp32 whatever the model's type, and reads them so."""
-        model = self.skeleton.model
-        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-        return torch.float32 if any(part in kept for part in name.split(".")) else self.dtype
+        return self.skeleton.kept_in(name, self.dtype)
 
     def _merged(self, name: str) -> torch.Tensor:
         if name in self.by_adapter:

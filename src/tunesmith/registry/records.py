@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.files import sha256_file, write_json
 from tunesmith.runs import RunFolder
@@ -44,7 +45,8 @@ class AdapterRecord:
     """What is known of one adapter. None, or empty, where its files do not say.
 
     `status` is `ok`, `unfinished` (a run that has no adapter yet) or `refused` (`problem` says why). `size_mb` is its weights' in MB of 2^20 bytes,
-    `metrics` those of its newest evaluation, and `parent` what its training went on from.
+    `metrics` those of its newest evaluation, `parent` what its training went on from, `data` the name of the training file, `settings` those that
+    decide most (`short_settings`).
     """
 
     name: str
@@ -65,6 +67,9 @@ class AdapterRecord:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     evaluation: str | None = None
     parent: str | None = None
+    data: str | None = None
+    data_hash: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -157,6 +162,8 @@ def _of_run(run: RunFolder) -> dict[str, Any]:
         "dtype": _text(metadata.get("dtype")),
         "quantization": config.quantization.scheme if config.method == "qlora" else None,
         "parent": _text(metadata.get("parent")),
+        **_of_data(data_facts(_dict(metadata.get("data")))),
+        "settings": short_settings(config),
         "metrics": _dict(evaluation[1].get("metrics")) if evaluation else {},
         "evaluation": evaluation[0] if evaluation else None,
     }
@@ -169,7 +176,39 @@ def _of_record(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         "dtype": _text(record.get("dtype")),
         "quantization": _text(_dict(record.get("quantization")).get("scheme")),
         "parent": _parent(record.get("parent"), folder),
+        **_of_data(_dict(record.get("data"))),
+        "settings": _dict(record.get("settings")),
     }
+
+
+def _of_data(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"data": _text(facts.get("name")), "data_hash": _text(facts.get("sha256"))}
+
+
+def data_facts(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's facts about its data, those that travel with the adapter: the file's name, the hashes, the number of rows."""
+    name = _text(known.get("path"))
+    kept = ("sha256", "eval_sha256", "general_sha256", "tokens_sha256", "rows")
+    return {"name": portable_name(name) if name else None} | {key: known[key] for key in kept if key in known}
+
+
+SHORT = (
+    "method", "objective.name", "optimizer.lr", "training.epochs", "training.max_steps", "training.batch_size", "training.seed",
+    "data.max_seq_length", "adapter.init_lora_weights",
+)  # fmt: skip
+"""The settings of a list; `show` has all of a run's."""
+
+
+def short_settings(config: RunConfig) -> dict[str, Any]:
+    """A run's settings that decide most, by dotted key; without those that are not set."""
+    found = {}
+    for key in SHORT:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value is not None:
+            found[key] = value
+    return found
 
 
 def _parent(recorded: Any, folder: Path) -> str | None:
