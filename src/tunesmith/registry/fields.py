@@ -88,8 +88,8 @@ class PeftFields(_Fields):
     modules_to_save: Names = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    rank_pattern: dict[str, int] = {}
+    alpha_pattern: dict[str, float] = {}
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     init_lora_weights: bool | str | None = True
     use_rslora: bool = False
