@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import DataError, ModelError, VerificationError
+from tunesmith.export.large import LookUp, in_rows, is_large_embedding, is_large_linear
 from tunesmith.types import Message
 
 GENERATION = "generation_config.json"
@@ -244,7 +246,15 @@ def logits_of_whole(folder: Path, prompts: Sequence[Sequence[int]], device: torc
             for parameter, values in zip(own, stored, strict=True):
                 parameter.data = values
 
-        if own:
+        if is_large_embedding(module):
+            look_up = LookUp(module, partial(getattr, module.weight, "data"), torch.device(device), torch.float32)
+            handles += [
+                module.register_forward_pre_hook(look_up.before),
+                module.register_forward_hook(look_up.after, always_call=True),
+            ]
+        elif is_large_linear(module):
+            module.forward = partial(in_rows, weight_VD=module.weight.data, bias_V=module.bias, dtype=torch.float32)
+        elif own:
             handles += [module.register_forward_pre_hook(widen), module.register_forward_hook(back, always_call=True)]
     rows = []
     with torch.no_grad():

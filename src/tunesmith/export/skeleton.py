@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunesmith.errors import VerificationError
+from tunesmith.export.large import LookUp, in_rows, is_large_embedding, is_large_linear
 from tunesmith.export.tensors import Checkpoint, Unstreamable, check_whole
 from tunesmith.models.load import TEXT_TOWERS
 
@@ -173,8 +175,11 @@ class Skeleton:
         for name, full in self.places.items():
             module = self._wrapper(full) or self.model.get_submodule(full.rpartition(".")[0])
             by_module.setdefault(module, []).append((full, name))
-        handles = []
+        handles: list[Any] = []
+        chunked: list[Any] = []
         for module, parameters in by_module.items():
+            if self._in_parts(module, parameters, read, dtype, handles, chunked):
+                continue
             places = [(self.model.get_parameter(full), name) for full, name in parameters]
             empty = [place.data for place, _ in places]
 
@@ -192,6 +197,45 @@ class Skeleton:
         finally:
             for handle in handles:
                 handle.remove()
+            for module in chunked:
+                del module.forward
+
+    def _in_parts(
+        self,
+        module: Any,
+        parameters: list[tuple[str, str]],
+        read: Read,
+        dtype: torch.dtype,
+        handles: list[Any],
+        chunked: list[Any],
+    ) -> bool:
+        """Whether a module is one of large.py's, which is then prepared for `_filled`: its matrix never is in memory whole in fp32."""
+        names = {full.rpartition(".")[2]: name for full, name in parameters}
+        if "weight" not in names or self.checkpoint_shape(names["weight"]) != module.weight.shape:
+            return False
+        stored = partial(read, names["weight"])
+        kept = self.kept_in(names["weight"], dtype)
+        if is_large_embedding(module):
+            look_up = LookUp(module, stored, self.device, kept)
+            handles += [
+                module.register_forward_pre_hook(look_up.before),
+                module.register_forward_hook(look_up.after, always_call=True),
+            ]
+            return True
+        if is_large_linear(module):
+
+            def forward(x: torch.Tensor) -> torch.Tensor:
+                bias = read(names["bias"]) if "bias" in names else None
+                return in_rows(x, stored(), bias, kept)
+
+            module.forward = forward
+            chunked.append(module)
+            return True
+        return False
+
+    def checkpoint_shape(self, name: str) -> torch.Size | None:
+        """A parameter's shape as the base has it, without what an adapter added; None for one that it has not."""
+        return self.checkpoint.shapes.get(name)
 
     def kept_in(self, name: str, dtype: torch.dtype) -> torch.dtype:
         """The type of a parameter in a model of `dtype`: transformers keeps some in fp32 whatever that is."""

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.errors import VerificationError
 from tunesmith.export.skeleton import Read, Skeleton
 from tunesmith.export.tensors import Entry, Group, Unstreamable, write_tensors
 from tunesmith.files import write_json
@@ -132,19 +131,19 @@ class _Merger:
     def tensor(self, entry: Entry) -> torch.Tensor:
         """What stands in the file under an entry's name."""
         if entry.name in self.extra:
-            return self._rounded(entry.name, self._merged(entry.name), entry.dtype)
+            return self._merged(entry.name)
         if entry.name in self._reverted:
-            return self._rounded(entry.name, self._reverted.pop(entry.name), entry.dtype)
+            return self._reverted.pop(entry.name)
         group = self.skeleton.checkpoint.targets[entry.name] if self.skeleton.renamed else self.group_of[entry.name]
         names = self.names[group]
         if self.changed.isdisjoint(names):
             stored = self.skeleton.checkpoint.tensors.read(group.sources[0] if group.converter is None else entry.name)
-            return self._rounded(entry.name, self._grown(stored, entry), entry.dtype)
+            return self._grown(stored, entry)
         if group.converter is None:
-            return self._rounded(entry.name, self._merged(names[0]), entry.dtype)
+            return self._merged(names[0])
         values = {name: self._merged(name).to(entry.dtype) for name in names}
         self._reverted = self.skeleton.checkpoint.revert(group, values)
-        return self._rounded(entry.name, self._reverted.pop(entry.name), entry.dtype)
+        return self._reverted.pop(entry.name)
 
     def _grown(self, stored: torch.Tensor, entry: Entry) -> torch.Tensor:
         """`stored`, with rows of zeros where embeddings grew beside those that the adapter holds."""
@@ -153,15 +152,6 @@ class _Merger:
         grown = torch.zeros(entry.shape, dtype=stored.dtype)
         grown[: len(stored)] = stored
         return grown
-
-    def _rounded(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        rounded = tensor.to(dtype)
-        if dtype == torch.float16 and tensor.dtype != dtype and not bool(rounded.isfinite().all()):
-            raise VerificationError(
-                f"{name} has values up to {float(tensor.abs().max()):.3g}, and fp16 ends at 65504; pass --dtype bf16 or fp32; "
-                "nothing was kept"
-            )
-        return rounded
 
 
 def _write_configs(skeleton: Skeleton, folder: Path, dtype: torch.dtype, untied: bool) -> None:

@@ -188,6 +188,8 @@ def _streamed(
         if too_large := _too_large(written, first.hardware):
             notes.append(too_large)
         else:
+            back.close()
+            skeleton.close()
             _compare_whole(folder, prompts, device, merged, spared)
         facts["loaded_whole"] = not too_large
         if quantized:
