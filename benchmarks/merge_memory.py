@@ -154,6 +154,11 @@ def write_adapter(folder: Path, base: Path, shape: dict[str, Any], qlora: bool) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="8B")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        help="fewer layers than the shape has: the peak is a shard's and a matrix's, the time is not",
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bf16")
     parser.add_argument("--onto", default="16bit")
@@ -165,8 +170,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="merge-memory-", dir=arguments.work) as place:
         work = Path(place)
         started = time.perf_counter()
-        sizes = write_base(work / "base", SHAPES[arguments.shape], arguments.shard_gb)
-        write_adapter(work / "adapter", work / "base", SHAPES[arguments.shape], arguments.qlora)
+        shape = SHAPES[arguments.shape] | ({"num_hidden_layers": arguments.layers} if arguments.layers else {})
+        sizes = write_base(work / "base", shape, arguments.shard_gb)
+        write_adapter(work / "adapter", work / "base", shape, arguments.qlora)
         print(
             f"{arguments.shape}: {sum(sizes) / GB:.1f} GB in {len(sizes)} shards, made in {time.perf_counter() - started:.0f} s",
             file=sys.stderr,
@@ -185,6 +191,7 @@ def main() -> None:
     result = measured["result"]
     row = {
         "shape": arguments.shape,
+        "layers": shape["num_hidden_layers"],
         "device": torch.cuda.get_device_name()
         if arguments.device.startswith("cuda")
         else f"{platform.machine()}, {torch.get_num_threads()} threads",

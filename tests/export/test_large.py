@@ -32,9 +32,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     linear = torch.nn.functional.linear
 
-    def record(x: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
+    def record(input: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
         sizes.append(weight.numel())
-        return linear(x, weight, bias)
+        return linear(input, weight, bias)
 
     monkeypatch.setattr(torch.nn.functional, "linear", record)
     return sizes
