@@ -202,6 +202,30 @@ def test_without_a_generation_config_the_end_tokens_are_the_configs(way: str, tm
     assert written["eos_token_id"] == [257, 256]
 
 
+def test_an_end_token_that_the_base_does_not_end_at_is_said(tmp_path: Path) -> None:
+    base = make_tiny_model(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", KIND)
+    for ends, notes in ((257, 0), ([256, 257], 0), (258, 1), ([256], 1), (None, 1)):
+        (base / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        result = merge(adapter, tmp_path / "out" / str(ends), dtype="fp32")
+        assert len(result["notes"]) == notes, (ends, result["notes"])
+        assert all("not at the tokenizer's end token '<|im_end|>' (257)" in note for note in result["notes"])
+
+
+def test_a_qlora_run_in_memory_says_what_is_not_measured(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> None:
+        raise Unstreamable("the test says so")
+
+    monkeypatch.setattr(workflow, "refuse_unstreamable", refuse)
+    run = copy_run(tiny_run(tmp_path_factory, "qlora"), tmp_path / "run")
+    result = merge(run)
+    assert "kl_of_trained" not in result
+    assert any("is not measured: it was merged in memory" in note for note in result["notes"])
+    assert "quantization_config" not in json.loads((run / "merged" / "config.json").read_text())
+
+
 def test_a_generation_config_that_is_damaged_is_named(tmp_path: Path) -> None:
     for text, problem in (("{", "cannot be read"), ("[]", "expected a JSON object")):
         (tmp_path / "generation_config.json").write_text(text)

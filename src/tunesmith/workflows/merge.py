@@ -78,6 +78,7 @@ def merge(
             raise ModelError(f"{targets[number]}: there is no adapter to merge; pass a run or a PEFT adapter folder")
     first = found[0]
     notes = _refuse_unlike(found)
+    notes += _other_ends(first)
     if onto == "quantized":
         _refuse_unquantized(first)
     streamed = True
@@ -139,6 +140,24 @@ def _refuse_unlike(found: Sequence[Found]) -> list[str]:
                 f"{other.adapter} was trained with another chat template; the merged model has that of {first.adapter}"
             )
     return notes
+
+
+def _other_ends(found: Found) -> list[str]:
+    """What to say where the base's generation config does not end an answer where training did: the file stays as the base has it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        found.source.path, trust_remote_code=found.settings.trust_remote_code, local_files_only=True
+    )
+    ends = generation_values(found.source.path, config.get_text_config()).get("eos_token_id")
+    known = ends if isinstance(ends, list) else [ends]
+    own = found.tokenizer.eos_token_id
+    if own in known:
+        return []
+    return [
+        f"{GENERATION} ends an answer at {ends}, as the base's does, and not at the tokenizer's end token {found.tokenizer.eos_token!r} ({own}), where "
+        "tunesmith does too; name it to other programs"
+    ]
 
 
 def _refuse_unquantized(found: Found) -> None:
@@ -313,6 +332,10 @@ def _in_memory(
             raise VerificationError(f"the merged model does not load back: {error}; nothing was kept") from error
 
     progress("merging", 0, 1)
+    if first.quantization is not None:
+        notes.append(
+            "how far the merge is from what was trained over the quantized base is not measured: it was merged in memory"
+        )
     base: Any = load_model(first.source, first.settings, first.hardware, first.dtype)
     if getattr(base, "is_quantized", False):
         notes.append(
