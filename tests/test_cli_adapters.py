@@ -28,7 +28,8 @@ def test_list_shows_what_is_there(runs: Path) -> None:
         "adapter",
         "base",
         "weights",
-        "rank",
+        "data",
+        "settings",
         "targets",
         "MB",
         "date",
@@ -43,6 +44,11 @@ def test_list_shows_what_is_there(runs: Path) -> None:
     found = json.loads(tunesmith("adapters", "list", "--json").out)["adapters"]
     assert [record["name"] for record in found] == ["[bold]evil\x1b[31m", "first"]
     assert json.loads(tunesmith("adapters", "list", runs, "--json").out)["adapters"][1]["rank"] == 16
+    shown = " ".join(result.out.split())
+    assert found[1]["data_hash"][:8] in result.out
+    assert found[1]["settings"]["optimizer.lr"] == 0.01
+    for text in ("alpha 32", "lr 0.01", "epochs"):
+        assert text in shown.replace(" ", "") or all(word in shown for word in text.split())
     missing = tunesmith("adapters", "list", "absent")
     assert (missing.code, missing.problems) == (
         2, ["tunesmith: absent: no such folder; name one that holds runs or adapters"]

@@ -102,8 +102,8 @@ def test_a_place_that_cannot_be_written_is_the_users_error(
 
 
 def test_other_errors_pass_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error") as caught:
+    monkeypatch.setattr(os, "fsync", failing(errno.EPROTO))
+    with pytest.raises(OSError, match="Protocol error") as caught:
         write_atomic(tmp_path / "a", "new")
     assert not isinstance(caught.value, TunesmithError)
     assert tree(tmp_path) == {}

@@ -37,11 +37,13 @@ NOT_WRITABLE = (
     errno.EINVAL,  # a name that the file system does not take
     errno.EBUSY,  # a mount point cannot be replaced
 )
+BROKEN = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT)
+"""Of a disk that fails, or a network file system that is gone."""
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the operating system's and safetensors' write errors into ours: no space (exit 3), not writable (exit 2)."""
+    """Turn the operating system's and safetensors' write errors into ours: no space or a broken disk (exit 3), not writable (exit 2)."""
     try:
         yield
     except OSError as error:
@@ -49,6 +51,9 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise MachineError(_disk_full(path)) from error
         if error.errno in NOT_WRITABLE:
             raise RunError(f"{path}: cannot be written ({os.strerror(error.errno)}); choose another folder") from error
+        if error.errno in BROKEN:
+            said = os.strerror(error.errno)
+            raise MachineError(f"{path}: its disk fails ({said}); choose another one") from error
         raise
     except Exception as error:
         # safetensors' Rust writer raises its own type, with the errno in the text.

@@ -57,6 +57,7 @@ def test_a_run_merges_into_a_model_that_computes_the_same(run: Path, tmp_path_fa
     result = merge(run)  # a Path does as well as a string
     assert list(result) == [
         "path", "dtype", "difference", "effect", "kl", "top1", "tokens", "onto", "streamed", "notes", "files", "bytes",
+        "loaded_whole",
     ]  # fmt: skip
     assert (result["onto"], result["streamed"], result["notes"], result["files"]) == ("16bit", True, [], 1)
     size = (run / "merged" / "model.safetensors").stat().st_size
@@ -163,7 +164,12 @@ def test_a_weak_adapter_over_a_deep_bf16_base_is_not_refused(tmp_path: Path) -> 
         if "lora_B" in name:
             parameter.data = 3e-3 * torch.randn(parameter.shape, generator=generator)
     check = merge_adapter(
-        model, tokenizer, ChatFormat(tokenizer), tmp_path / "merged", "bf16", lambda path: load_plain(path, "bf16", CPU)
+        model,
+        ChatFormat(tokenizer),
+        tmp_path / "merged",
+        "bf16",
+        tokenizer.save_pretrained,
+        lambda path: load_plain(path, "bf16", CPU),
     )
     assert check.effect < 0.2
     assert check.difference < 0.5 * check.effect

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters_of import Kind, make_adapter
+from command_line import tunesmith
 from tiny import make_tiny_model, make_tokenizer
 from trained import copy_run, tiny_base, tiny_run
 from tunesmith.errors import ModelError
@@ -44,7 +45,7 @@ def message(result: dict[str, Any], name: str) -> str:
 def test_what_was_saved_is_found_whole(run: Path, part: str) -> None:
     result = verify_adapter(run if part == "run" else run / "adapter", dtype="fp32")
     assert outcomes(result) == {"file": True, "tensors": True, "base": True, "reload": True}
-    assert (result["ok"], result["effects"]) == (True, [])
+    assert (result["ok"], result["unverifiable"], result["effects"]) == (True, [], [])
     assert message(result, "tensors") == "28 tensors, all finite"
     assert message(result, "base").endswith("weights, tokenizer, chat template as recorded")
 
@@ -134,6 +135,24 @@ def test_a_runs_changed_template_differs(run: Path) -> None:
     assert "this is not the chat template that the run was trained with" in message(result, "base")
 
 
+def test_another_tokenizer_beside_the_adapter_is_refused(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    run = copy_run(tiny_run(tmp_path_factory, "lora", **{"adapter.new_tokens": ["bin"]}), tmp_path / "run")
+    base = tiny_base(tmp_path_factory)
+    assert verify_adapter(run, dtype="fp32")["ok"]
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["nib"])
+    tokenizer.save_pretrained(run / "adapter")
+    for target in (run, run / "adapter"):
+        refused(
+            target,
+            base,
+            "the tokenizer beside the adapter (sha256 ",
+            f") is not the one that {target} was trained with (",
+        )
+
+
 def test_several_differences_are_all_named(run: Path, base: Path) -> None:
     make_tokenizer(merges=[("b", "i")]).save_pretrained(base)
     tensors = load_file(base / "model.safetensors")
@@ -160,8 +179,16 @@ def test_an_adapter_from_elsewhere(tmp_path: Path) -> None:
     base = make_tiny_model(tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "plain", Kind({"target_modules": ["q_proj"]}))
     result = verify_adapter(adapter)
-    assert outcomes(result) == {"file": None, "tensors": True, "base": True, "reload": True}
+    assert outcomes(result) == {"file": None, "tensors": True, "base": None, "reload": True}
     assert message(result, "base") == f"{base}: nothing was recorded of it"
+    assert not result["ok"], "nothing is known that it could be compared with"
+    assert len(result["unverifiable"]) == 3
+    said = tunesmith("adapters", "verify", adapter)
+    assert (said.code, said.problems) == (1, [])
+    assert said.out.splitlines()[0] == (
+        "unverifiable: tunesmith.json (nothing says which weights were saved), the hash of its base's weights, the hashes of the tokenizer and "
+        "the chat template missing; that it loads is all that can be said"
+    )
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ModelError, match="its weights are pickled"):
         verify_adapter(adapter)
@@ -172,20 +199,20 @@ def test_an_adapter_from_elsewhere(tmp_path: Path) -> None:
 # -- inference unlike training ----------------------------------------------------------------------------------------
 
 
-def test_another_type_is_measured_and_said(run: Path) -> None:
+def test_another_type_is_measured_and_remembered(run: Path) -> None:
     result = verify_adapter(run, dtype="bf16")
     (effect,) = result["effects"]
-    assert (effect["dtype"], effect["quantization"]) == ("bf16", None)
+    assert (effect["dtype"], effect["quantization"], effect["tokens"]) == ("bf16", None, 259)
     assert 1e-7 < effect["kl"] < 0.05
     assert effect["top1"] > 0.8
     said: list[str] = []
     load(run, dtype="bf16", progress=lambda stage, *_: said.append(stage))
-    assert said[1] == (
-        f"trained in fp32, used here in bf16: `tunesmith adapters verify {run} --dtype bf16` measures what that changes"
-    )
-    said.clear()
-    load(run, dtype="fp32", progress=lambda stage, *_: said.append(stage))
-    assert said == ["loading the model"] * 2
+    assert said == [
+        "loading the model",
+        f"trained in fp32, used here in bf16: KL {effect['kl']:.2e} nats a token from what was trained, top-1 agreement {effect['top1']:.1%} "
+        "(259 tokens of fixed prompts)",
+        "loading the model",
+    ]
 
 
 def test_the_16_bit_base_of_a_qlora_run_is_measured(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -224,6 +251,6 @@ def test_what_is_read_is_not_written(run: Path) -> None:
     (run / "adapter" / "tunesmith.json").write_text(json.dumps(record | {"parent": "../../../outside"}))
     before = sorted(path for path in run.parent.rglob("*"))
     found = show_adapter(run / "adapter")
-    assert found["lineage"] == [{"path": "../../../outside", "found": False}]
+    assert found["lineage"] == [{"path": str(run.parent.parent / "outside"), "found": False}]
     assert sorted(path for path in run.parent.rglob("*")) == before
     assert torch.is_tensor(next(iter(load_file(run / "adapter" / "adapter_model.safetensors").values())))

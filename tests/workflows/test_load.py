@@ -197,5 +197,5 @@ def test_an_adapter_of_another_base_is_refused(lora_run: Path, tmp_path: Path) -
 def test_a_damaged_record_of_the_base_is_named(lora_run: Path, tmp_path: Path) -> None:
     shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / "tunesmith.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"tunesmith.json: cannot be read \('base'\); restore it, or remove it"):
+    with pytest.raises(ModelError, match=r"tunesmith.json: damaged: base is missing; restore it, or remove it"):
         load(str(tmp_path / "adapter"))

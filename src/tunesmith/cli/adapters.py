@@ -40,8 +40,19 @@ def list_(
         console.result({"adapters": records})
         return
     table = Table(box=None)
-    for name in ("adapter", "base", "weights", "rank", "targets", "MB", "date", "metric", "trained on from"):
-        table.add_column(name, overflow="fold", justify="right" if name in ("rank", "MB") else "left")
+    for name in (
+        "adapter",
+        "base",
+        "weights",
+        "data",
+        "settings",
+        "targets",
+        "MB",
+        "date",
+        "metric",
+        "trained on from",
+    ):
+        table.add_column(name, overflow="fold", justify="right" if name == "MB" else "left")
     for record in records:
         said = metric_of(record) if record["status"] == "ok" else record["status"]
         table.add_row(
@@ -51,7 +62,8 @@ def list_(
                     record["name"],
                     _short(record["base"]),
                     (record["base_hash"] or "")[:8],
-                    record["rank"],
+                    (record["data_hash"] or "")[:8],
+                    _settings(record),
                     ", ".join(record["targets"]),
                     "" if record["size_mb"] is None else f"{record['size_mb']:.1f}",
                     (record["created"] or "")[:10],
@@ -118,6 +130,8 @@ def verify(
 
 def _print_checks(result: Mapping[str, Any]) -> None:
     marks = {True: "ok", False: "DIFFERS", None: "unknown"}
+    if result["unverifiable"]:
+        print(f"unverifiable: {', '.join(result['unverifiable'])} missing; that it loads is all that can be said")
     for check in result["checks"]:
         print(f"{marks[check['ok']]:<9}{check['name']:<9}{printable(check['message'])}")
     for effect in result["effects"]:
@@ -127,8 +141,26 @@ def _print_checks(result: Mapping[str, Any]) -> None:
             else " over a base that is not quantized"
         )
         print(
-            f"in {effect['dtype']}{over} instead of as trained: KL {effect['kl']:.2e}, top-1 agreement {effect['top1']:.1%}"
+            f"in {effect['dtype']}{over} instead of as trained: KL {effect['kl']:.2e} nats a token, top-1 agreement {effect['top1']:.1%}"
         )
+
+
+def _settings(record: Mapping[str, Any]) -> str:
+    """What decides most, in few words: `lora r 16 alpha 32, sft, lr 0.0002, 3 epochs`."""
+    known = record["settings"]
+    rank = f" r {record['rank']}" if record["rank"] is not None else ""
+    alpha = f" alpha {record['alpha']:g}" if record["alpha"] is not None else ""
+    steps = known.get("training.max_steps")
+    length = (
+        f"{steps} steps"
+        if steps is not None
+        else f"{known['training.epochs']} epochs"
+        if "training.epochs" in known
+        else None
+    )
+    rate = f"lr {known['optimizer.lr']}" if "optimizer.lr" in known else None
+    parts = (f"{record['kind'] or ''}{rank}{alpha}".strip(), known.get("objective.name"), rate, length)
+    return ", ".join(str(part) for part in parts if part)
 
 
 def _short(name: str | None) -> str:

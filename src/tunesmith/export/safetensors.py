@@ -17,6 +17,7 @@ import torch
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import VerificationError
 from tunesmith.export.skeleton import PEFT_PARTS
+from tunesmith.export.tensors import rounded
 from tunesmith.files import atomic_folder
 from tunesmith.hardware import ComputeDType, torch_dtype
 from tunesmith.models.adapters import expert_paths
@@ -37,6 +38,9 @@ TOLERANCE: dict[ComputeDType, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 5e-2
 NOISE: dict[ComputeDType, float] = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
 """An adapter that moves the logits by more than this must be visible in the merged model."""
 
+
+ROWS = 32
+"""Tokens whose probabilities are in memory at once."""
 
 SPARED = 0.05
 """Share of the tokens of a mixture of experts that may differ as they will: a router between two experts chooses by the rounding. One of
@@ -83,15 +87,15 @@ def fixed_prompts(chat: ChatFormat) -> list[list[int]]:
 
 def merge_adapter(
     model: Any,
-    tokenizer: Any,
     chat: ChatFormat,
     out: Path,
     dtype: ComputeDType,
+    write_beside: Callable[[Path], None],
     reload: Callable[[Path], Any],
 ) -> MergeCheck:
     """Merge the adapter of `model` (a PeftModel over a 16- or 32-bit base, in eval mode) and write it to `out`.
 
-    `reload` loads the written folder back. `model` is consumed: its base holds the merged weights afterwards. Raises
+    `write_beside` adds what stands beside the weights (tokenizer, template), `reload` loads the written folder back. `model` is consumed: its base holds the merged weights afterwards. Raises
     VerificationError, and leaves nothing at `out`, when the reloaded model does not compute what base + adapter did.
     """
     prompts = fixed_prompts(chat)
@@ -103,11 +107,10 @@ def merge_adapter(
         base = plain_logits(model, prompts)
     merged = model.merge_and_unload()
     for name, parameter in merged.named_parameters():
-        parameter.data = parameter.data.to(stored.get(name, torch_dtype(dtype)))
+        parameter.data = rounded(name, parameter.data, stored.get(name, torch_dtype(dtype)))
     with atomic_folder(out) as folder:
         merged.save_pretrained(folder)
-        tokenizer.chat_template = chat.template  # what it was trained with, which need not be the base's own
-        tokenizer.save_pretrained(folder)
+        write_beside(folder)
         check = compare_logits(plain_logits(reload(folder).float(), prompts), tuned, base, spared)
         check.refuse(dtype)
     return check
@@ -116,8 +119,8 @@ def merge_adapter(
 def compare_logits(merged: torch.Tensor, tuned: torch.Tensor, base: torch.Tensor, spared: float = 0.0) -> MergeCheck:
     """Compare logits (tokens, vocabulary), all fp32; `spared` is the share of tokens that need not agree."""
     return MergeCheck(
-        difference=float((merged - tuned).norm() / tuned.norm()),
-        effect=float((tuned - base).norm() / tuned.norm()),
+        difference=_distance(merged, tuned),
+        effect=_distance(tuned, base, tuned),
         kl=mean_kl(tuned, merged),
         top1=float((merged.argmax(-1) == tuned.argmax(-1)).float().mean()),
         tokens=len(tuned),
@@ -125,10 +128,19 @@ def compare_logits(merged: torch.Tensor, tuned: torch.Tensor, base: torch.Tensor
     )
 
 
+def _distance(one: torch.Tensor, other: torch.Tensor, by: torch.Tensor | None = None) -> float:
+    """‖one - other‖ / ‖by‖ (of `other` where nothing is given), some tokens at a time."""
+    parts = [(a - b).norm() for a, b in zip(one.split(ROWS), other.split(ROWS), strict=True)]
+    return float(torch.stack(parts).norm() / (other if by is None else by).norm())
+
+
 def mean_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
     """Mean KL(reference ‖ other) in nats a token, of logits (tokens, vocabulary) in fp32."""
-    log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
-    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    found = []
+    for log_p, log_q in zip(reference.split(ROWS), other.split(ROWS), strict=True):  # in parts: a vocabulary is wide
+        log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+        found.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    return float(torch.cat(found).mean())
 
 
 def _difference_of_most(merged: torch.Tensor, tuned: torch.Tensor, spared: float) -> float:

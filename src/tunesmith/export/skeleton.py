@@ -4,7 +4,7 @@ PEFT puts an adapter on it as on any other model, and the adapter's own matrices
 one module at a time: `merged` gives a parameter with the adapter in it, by PEFT's own `merge`, and `logits` runs the model with each
 module's weights read as its turn comes. The NaN makes what was read past this visible: nothing can come out right without its weights.
 
-All is computed in fp32, whatever the weights are stored in, on any device; a GPU holds one module's weights.
+All is computed in fp32 unless asked otherwise, whatever the weights are stored in, on any device; a GPU holds one module's weights.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tunesmith.errors import VerificationError
+from tunesmith.export.large import LookUp, in_rows, is_large_embedding, is_large_linear
 from tunesmith.export.tensors import Checkpoint, Unstreamable, check_whole
 from tunesmith.models.load import TEXT_TOWERS
 
@@ -39,7 +41,7 @@ class Skeleton:
 
     def __init__(self, folder: Path, device: str | torch.device = "cpu"):
         from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if getattr(config, "quantization_config", None) is not None:
@@ -53,9 +55,6 @@ class Skeleton:
             self.model = AutoModelForCausalLM.from_config(
                 config.get_text_config() if mapping else config, dtype=torch.float32, attn_implementation="eager"
             )
-        self.generation_config = self.model.generation_config if self.model.can_generate() else None
-        if (folder / "generation_config.json").is_file():
-            self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         self.device = torch.device(device)
         self.model.eval().requires_grad_(False)
         self.checkpoint = Checkpoint(folder, self.model, mapping)
@@ -170,20 +169,23 @@ class Skeleton:
                 place.data = nothing
 
     @contextmanager
-    def _filled(self, read: Read) -> Iterator[None]:
-        """For the length of the block each module reads its weights when it is called, and lets go of them afterwards."""
+    def _filled(self, read: Read, dtype: torch.dtype) -> Iterator[None]:
+        """For the length of the block each module reads its weights, in `dtype`, when it is called, and lets go of them afterwards."""
         by_module: dict[torch.nn.Module, list[tuple[str, str]]] = {}
         for name, full in self.places.items():
             module = self._wrapper(full) or self.model.get_submodule(full.rpartition(".")[0])
             by_module.setdefault(module, []).append((full, name))
-        handles = []
+        handles: list[Any] = []
+        chunked: list[Any] = []
         for module, parameters in by_module.items():
+            if self._in_parts(module, parameters, read, dtype, handles, chunked):
+                continue
             places = [(self.model.get_parameter(full), name) for full, name in parameters]
             empty = [place.data for place, _ in places]
 
             def fill(*_: Any, places: Any = places) -> None:
                 for place, name in places:
-                    place.data = self._fit(name, read(name), place.shape)
+                    place.data = self._fit(name, read(name), place.shape).to(self.kept_in(name, dtype))
 
             def drop(*_: Any, places: Any = places, empty: Any = empty) -> None:
                 for (place, _), nothing in zip(places, empty, strict=True):
@@ -195,9 +197,60 @@ class Skeleton:
         finally:
             for handle in handles:
                 handle.remove()
+            for module in chunked:
+                del module.forward
 
-    def logits(self, prompts: Sequence[Sequence[int]], read: Read | None = None, adapter: bool = True) -> torch.Tensor:
-        """Logits (tokens, vocabulary) in fp32 of all prompts, with the adapter or without it.
+    def _in_parts(
+        self,
+        module: Any,
+        parameters: list[tuple[str, str]],
+        read: Read,
+        dtype: torch.dtype,
+        handles: list[Any],
+        chunked: list[Any],
+    ) -> bool:
+        """Whether a module is one of large.py's, which is then prepared for `_filled`: its matrix never is in memory whole in fp32."""
+        names = {full.rpartition(".")[2]: name for full, name in parameters}
+        if "weight" not in names or self.checkpoint_shape(names["weight"]) != module.weight.shape:
+            return False
+        stored = partial(read, names["weight"])
+        kept = self.kept_in(names["weight"], dtype)
+        if is_large_embedding(module):
+            look_up = LookUp(module, stored, self.device, kept)
+            handles += [
+                module.register_forward_pre_hook(look_up.before),
+                module.register_forward_hook(look_up.after, always_call=True),
+            ]
+            return True
+        if is_large_linear(module):
+
+            def forward(x: torch.Tensor) -> torch.Tensor:
+                bias = read(names["bias"]) if "bias" in names else None
+                return in_rows(x, stored(), bias, kept)
+
+            module.forward = forward
+            chunked.append(module)
+            return True
+        return False
+
+    def checkpoint_shape(self, name: str) -> torch.Size | None:
+        """A parameter's shape as the base has it, without what an adapter added; None for one that it has not."""
+        return self.checkpoint.shapes.get(name)
+
+    def kept_in(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The type of a parameter in a model of `dtype`: transformers keeps some in fp32 whatever that is."""
+        kept = {*(self.model._keep_in_fp32_modules or ()), *(self.model._keep_in_fp32_modules_strict or ())}
+        return torch.float32 if any(part in kept for part in name.split(".")) else dtype
+
+    def logits(
+        self,
+        prompts: Sequence[Sequence[int]],
+        read: Read | None = None,
+        adapter: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """Logits (tokens, vocabulary) of all prompts, with the adapter or without it, in fp32; computed in it too, unless weights are to be
+        in another `dtype`.
 
         The prompts are rows of one batch, filled up on the right, so that weights are read once; what fills a row is behind its tokens, which do not
         see it. Raises Unstreamable where a module uses weights that are not its own.
@@ -209,7 +262,7 @@ class Skeleton:
         off: AbstractContextManager[Any] = (
             nullcontext() if adapter or self.adapted is self.model else self.adapted.disable_adapter()
         )
-        with self._filled(read or self.stored), off, torch.no_grad():
+        with self._filled(read or self.stored, dtype), off, torch.no_grad():
             found = self.adapted(input_ids=ids, use_cache=False).logits.float().cpu()
         return torch.cat([row[: len(prompt)] for row, prompt in zip(found, prompts, strict=True)])
 

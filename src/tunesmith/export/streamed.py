@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from tunesmith.errors import VerificationError
 from tunesmith.export.skeleton import Read, Skeleton
 from tunesmith.export.tensors import Entry, Group, Unstreamable, write_tensors
 from tunesmith.files import write_json
@@ -26,10 +25,11 @@ from tunesmith.types import Progress, no_progress
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written: files, their bytes in all, and whether the head was untied from the embeddings."""
+    """What was written: files, their bytes in all and of the largest, and whether the head was untied from the embeddings."""
 
     files: int
     bytes: int
+    largest: int
     untied: bool
 
 
@@ -41,7 +41,7 @@ def write_merged(
     changed: frozenset[str] = frozenset(),
     progress: Progress = no_progress,
 ) -> Written:
-    """Write the model of `skeleton` with its adapter merged in as safetensors in `dtype`, with config and generation config.
+    """Write the model of `skeleton` with its adapter merged in as safetensors in `dtype`, with its config.
 
     `read` gives the base's parameters, the stored ones by default, and `changed` names those that it changes. Raises VerificationError for values that
     the type cannot hold, Unstreamable for what cannot be turned back into the files' tensors.
@@ -70,7 +70,8 @@ def write_merged(
         )
     skeleton.close()
     _write_configs(skeleton, folder, dtype, merger.untied)
-    return Written(len(plan), size, merger.untied)
+    largest = max(sum(entry.size for entry in entries) for entries in plan.values())
+    return Written(len(plan), size, largest, merger.untied)
 
 
 class _Merger:
@@ -120,10 +121,7 @@ class _Merger:
         return Entry(name if self.skeleton.renamed else entry.name, shape, dtype)
 
     def _dtype(self, name: str) -> torch.dtype:
-        """transformers keeps some parameters in fp32 whatever the model's type, and reads them so."""
-        model = self.skeleton.model
-        kept = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
-        return torch.float32 if any(part in kept for part in name.split(".")) else self.dtype
+        return self.skeleton.kept_in(name, self.dtype)
 
     def _merged(self, name: str) -> torch.Tensor:
         if name in self.by_adapter:
@@ -133,19 +131,19 @@ class _Merger:
     def tensor(self, entry: Entry) -> torch.Tensor:
         """What stands in the file under an entry's name."""
         if entry.name in self.extra:
-            return self._rounded(entry.name, self._merged(entry.name), entry.dtype)
+            return self._merged(entry.name)
         if entry.name in self._reverted:
-            return self._rounded(entry.name, self._reverted.pop(entry.name), entry.dtype)
+            return self._reverted.pop(entry.name)
         group = self.skeleton.checkpoint.targets[entry.name] if self.skeleton.renamed else self.group_of[entry.name]
         names = self.names[group]
         if self.changed.isdisjoint(names):
             stored = self.skeleton.checkpoint.tensors.read(group.sources[0] if group.converter is None else entry.name)
-            return self._rounded(entry.name, self._grown(stored, entry), entry.dtype)
+            return self._grown(stored, entry)
         if group.converter is None:
-            return self._rounded(entry.name, self._merged(names[0]), entry.dtype)
+            return self._merged(names[0])
         values = {name: self._merged(name).to(entry.dtype) for name in names}
         self._reverted = self.skeleton.checkpoint.revert(group, values)
-        return self._rounded(entry.name, self._reverted.pop(entry.name), entry.dtype)
+        return self._reverted.pop(entry.name)
 
     def _grown(self, stored: torch.Tensor, entry: Entry) -> torch.Tensor:
         """`stored`, with rows of zeros where embeddings grew beside those that the adapter holds."""
@@ -155,18 +153,9 @@ class _Merger:
         grown[: len(stored)] = stored
         return grown
 
-    def _rounded(self, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        rounded = tensor.to(dtype)
-        if dtype == torch.float16 and tensor.dtype != dtype and not bool(rounded.isfinite().all()):
-            raise VerificationError(
-                f"{name} has values up to {float(tensor.abs().max()):.3g}, and fp16 ends at 65504; pass --dtype bf16 or fp32; "
-                "nothing was kept"
-            )
-        return rounded
-
 
 def _write_configs(skeleton: Skeleton, folder: Path, dtype: torch.dtype, untied: bool) -> None:
-    """config.json and, where the model generates, generation_config.json."""
+    """config.json; what stands beside the weights of any merge is written by workflows/merge.py."""
     model = skeleton.model
     config = model.config
     config.dtype = str(dtype).removeprefix("torch.")
@@ -174,5 +163,3 @@ def _write_configs(skeleton: Skeleton, folder: Path, dtype: torch.dtype, untied:
     if untied:
         config.tie_word_embeddings = False
     config.save_pretrained(folder)
-    if model.can_generate() and skeleton.generation_config is not None:
-        skeleton.generation_config.save_pretrained(folder)

@@ -20,13 +20,16 @@ from typing import Any
 
 import torch
 
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, VerificationError
 
 TYPES: dict[torch.dtype, str] = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """Names of types in a safetensors header."""
+
+PART = 2**24
+"""Values that are rounded and written at once."""
 
 DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
@@ -106,7 +109,8 @@ def _entries(file: Path) -> Iterator[Entry]:
 
 
 def write_tensors(file: Path, entries: Sequence[Entry], tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Write a safetensors file of `entries` from `tensors`, which come in the same order, each held only while it is written.
+    """Write a safetensors file of `entries` from `tensors`, which come in the same order, each held only while it is written and rounded to its
+    entry's type a part at a time. Raises VerificationError for values that the type cannot hold.
 
     The format: eight bytes with the header's length, the header as JSON, padded with spaces to eight bytes, the data
     (https://huggingface.co/docs/safetensors#format).
@@ -123,9 +127,21 @@ def write_tensors(file: Path, entries: Sequence[Entry], tensors: Iterator[tuple[
     with file.open("wb") as opened:
         opened.write(struct.pack("<Q", len(text)) + text)
         for entry, (name, tensor) in zip(entries, tensors, strict=True):
-            if (name, tuple(tensor.shape), tensor.dtype) != (entry.name, entry.shape, entry.dtype):
-                raise AssertionError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} is not what was announced, {entry}")
-            opened.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            if (name, tuple(tensor.shape)) != (entry.name, entry.shape):
+                raise AssertionError(f"{name}: {tuple(tensor.shape)} is not what was announced, {entry}")
+            for part in tensor.contiguous().flatten().split(PART):
+                opened.write(rounded(name, part, entry.dtype).cpu().view(torch.uint8).numpy().data)
+
+
+def rounded(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`tensor` in `dtype`. Raises VerificationError, by `name`, for values that fp16 cannot hold."""
+    found = tensor.to(dtype)
+    if dtype == torch.float16 and tensor.dtype != dtype and not bool(found.isfinite().all()):
+        raise VerificationError(
+            f"{name} has values up to {float(tensor.abs().max()):.3g}, and fp16 ends at 65504; pass --dtype bf16 or fp32; "
+            "nothing was kept"
+        )
+    return found
 
 
 @dataclass(frozen=True, slots=True)

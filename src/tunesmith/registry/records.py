@@ -9,18 +9,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from tunesmith.config import RunConfig
 from tunesmith.errors import ConfigError, ModelError, RunError
+from tunesmith.files import sha256_file, write_json
 from tunesmith.runs import RunFolder
+from tunesmith.version import __version__
 
 CONFIG, WEIGHTS, PICKLED, RECORD = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "tunesmith.json",
 )  # fmt: skip
+MERGED = "merged"
+"""`kind` in the record of a merged model; an adapter's has none."""
+
 NOT_ENTERED = {"checkpoints", "merged", "evaluations", "model"}
 """Folders inside others that hold no adapters of their own; a run's checkpoints are states of its training."""
 
@@ -38,7 +45,8 @@ class AdapterRecord:
     """What is known of one adapter. None, or empty, where its files do not say.
 
     `status` is `ok`, `unfinished` (a run that has no adapter yet) or `refused` (`problem` says why). `size_mb` is its weights' in MB of 2^20 bytes,
-    `metrics` those of its newest evaluation, and `parent` what its training went on from.
+    `metrics` those of its newest evaluation, `parent` what its training went on from, `data` the name of the training file, `settings` those that
+    decide most (`short_settings`).
     """
 
     name: str
@@ -59,6 +67,9 @@ class AdapterRecord:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     evaluation: str | None = None
     parent: str | None = None
+    data: str | None = None
+    data_hash: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """For `--json`."""
@@ -98,7 +109,7 @@ def read_adapter(place: Path, root: Path | None = None) -> AdapterRecord:
         if is_run:
             facts |= _of_run(RunFolder.open(place))
         elif (record := read_json(folder / RECORD)) is not None:
-            facts |= _of_record(record)
+            facts |= _of_record(record, folder)
         config = read_json(folder / CONFIG)
     except (ConfigError, ModelError, RunError) as error:
         return AdapterRecord(**facts, status="refused", problem=str(error))
@@ -151,20 +162,68 @@ def _of_run(run: RunFolder) -> dict[str, Any]:
         "dtype": _text(metadata.get("dtype")),
         "quantization": config.quantization.scheme if config.method == "qlora" else None,
         "parent": _text(metadata.get("parent")),
+        **_of_data(data_facts(_dict(metadata.get("data")))),
+        "settings": short_settings(config),
         "metrics": _dict(evaluation[1].get("metrics")) if evaluation else {},
         "evaluation": evaluation[0] if evaluation else None,
     }
 
 
-def _of_record(record: Mapping[str, Any]) -> dict[str, Any]:
+def _of_record(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     base = _dict(record.get("base"))
     return {
-        "base": _text(base.get("name")),
         "base_hash": _text(base.get("weight_hash")),
         "dtype": _text(record.get("dtype")),
         "quantization": _text(_dict(record.get("quantization")).get("scheme")),
-        "parent": _text(record.get("parent")),
+        "parent": _parent(record.get("parent"), folder),
+        **_of_data(_dict(record.get("data"))),
+        "settings": _dict(record.get("settings")),
     }
+
+
+def _of_data(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {"data": _text(facts.get("name")), "data_hash": _text(facts.get("sha256"))}
+
+
+def data_facts(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's facts about its data, those that travel with the adapter: the file's name, the hashes, the number of rows."""
+    name = _text(known.get("path"))
+    kept = ("sha256", "eval_sha256", "general_sha256", "tokens_sha256", "rows")
+    return {"name": portable_name(name) if name else None} | {key: known[key] for key in kept if key in known}
+
+
+SHORT = (
+    "method", "objective.name", "optimizer.lr", "training.epochs", "training.max_steps", "training.batch_size", "training.seed",
+    "data.max_seq_length", "adapter.init_lora_weights",
+)  # fmt: skip
+"""The settings of a list; `show` has all of a run's."""
+
+
+def short_settings(config: RunConfig) -> dict[str, Any]:
+    """A run's settings that decide most, by dotted key; without those that are not set."""
+    found = {}
+    for key in SHORT:
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value is not None:
+            found[key] = value
+    return found
+
+
+def _parent(recorded: Any, folder: Path) -> str | None:
+    """Where an adapter's parent is: recorded from the adapter's folder, so that runs that move together still find each other."""
+    if not isinstance(recorded, str) or not recorded.startswith((f".{os.sep}", f"..{os.sep}")):
+        return _text(recorded)
+    return os.path.normpath(folder / recorded)
+
+
+def recorded_parent(parent: str | None, folder: Path) -> str | None:
+    """What stands in the record in `folder` of the adapter that its training went on from; `_parent` reads it."""
+    if parent is None:
+        return None
+    path = os.path.relpath(parent, folder)
+    return path if path.startswith("..") else f".{os.sep}{path}"
 
 
 def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,3 +300,106 @@ def refuse_code(folder: Path) -> None:
             f"{folder / CONFIG}: megatron_config has PEFT import the module {config.get('megatron_core')!r}; remove both if the adapter "
             "is none for Megatron"
         )
+
+
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 of an adapter's weights: of `adapter_model.safetensors`. Raises ModelError where there is none."""
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(without_weights(folder))
+    return sha256_file(folder / WEIGHTS)
+
+
+def adapter_name(folder: Path) -> str:
+    """What to call an adapter by its place: a run's by the run's name."""
+    place = folder.resolve()
+    return place.parent.name if place.name == "adapter" else place.name
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merged model was made of, as its `tunesmith.json` says.
+
+    `adapters` are the hashes (`adapter_hash`) of those that went into it, in order, with `names` for people; `method`, `weights` and `density` say how
+    several became one. `onto` is `16bit` or `quantized`. `tokenizer_hash` is of the files that were written.
+    """
+
+    adapters: tuple[str, ...]
+    names: tuple[str, ...]
+    base: str
+    base_hash: str
+    tokenizer_hash: str
+    template_hash: str
+    dtype: str
+    onto: str
+    method: str | None = None
+    weights: tuple[float, ...] | None = None
+    density: float | None = None
+
+
+def write_merged_record(folder: Path, made: Merged) -> None:
+    """Write `tunesmith.json` into a merged model's folder."""
+    value = {
+        "tunesmith": __version__,
+        "kind": MERGED,
+        "adapters": [{"name": name, "sha256": own} for name, own in zip(made.names, made.adapters, strict=True)],
+        "base": {"name": made.base, "weight_hash": made.base_hash},
+        "tokenizer": {"hash": made.tokenizer_hash},
+        "chat_template": {"hash": made.template_hash},
+        "dtype": made.dtype,
+        "onto": made.onto,
+        "method": made.method,
+        "weights": made.weights,
+        "density": made.density,
+    }
+    write_json(folder / RECORD, value)
+
+
+def merged_from(folder: Path) -> Merged | None:
+    """What the model in `folder` was merged from; None where nothing says so. Raises ModelError for a damaged record.
+
+    `adapter_hash(run.adapter_path) in merged.adapters` tells whether a run's merged model is of its present adapter.
+    """
+    record = read_json(folder / RECORD)
+    if record is None or record.get("kind") != MERGED:
+        return None
+    adapters = [_dict(one) for one in _list(record.get("adapters"))]
+    weights, density = record.get("weights"), record.get("density")
+    try:
+        return Merged(
+            adapters=tuple(_sha256(one.get("sha256")) for one in adapters) or _none_named(),
+            names=tuple(_text(one.get("name")) or "" for one in adapters),
+            base=_text(_dict(record.get("base")).get("name")) or "",
+            base_hash=_sha256(_dict(record.get("base")).get("weight_hash")),
+            tokenizer_hash=_sha256(_dict(record.get("tokenizer")).get("hash")),
+            template_hash=_sha256(_dict(record.get("chat_template")).get("hash")),
+            dtype=_text(record.get("dtype")) or "",
+            onto=_text(record.get("onto")) or "",
+            method=_text(record.get("method")),
+            weights=tuple(float(one) for one in weights) if isinstance(weights, list) else None,
+            density=float(density) if density is not None else None,
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder / RECORD}: damaged ({error}); merge again") from None
+
+
+def portable_name(name: str) -> str:
+    """A model's or adapter's name for a file that travels: a hub id as it is, of a path on this disk the last part."""
+    return (
+        Path(name).expanduser().absolute().name
+        if Path(name).expanduser().exists() or Path(name).is_absolute()
+        else name
+    )
+
+
+def _sha256(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(f"expected a SHA-256 in hex, found {str(value)[:80]!r}")
+    return value
+
+
+def _none_named() -> tuple[str, ...]:
+    raise ValueError("it names no adapter")
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

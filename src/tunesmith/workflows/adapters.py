@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from tunesmith.config import ModelConfig, QuantizationConfig
+from tunesmith.config import ModelConfig
 from tunesmith.errors import MachineError, ModelError, RunError
-from tunesmith.export.safetensors import fixed_prompts, mean_kl, plain_logits
+from tunesmith.export.safetensors import fixed_prompts, plain_logits
 from tunesmith.files import sha256_file
 from tunesmith.hardware import ComputeDType
 from tunesmith.models import loftq
 from tunesmith.models.adapters import load_adapter
 from tunesmith.models.load import find_model, load_model
+from tunesmith.registry.fields import check_config, check_metadata
 from tunesmith.registry.records import (
     CONFIG,
     RECORD,
@@ -32,7 +33,8 @@ from tunesmith.registry.records import (
 )
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
-from tunesmith.workflows.load import Found, differences, find
+from tunesmith.workflows.inference import Effect, Inference, Setting, autocast
+from tunesmith.workflows.load import Found, differences, find, read_record
 
 DEFAULT_FOLDER = "runs"
 
@@ -88,10 +90,14 @@ def verify_adapter(
     and chat template, and that base and adapter compute numbers. `effects` measures inference unlike training on the fixed prompts: mean KL and top-1
     agreement of each other setting with the trained one, which are `dtype` (what `auto` means here by default) and, for QLoRA, the 16-bit base.
 
-    Returns `{path, ok, checks[{name, ok, message}], effects[{dtype, quantization, kl, top1}]}`; `ok` is False where any check failed. Raises
-    ModelError and RunError where there is no adapter to verify.
+    What is measured is remembered: loading in that setting says it at once (workflows/inference.py).
+
+    Returns `{path, ok, unverifiable[what], checks[{name, ok, message}], effects[{dtype, quantization, kl, top1, tokens}]}`; `ok` is False where any check
+    failed, and where nothing was recorded to compare with: then `unverifiable` says what is missing. Raises ModelError and RunError where there is no
+    adapter to verify, or its files are damaged.
     """
     place, folder = _place(target)
+    missing = _unrecorded(place, folder)
     record = read_adapter(place)
     checks = [_check_file(folder), _check_tensors(folder)]
     effects: list[dict[str, Any]] = []
@@ -101,12 +107,15 @@ def verify_adapter(
         differing = differences(found.run, found.adapter, found.source, found.chat)
         checks += [Check("base", False, text) for text in differing]
         if not differing:
-            checks.append(Check("base", True, f"{name}: {_compared(found, folder)}"))
+            compared = _compared(found, folder)
+            said = f"{', '.join(compared)} as recorded" if compared else "nothing was recorded of it"
+            checks.append(Check("base", True if compared else None, f"{name}: {said}"))
         loaded, effects = _reload(found, dtype, device, progress)
         checks.append(loaded)
     return {
         "path": str(target),
-        "ok": all(check.ok is not False for check in checks),
+        "ok": all(check.ok is not False for check in checks) and not missing,
+        "unverifiable": missing,
         "checks": [asdict(check) for check in checks],
         "effects": effects,
     }
@@ -186,27 +195,38 @@ def _find(place: Path, model: str | Path | None, device: str, name: str, checks:
         return None
 
 
-def _compared(found: Found, folder: Path) -> str:
+def _unrecorded(place: Path, folder: Path) -> list[str]:
+    """What is missing where nothing at all was recorded that could be compared. Raises ModelError and RunError for damaged files."""
+    check_config(folder / CONFIG, read_json(folder / CONFIG) or {})
+    record = read_record(folder)
+    if RunFolder.is_run(place):
+        run = RunFolder.open(place)
+        check_metadata(run.path / "metadata.json", run.metadata)
+        return []
+    if record:  # a record names its base's hash at least
+        return []
+    return [
+        f"{RECORD} (nothing says which weights were saved)", "the hash of its base's weights", "the hashes of the tokenizer and the chat template",
+    ]  # fmt: skip
+
+
+def _compared(found: Found, folder: Path) -> list[str]:
     """Which hashes there were to compare."""
     known = found.run.metadata if found.run else read_json(folder / RECORD) or {}
     names = {"base": "weights", "model": "weights", "tokenizer": "tokenizer", "chat_template": "chat template"}
-    have = list(dict.fromkeys(words for key, words in names.items() if known.get(key)))
-    return f"{', '.join(have)} as recorded" if have else "nothing was recorded of it"
-
-
-Setting = tuple[ComputeDType, QuantizationConfig | None]
+    return list(dict.fromkeys(words for key, words in names.items() if known.get(key)))
 
 
 def _reload(found: Found, dtype: str, device: str, progress: Progress) -> tuple[Check, list[dict[str, Any]]]:
     """Load the adapter on its base as it was trained, and as it would be used otherwise."""
     prompts = fixed_prompts(found.chat)
-    trained: Setting = (_known(found.trained_dtype) or found.dtype, found.quantization)
+    trained = Setting(_known(found.trained_dtype) or found.dtype, found.quantization)
     asked = found.dtype if dtype == "auto" else _known(dtype)
     if asked is None:
         raise ModelError(f"dtype is {dtype!r}: expected auto, bf16, fp16 or fp32")
-    others: list[Setting] = [(asked, trained[1])]
-    if trained[1] is not None:
-        others.append((asked, None))
+    others = [Setting(asked, trained.quantization)]
+    if trained.quantization is not None:
+        others.append(Setting(asked))
     if found.trained_dtype is None and dtype == "auto":
         others = []
     try:
@@ -221,14 +241,11 @@ def _reload(found: Found, dtype: str, device: str, progress: Progress) -> tuple[
         if setting == trained:
             continue
         other, _ = _logits(found, setting, prompts, progress)
-        effects.append(
-            {
-                "dtype": setting[0],
-                "quantization": setting[1].scheme if setting[1] else None,
-                "kl": mean_kl(logits, other),
-                "top1": float((logits.argmax(-1) == other.argmax(-1)).float().mean()),
-            }
-        )
+        changed = Effect.between(logits, other)
+        if (unlike := Inference.unlike_training(found, setting)) is not None:
+            unlike.keep(changed)
+        scheme = setting.quantization.scheme if setting.quantization else None
+        effects.append({"dtype": setting.dtype, "quantization": scheme, **asdict(changed)})
     return Check("reload", True, f"loads on its base; it moves the logits by {effect:.1%}"), effects
 
 
@@ -240,18 +257,18 @@ def _logits(
     found: Found, setting: Setting, prompts: Sequence[Sequence[int]], progress: Progress, with_base: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits on the fixed prompts with the adapter, and without it (the same again where that is not asked for)."""
-    dtype, quantization = setting
-    progress(f"loading in {dtype}{f' over {quantization.scheme}' if quantization else ''}", 0, 1)
+    progress(f"loading in {setting}", 0, 1)
     assert found.adapter is not None  # `_place` found one
-    base: Any = load_model(found.source, found.settings, found.hardware, dtype, quantization)
+    base: Any = load_model(found.source, found.settings, found.hardware, setting.dtype, setting.quantization)
     adapted = load_adapter(base, found.adapter)
-    if found.loftq and quantization is not None:
+    if found.loftq and setting.quantization is not None:
         loftq.restore(adapted, found.source.path, found.loftq)
-    logits = plain_logits(adapted, prompts)
-    if not with_base:
-        return logits, logits
-    with adapted.disable_adapter():
-        return logits, plain_logits(adapted, prompts)
+    with autocast(found.hardware.device, setting):
+        logits = plain_logits(adapted, prompts)
+        if not with_base:
+            return logits, logits
+        with adapted.disable_adapter():
+            return logits, plain_logits(adapted, prompts)
 
 
 def metric_of(record: dict[str, Any] | AdapterRecord) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,16 +11,26 @@ from typing import Any
 from tunesmith.config import ModelConfig, QuantizationConfig, RunConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, ModelError, RunError
-from tunesmith.files import sha256_file
 from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, probe
 from tunesmith.models import loftq
 from tunesmith.models.adapters import base_of_adapter, load_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
-from tunesmith.registry.records import refuse_code
+from tunesmith.registry.fields import check_config, check_metadata, check_record
+from tunesmith.registry.records import (
+    CONFIG,
+    adapter_hash,
+    data_facts,
+    portable_name,
+    read_json,
+    recorded_parent,
+    refuse_code,
+    short_settings,
+)
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
+from tunesmith.workflows.inference import Inference, Setting, Unmeasured
 from tunesmith.workflows.lineage import tokenizer_hash
 
 TEMPLATE_NAME = "chat_template.jinja"
@@ -33,7 +42,9 @@ RECORD_NAME = "tunesmith.json"
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to answer. `run` is set when it came from a run; `adapted` says whether an adapter is on it."""
+    """A model ready to answer. `run` is set when it came from a run; `adapted` says whether an adapter is on it, `unlike_training` in what other setting
+    than training's that is used, with the measured effect.
+    """
 
     forward: ModelForward
     tokenizer: Any
@@ -43,6 +54,7 @@ class LoadedModel:
     dtype: ComputeDType
     adapted: bool
     run: RunFolder | None = None
+    unlike_training: str | None = None
 
 
 def load(
@@ -61,15 +73,23 @@ def load(
     `model` overrides the base of an adapter. A QLoRA run's base is quantized as in training unless `quantized` is False.
     With `base`, a run's base is loaded as the run had it at its start, with the same settings and chat template; an
     adapter folder's own `chat_template.jinja` applies. `check` sees the chat format before the weights are fetched and
-    read, and may raise. Raises ModelError, RunError or MachineError; a base with other weights than the run or the adapter was
+    read, and may raise. An adapter in another type or over another quantization than training's is said, with the effect that was measured now or before
+    (workflows/inference.py). Raises ModelError, RunError or MachineError; a base with other weights than the run or the adapter was
     trained on is refused, unless `force`: then `progress` is told.
     """
     found = find(target, model, dtype, device, base, check, progress if force else None)
     progress("loading the model", 0, 1)
     # A lone adapter's base is as the user names it; what its record says of quantization is said below.
     quantization = found.quantization if quantized and found.run else None
-    if found.adapter and (said := _unlike_training(found, quantization)):
-        progress(said, 0, 1)
+    unlike = Inference.unlike_training(found, Setting(found.dtype, quantization))
+    said = None
+    if unlike is not None:
+        if force and differences(found.run, found.adapter, found.source, found.chat):
+            said = unlike.said(None, "the base is another one than training's")
+        elif (effect := unlike.known()) is not None:
+            said = unlike.said(effect)
+        if said:
+            progress(said, 0, 1)
     loaded: Any = load_model(found.source, found.settings, found.hardware, found.dtype, quantization)
     if found.adapter:
         loaded = load_adapter(loaded, found.adapter)
@@ -78,10 +98,22 @@ def load(
     loaded.eval()
     progress("loading the model", 1, 1)
     forward = ModelForward(loaded, found.hardware.device, found.dtype)
+    if unlike is not None and said is None:
+        said = _measured(unlike, loaded, progress)
+        progress(said, 0, 1)
     adapted = found.adapter is not None
     return LoadedModel(
-        forward, found.tokenizer, found.chat, found.source, found.hardware, found.dtype, adapted, found.run
+        forward, found.tokenizer, found.chat, found.source, found.hardware, found.dtype, adapted, found.run, said
     )
+
+
+def _measured(unlike: Inference, loaded: Any, progress: Progress) -> str:
+    progress(f"measuring {unlike.used} against {unlike.trained}, as trained", 0, 1)
+    try:
+        effect = unlike.measure(loaded)
+    except Unmeasured as why:
+        return unlike.said(None, f"{why}; `tunesmith adapters verify` loads both")
+    return unlike.said(effect)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +148,8 @@ def find(
     """What `load` finds before it reads weights, with the same arguments and errors; `forced` is told what would be refused."""
     path, target, model = Path(target), str(target), str(model) if model else None
     run = RunFolder.open(path) if RunFolder.is_run(path) else None
+    if run:
+        check_metadata(run.path / "metadata.json", run.metadata)
     config = run.config if run else RunConfig()
     is_adapter = run is None and (path / "adapter_config.json").is_file()
     if model and run is None and not is_adapter:
@@ -143,7 +177,9 @@ def find(
     )
 
     if adapter:
+        check_config(adapter / CONFIG, read_json(adapter / CONFIG) or {})
         refuse_code(adapter)
+        read_record(adapter)
     hardware = probe(settings.device)
     computes = compute_dtype(settings.dtype, hardware)
     source = find_model(settings)
@@ -169,22 +205,6 @@ def _quantization(config: RunConfig, run: RunFolder | None, record: Mapping[str,
     if run is not None:
         return config.quantization if config.method == "qlora" else None
     return QuantizationConfig(**found) if isinstance(found := record.get("quantization"), dict) else None
-
-
-def _unlike_training(found: Found, quantization: QuantizationConfig | None) -> str | None:
-    """What to say where an adapter is to work in another type, or over another base, than it was trained in."""
-
-    def words(dtype: str | None, scheme: QuantizationConfig | None) -> str:
-        return f"{dtype or 'an unknown type'}{f' over a base in {scheme.scheme}' if scheme else ''}"
-
-    trained, now = (found.trained_dtype, found.quantization), (found.dtype, quantization)
-    if found.trained_dtype is None or trained == now:
-        return None
-    place = found.run.path if found.run else found.adapter
-    return (
-        f"trained in {words(*trained)}, used here in {words(*now)}: `tunesmith adapters verify {place} --dtype {found.dtype}` measures "
-        "what that changes"
-    )
 
 
 def tokenizer_source(source: ModelSource, adapter: Path | None) -> ModelSource:
@@ -227,48 +247,46 @@ def _finished(run: RunFolder, folder: Path) -> Path:
 def adapter_record(run: RunFolder, folder: Path) -> dict[str, Any]:
     """What stands in `RECORD_NAME` beside the adapter that `run` saves in `folder`: what it was trained on and with, and its own hash."""
     known, config = run.metadata, run.config
+    own = tokenizer_source(ModelSource("", Path()), folder)
     return {
         "tunesmith": __version__,
-        "base": {"name": known["model"]["name"], "weight_hash": known["model"]["weight_hash"]},
+        "base": {"name": portable_name(known["model"]["name"]), "weight_hash": known["model"]["weight_hash"]},
         "tokenizer": known["tokenizer"],
+        "adapter_tokenizer": {"hash": tokenizer_hash(own)} if own.path == folder else None,
         "chat_template": {"hash": known["chat_template"]["hash"]},
+        "data": data_facts(known["data"]),
+        "settings": short_settings(config),
         "dtype": known["dtype"],
         "quantization": config.quantization.model_dump() if config.method == "qlora" else None,
-        "parent": known["parent"],
-        "adapter_sha256": sha256_file(folder / "adapter_model.safetensors"),
+        "parent": recorded_parent(known["parent"], run.adapter_path),
+        "adapter_sha256": adapter_hash(folder),
     }
 
 
 def read_record(adapter: Path) -> dict[str, Any]:
     """What `adapter_record` wrote beside an adapter; nothing where there is none. Raises ModelError for a damaged one."""
     path = adapter / RECORD_NAME
-    if not path.is_file():
+    record = read_json(path)
+    if record is None:
         return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        record["base"]["weight_hash"].encode()
-        for key in ("tokenizer", "chat_template", "quantization"):
-            if not isinstance(record.get(key, {}), dict | None):
-                raise TypeError(f"{key} is no object")
-        QuantizationConfig.model_validate(record.get("quantization") or {})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: cannot be read ({error}); restore it, or remove it to load on any base") from None
-    found: dict[str, Any] = record
-    return found
+    check_record(path, record)
+    return record
 
 
 def differences(run: RunFolder | None, adapter: Path | None, source: ModelSource, chat: ChatFormat) -> list[str]:
     """What base, tokenizer and template are other than those that a run, or a lone adapter's record, was trained with.
 
-    What neither says is not compared. An adapter's own tokenizer and template count instead of the base's; a run's own template was
+    What neither says is not compared. An adapter's own tokenizer and template count instead of the base's, and are compared with what was saved; a run's own template was
     compared when it was read.
     """
     place: Path | None = run.path if run else adapter
     record = {**run.metadata, "base": run.metadata.get("model", {})} if run else read_record(adapter) if adapter else {}
-    own_tokenizer = adapter is not None and tokenizer_source(source, adapter) is not source
+    own = tokenizer_source(source, adapter)
+    beside = read_record(adapter).get("adapter_tokenizer") or {} if adapter and own is not source else {}
     compared = [
         ("its weights", "are not those", "on", record.get("base", {}), "weight_hash", weight_hash),
-        ("its tokenizer", "is not the one", "with", {} if own_tokenizer else record.get("tokenizer") or {}, "hash", tokenizer_hash),
+        ("its tokenizer", "is not the one", "with", record.get("tokenizer") or {} if own is source else {}, "hash", tokenizer_hash),
+        ("the tokenizer beside the adapter", "is not the one", "with", beside, "hash", lambda _: tokenizer_hash(own)),
         ("the chat template", "is not the one", "with", record.get("chat_template") or {}, "hash", lambda _: chat.hash),
     ]  # fmt: skip
     return [

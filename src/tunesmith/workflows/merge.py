@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,28 @@ import torch
 from safetensors import SafetensorError
 
 from tunesmith.errors import ConfigError, MachineError, ModelError, VerificationError
+from tunesmith.export.beside import GENERATION, generation_values, logits_of_whole, refuse_unlike, tokenizer_differences
 from tunesmith.export.combine import Combination, combination, load_combined
 from tunesmith.export.quantized import QuantizedWeights
 from tunesmith.export.safetensors import SPARED, MergeCheck, compare_logits, fixed_prompts, mean_kl, merge_adapter
 from tunesmith.export.skeleton import Read, Skeleton, refuse_unstreamable
-from tunesmith.export.streamed import write_merged
-from tunesmith.export.tensors import Unstreamable
-from tunesmith.files import atomic_folder
-from tunesmith.hardware import torch_dtype
+from tunesmith.export.streamed import Written, write_merged
+from tunesmith.export.tensors import TensorFiles, Unstreamable
+from tunesmith.files import atomic_folder, write_json
+from tunesmith.hardware import Hardware, free_memory_gb, torch_dtype
 from tunesmith.models.adapters import expert_paths
-from tunesmith.models.load import load_model, weight_hash
+from tunesmith.models.load import ModelSource, load_model, weight_hash
+from tunesmith.registry.records import Merged, adapter_hash, adapter_name, portable_name, write_merged_record
 from tunesmith.runs import RunFolder
-from tunesmith.types import Progress, no_progress
+from tunesmith.types import GB, Progress, no_progress
+from tunesmith.workflows.lineage import tokenizer_hash
 from tunesmith.workflows.load import Found, find, load_plain
 
 ONTO = ("16bit", "quantized")
+
+WHOLE_GB, WHOLE_SHARE = 1.5, 0.5
+"""A merged model is loaded whole, to compare that too, where it has at most so many GB more than its largest shard (the merge promises to stay
+under 2), and at most this share of the host's free memory."""
 
 
 def merge(
@@ -48,7 +55,7 @@ def merge(
     ones). `out` defaults to RUN/merged (ADAPTER-merged; with several RUN/merged-METHOD). The adapter goes into the base's files as they are, or for a
     QLoRA run with `onto="quantized"` into the dequantized weights that it was trained over; the result is in `dtype` (the run's compute type by default).
 
-    Returns `{path, dtype, difference, effect, kl, top1, tokens, onto, streamed, notes, files, bytes}`, and of a QLoRA run `kl_of_trained:
+    Returns `{path, dtype, difference, effect, kl, top1, tokens, onto, streamed, notes, files, bytes, loaded_whole}`, and of a QLoRA run `kl_of_trained:
     {16bit, quantized}`: KL of either merge from the quantized base with its adapter. Raises VerificationError, and keeps nothing, on a mismatch.
     """
     targets = [target] if isinstance(target, (str, Path)) else list(target)
@@ -71,8 +78,10 @@ def merge(
             raise ModelError(f"{targets[number]}: there is no adapter to merge; pass a run or a PEFT adapter folder")
     first = found[0]
     notes = _refuse_unlike(found)
+    notes += _other_ends(first)
     if onto == "quantized":
         _refuse_unquantized(first)
+    streamed = True
     try:
         refuse_unstreamable([_adapter_config(each) for each in found])
         check, facts = _streamed(found, folder, how, onto, notes, progress)
@@ -83,7 +92,8 @@ def merge(
             ) from None
         notes.append(f"merged in memory, not tensor by tensor: {why}")
         progress(notes[-1], 0, 1)
-        check, facts = _in_memory(found, folder, how, progress), {}
+        check, facts = _in_memory(found, folder, how, onto, notes, progress)
+        streamed = False
     return {
         "path": str(folder),
         "dtype": first.dtype,
@@ -93,7 +103,7 @@ def merge(
         "top1": check.top1,
         "tokens": check.tokens,
         "onto": onto,
-        "streamed": bool(facts),
+        "streamed": streamed,
         "notes": notes,
         **facts,
     }
@@ -111,7 +121,7 @@ def _adapter_config(found: Found) -> dict[str, Any]:
 
 
 def _refuse_unlike(found: Sequence[Found]) -> list[str]:
-    """Raise ModelError unless all adapters are for one base; returns what else differs."""
+    """Raise ModelError unless all adapters are for one base and one tokenizer; returns what else differs."""
     first = found[0]
     notes = []
     for other in found[1:]:
@@ -120,11 +130,34 @@ def _refuse_unlike(found: Sequence[Found]) -> list[str]:
                 f"{other.adapter} is for the base {other.source.name}, {first.adapter} for {first.source.name}, whose weights differ; "
                 "adapters merge over one base"
             )
+        if unlike := tokenizer_differences(first.tokenizer, other.tokenizer):
+            raise ModelError(
+                f"{other.adapter} was trained with another tokenizer than {first.adapter}: {'; '.join(unlike)}. A merged model has one: merge "
+                "adapters that were trained with the same tokens"
+            )
         if other.chat.hash != first.chat.hash:
             notes.append(
                 f"{other.adapter} was trained with another chat template; the merged model has that of {first.adapter}"
             )
     return notes
+
+
+def _other_ends(found: Found) -> list[str]:
+    """What to say where the base's generation config does not end an answer where training did: the file stays as the base has it."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(
+        found.source.path, trust_remote_code=found.settings.trust_remote_code, local_files_only=True
+    )
+    ends = generation_values(found.source.path, config.get_text_config()).get("eos_token_id")
+    known = ends if isinstance(ends, list) else [ends]
+    own = found.tokenizer.eos_token_id
+    if own in known:
+        return []
+    return [
+        f"{GENERATION} ends an answer at {ends}, as the base's does, and not at the tokenizer's end token {found.tokenizer.eos_token!r} ({own}), where "
+        "tunesmith does too; name it to other programs"
+    ]
 
 
 def _refuse_unquantized(found: Found) -> None:
@@ -160,11 +193,10 @@ def _streamed(
     facts: dict[str, Any] = {}
     with atomic_folder(out) as folder:
         written = write_merged(skeleton, folder, dtype, read, changed, progress)
-        first.tokenizer.chat_template = (
-            first.chat.template
-        )  # what it was trained with, which need not be the base's own
-        first.tokenizer.save_pretrained(folder)
+        generation = generation_values(first.source.path, skeleton.model.config)
+        _write_beside(found, folder, how, onto, generation)
         progress("comparing", 0, 1)
+        refuse_unlike(folder, first.tokenizer, first.chat, generation, str(dtype).removeprefix("torch."))
         try:
             back = read_back(folder, device)
             merged = back.logits(prompts)
@@ -172,6 +204,13 @@ def _streamed(
             raise VerificationError(f"the merged model does not load back: {error}; nothing was kept") from error
         check = compare_logits(merged, tuned, base, spared)
         check.refuse(first.dtype)
+        if too_large := _too_large(written, first.hardware):
+            notes.append(too_large)
+        else:
+            back.close()
+            skeleton.close()
+            _compare_whole(folder, prompts, device, merged, spared)
+        facts["loaded_whole"] = not too_large
         if quantized:
             trained = tuned if onto == "quantized" else skeleton.logits(prompts, quantized.read)
             otherwise = back.logits(prompts, _merged(skeleton, quantized, onto, dtype))
@@ -215,12 +254,75 @@ def _merged(skeleton: Skeleton, quantized: QuantizedWeights, onto: str, dtype: t
     return read
 
 
+def _write_beside(
+    found: Sequence[Found], folder: Path, how: Combination | None, onto: str, generation: Mapping[str, Any]
+) -> None:
+    """What goes into the folder beside weights and config: the values for generation, the tokenizer with the template, and the record of what
+    the model was made of.
+    """
+    first = found[0]
+    # The template that it was trained with, which need not be the base's own.
+    first.tokenizer.chat_template = first.chat.template
+    first.tokenizer.save_pretrained(folder)
+    if generation:
+        # As the base has them: transformers refuses to save some values that makers published (a temperature without sampling).
+        write_json(folder / GENERATION, dict(generation))
+    adapters = [each.adapter for each in found if each.adapter]
+    write_merged_record(
+        folder,
+        Merged(
+            adapters=tuple(map(adapter_hash, adapters)),
+            names=tuple(map(adapter_name, adapters)),
+            base=portable_name(first.source.name),
+            base_hash=weight_hash(first.source),
+            tokenizer_hash=tokenizer_hash(ModelSource(str(folder), folder)),
+            template_hash=first.chat.hash,
+            dtype=first.dtype,
+            onto=onto,
+            method=how.method if how else None,
+            weights=how.weights if how else None,
+            density=how.density if how else None,
+        ),
+    )
+
+
+def _too_large(written: Written, hardware: Hardware) -> str | None:
+    """Why a model is not loaded whole beside what was read back tensor by tensor: it must not take more memory than the merge may."""
+    share = WHOLE_SHARE * free_memory_gb(replace(hardware, device="cpu"))
+    allowed = min(share, written.largest / GB + WHOLE_GB)
+    if written.bytes / GB <= allowed:
+        return None
+    return (
+        f"read back tensor by tensor, and not loaded whole through transformers: it has {written.bytes / GB:.1f} GB, and {allowed:.1f} GB are "
+        "allowed for that"
+    )
+
+
+def _compare_whole(
+    folder: Path, prompts: Sequence[Sequence[int]], device: str, merged: torch.Tensor, spared: float
+) -> None:
+    """Raise VerificationError unless transformers' own loading gives the logits that the tensors gave one by one."""
+    try:
+        whole = logits_of_whole(folder, prompts, device)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())
+        raise VerificationError(f"transformers does not load the merged model: {said}; nothing was kept") from error
+    check = compare_logits(whole, merged, merged, spared)
+    if not check.passed("fp32"):
+        raise VerificationError(
+            f"loaded by transformers, the merged model computes something else than its tensors: logits differ by {check.difference:.2%}; "
+            "nothing was kept"
+        )
+
+
 def read_back(folder: Path, device: torch.device | str) -> Skeleton:
     """The model in a folder that was written."""
     return Skeleton(folder, device)
 
 
-def _in_memory(found: Sequence[Found], out: Path, how: Combination | None, progress: Progress) -> MergeCheck:
+def _in_memory(
+    found: Sequence[Found], out: Path, how: Combination | None, onto: str, notes: list[str], progress: Progress
+) -> tuple[MergeCheck, dict[str, Any]]:
     first = found[0]
 
     def reload(written: Path) -> Any:
@@ -230,8 +332,35 @@ def _in_memory(found: Sequence[Found], out: Path, how: Combination | None, progr
             raise VerificationError(f"the merged model does not load back: {error}; nothing was kept") from error
 
     progress("merging", 0, 1)
+    if first.quantization is not None:
+        notes.append(
+            "how far the merge is from what was trained over the quantized base is not measured: it was merged in memory"
+        )
     base: Any = load_model(first.source, first.settings, first.hardware, first.dtype)
+    if getattr(base, "is_quantized", False):
+        notes.append(
+            "its base is stored quantized: the adapter went into the dequantized weights, and the merged model is as large as these"
+        )
+        base = _dequantized(base, torch_dtype(first.dtype))
+    generation = generation_values(first.source.path, base.config)
+    base.generation_config = type(base.generation_config)()  # written by `_write_beside`
     adapted = load_combined(base, [each.adapter for each in found if each.adapter], how).eval()
-    check = merge_adapter(adapted, first.tokenizer, first.chat, out, first.dtype, reload)
+
+    def write_beside(folder: Path) -> None:
+        _write_beside(found, folder, how, onto, generation)
+        refuse_unlike(
+            folder, first.tokenizer, first.chat, generation, str(torch_dtype(first.dtype)).removeprefix("torch.")
+        )
+
+    check = merge_adapter(adapted, first.chat, out, first.dtype, write_beside, reload)
     progress("merging", 1, 1)
-    return check
+    files = sorted(out.glob("*.safetensors"))
+    entries = [entry for one in TensorFiles(out).entries.values() for entry in one]
+    return check, {"files": len(files), "bytes": sum(entry.size for entry in entries), "loaded_whole": True}
+
+
+def _dequantized(model: Any, dtype: torch.dtype) -> Any:
+    """A model that bitsandbytes loaded as it was stored, with plain weights, to be saved as such."""
+    plain = model.dequantize().to(dtype)
+    plain._weight_conversions = []
+    return plain
