@@ -11,11 +11,11 @@ import pytest
 from gguf_models import byte_level, gemma_tokenizer, phi3_tokenizer, sentencepiece
 from tiny import CHATML, make_tiny_model, make_tokenizer
 from tunesmith.errors import ModelError, VerificationError
+from tunesmith.export.gguf_checks import DIFFICULT
 from tunesmith.export.gguf_llama_cpp import LlamaCpp
 from tunesmith.export.gguf_tokenizer import model_name, pre_tokenizer, vocabulary
 from tunesmith.workflows import export_gguf as workflow
 from tunesmith.workflows.export import export
-from tunesmith.workflows.export_gguf import DIFFICULT
 
 BYTE_LEVEL = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "qwen35", "tekken", "gpt-4o")
 

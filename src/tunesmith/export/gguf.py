@@ -92,7 +92,7 @@ def gguf_adapter_hash(path: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def write_model(path: Path, state: dict[str, torch.Tensor], made: Exportable, kind: ExportType) -> None:
+def write_model(path: Path, state: Mapping[str, torch.Tensor], made: Exportable, kind: ExportType) -> None:
     """Write the tensors of `state` (transformers' names) in `kind` to `path`. Raises ModelError for a tensor without a place."""
     import gguf
 

@@ -222,12 +222,13 @@ def _space_prefix(state: dict[str, Any], found: Vocabulary) -> bool:
 
 
 def _specials(tokenizer: Any, ends: tuple[int, ...]) -> dict[str, int]:
-    """Ids by GGUF's names; `eot` is the id that ends a turn where that is not the end of the sequence."""
+    """Ids by GGUF's names; `eot` and `eom` (of a turn, of a message) are other ids that end an answer. GGUF has no place for more."""
+    others = [number for number in dict.fromkeys(ends) if number != tokenizer.eos_token_id]
     named = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
-        "eot": next((number for number in ends if number != tokenizer.eos_token_id), None),
+        **dict(zip(("eot", "eom"), others, strict=False)),
     }
     return {name: int(number) for name, number in named.items() if number is not None}
