@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tiny import chat_rows, make_tiny_model, write_jsonl
 from tunesmith.errors import ConfigError, ModelError, RunError, VerificationError
 from tunesmith.export.gguf import gguf_adapter_hash
 from tunesmith.export.gguf_architectures import pair_rows
+from tunesmith.export.gguf_llama_cpp import LlamaCpp, agreement
 from tunesmith.export.gguf_types import TYPES, block_of, find_type, quantize
 from tunesmith.files import sha256_file
 from tunesmith.workflows import export_gguf as workflow
@@ -107,6 +110,38 @@ def write(folder: Path, path: Path, kind: str) -> None:
     loaded = load(folder, dtype="fp32", device="cpu")
     made = exportable(loaded.forward.model, loaded.tokenizer, loaded.chat.template, "tiny")
     write_model(path, loaded.forward.model.state_dict(), made, find_type(kind))
+
+
+def test_long_rope_beyond_the_first_context(tmp_path: Path) -> None:
+    """Phi-3's long factors and its scale of attention. llama.cpp takes them by the context it is given, transformers by the text's length: the
+    same for a text beyond the original context, and for one within it in a context that is not larger.
+    """
+    # transformers takes the config's own value before that in rope_parameters.
+    folder = make_tiny_model(tmp_path / "m", **family("phi3"), original_max_position_embeddings=64)
+    write(folder, tmp_path / "m.gguf", "f32")
+    assert keys(tmp_path / "m.gguf")["phi3.rope.scaling.attn_factor"] == pytest.approx(
+        (1 + math.log(4096 / 64) / math.log(64)) ** 0.5
+    )
+    ids = torch.randint(300, 700, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+
+    def kl(length: int, context: int) -> float:
+        from adapters_of import plain
+
+        with torch.no_grad():
+            expected = plain(folder)(input_ids=torch.tensor([ids[:length]])).logits[0]
+        with LlamaCpp(tmp_path / "m.gguf", context) as opened:
+            return agreement([expected], [opened.log_probabilities(ids[:length])]).kl
+
+    assert kl(100, 256) < 1e-7
+    assert kl(40, 64) < 1e-7
+    assert kl(40, 256) > 1e-4  # the long factors for a short text, which the export says
+    result = export(models_note(tmp_path), "gguf:f16", device="cpu")
+    assert any("by the context that it is given" in note for note in result["notes"])
+
+
+def models_note(tmp_path: Path) -> Path:
+    """Phi-3 whose original context is below the least that verification takes otherwise."""
+    return make_tiny_model(tmp_path / "short", **family("phi3"), original_max_position_embeddings=256)
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -332,7 +367,7 @@ def test_the_base_without_the_adapter_is_not_kept(
         spoil(patch, lambda state: base)
         with pytest.raises(VerificationError, match="the file does not hold the source's weights"):
             export(run, f"gguf:{kind}", tmp_path / "a.gguf", device="cpu")
-    monkeypatch.setattr(workflow, "merge", lambda *_, **__: {"path": str(models("llama")), "dtype": "fp32"})
+    monkeypatch.setattr(workflow, "merge", lambda target, out, **_: shutil.copytree(models("llama"), out))
     with pytest.raises(VerificationError, match=r"merged model does not compute what base . adapter do"):
         export(run, f"gguf:{kind}", tmp_path / "a.gguf", device="cpu")
     assert list(tmp_path.iterdir()) == []

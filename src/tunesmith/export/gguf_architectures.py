@@ -163,7 +163,7 @@ def _describe_yarn(config: Any, found: Description, rope: dict[str, Any]) -> Non
 
 def _describe_longrope(config: Any, found: Description, rope: dict[str, Any], rotated: int) -> None:
     original = int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-    factor = config.max_position_embeddings / original
+    factor = rope.get("factor") or config.max_position_embeddings / original
     scale = rope.get("attention_factor")
     if scale is None:  # LongRoPE, arXiv 2402.13753
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
