@@ -70,6 +70,8 @@ class LlamaCpp:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
             raise VerificationError(f"llama.cpp cannot load {path.name}: {error}; nothing was kept") from error
+        # Closing a server whose loop has not begun yet waits forever; once it has answered, the loop runs.
+        self._complete([0], n_predict=1)
 
     def __enter__(self) -> LlamaCpp:
         return self

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from tunesmith.export.skeleton import Skeleton
 from tunesmith.export.tensors import Unstreamable
 from tunesmith.files import atomic_folder, disk_errors, remove_folder
 from tunesmith.models.load import weight_hash
+from tunesmith.registry.records import read_json
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.workflows.load import Found, LoadedModel, find, load
@@ -52,11 +53,8 @@ class Source:
     made: Exportable
     model: Any
     skeleton: Skeleton | None = None
-
-    @property
-    def ends(self) -> list[int]:
-        """The ids that end an answer (generation_config.json)."""
-        return _ends(self.model.generation_config)
+    ends: list[int] = field(default_factory=list)
+    """The ids that end an answer (generation_config.json)."""
 
 
 def export_gguf(
@@ -224,23 +222,35 @@ def _whole_source(
         # In fp32, so that weights are rounded once, to the file's type: bf16 first moved the logits of a tuned SmolLM2-135M by 5%.
         folder = work / "merged"
         merge(target, folder, model=model, dtype="fp32", device=device, progress=progress)
+    read_json(folder / "generation_config.json")
     try:
         skeleton = Skeleton(folder, found.hardware.device)
     except Unstreamable as why:
         raise ModelError(f"{found.source.name} cannot be exported: {why}") from None
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'}: no model can be made of it: {str(error).splitlines()[0]}"
+        ) from None
     skeleton.model.generation_config = skeleton.generation_config
+    ends = _ends(skeleton.generation_config, folder)
     made = exportable(skeleton.model, found.tokenizer, found.chat.template, name, origin)
     progress("the source's probabilities", 0, 1)
     logits = skeleton.logits(prompts)
     progress("the source's probabilities", 1, 1)
     if tuned is not None and tuned.base is not None:
         compare_logits(logits, tuned.logits, tuned.base).refuse("fp32")
-    return Source(found.chat, tuned or Reference(prompts, logits), made, skeleton.model, skeleton)
+    return Source(found.chat, tuned or Reference(prompts, logits), made, skeleton.model, skeleton, ends)
 
 
-def _ends(settings: Any) -> list[int]:
+def _ends(settings: Any, folder: Path) -> list[int]:
+    """The ids that end an answer, by the generation config. Raises ModelError for what is no id."""
     ends = getattr(settings, "eos_token_id", None)
-    return [] if ends is None else [int(one) for one in ends] if isinstance(ends, list) else [int(ends)]
+    found = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
+    if not all(type(one) is int for one in found):
+        names = ("generation_config.json", "config.json")
+        path = next(folder / name for name in names if (folder / name).is_file())
+        raise ModelError(f"{path}: eos_token_id is {ends!r}: expected a token's id, or a list of them")
+    return found
 
 
 def _write_merged(source: Source, kind: ExportType, file: Path, progress: Progress) -> dict[str, Any]:
