@@ -18,6 +18,7 @@ from tiny import chat_rows, make_tiny_model, write_jsonl
 from tunesmith.errors import ConfigError, MachineError, ModelError, RunError, VerificationError
 from tunesmith.export.gguf import gguf_adapter_hash
 from tunesmith.export.gguf_architectures import pair_rows
+from tunesmith.export.gguf_checks import Reference, warning_of
 from tunesmith.export.gguf_llama_cpp import LlamaCpp, agreement
 from tunesmith.export.gguf_reading import rounded
 from tunesmith.export.gguf_types import TYPES, block_of, find_type, quantize
@@ -358,6 +359,22 @@ def test_a_full_fine_tuning_says_its_weights(tmp_path_factory: pytest.TempPathFa
     found = gguf_adapter_hash(tmp_path / "full.gguf")
     assert found == weight_hash(ModelSource("run", tmp_path / "run" / "model"))
     assert found != keys(tmp_path / "full.gguf")["tunesmith.base_hash"] == weight_hash(ModelSource("base", base))
+
+
+def test_a_type_that_loses_the_training_is_said() -> None:
+    """SmolLM2's base lies on the grid of q4_1: in that type most of what an adapter changes is rounded away again."""
+    tuned = torch.randn(40, 50, generator=torch.Generator().manual_seed(0))
+    base = tuned + torch.randn(40, 50, generator=torch.Generator().manual_seed(1))
+    reference = Reference([list(range(40))], tuned, base)
+    effect = reference.effect
+    assert effect is not None
+    said = warning_of("q4_1", 0.9 * effect, reference, base + 0.1 * (tuned - base))
+    assert said is not None
+    assert said.startswith("q4_1: the file is nearer to the base than to what was trained")
+    said = warning_of("q4_0", 0.9 * effect, reference, base + 0.8 * (tuned - base))
+    assert said is not None
+    assert said.startswith("q4_0: this type's error")
+    assert warning_of("f16", 0.1 * effect, reference, base) is None
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -217,3 +217,15 @@ def test_an_end_that_the_tokenizer_puts_behind_every_text_is_kept(tmp_path: Path
         found = opened.tokenize("word", control_tokens=True, add_special=True)
         assert found == tokenizer("word")["input_ids"]
         assert (found[0], found[-1]) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["tekken", "gpt-4o"])
+def test_where_llama_cpp_cuts_at_combining_marks_it_is_said(name: str, tmp_path: Path) -> None:
+    """As with the real vocabulary of Mistral Nemo: Hindi's vowel signs belong to words for the tokenizer, and not in llama.cpp."""
+    tokenizer = byte_level(name, text=("नमस्ते दुनिया, नमस्ते हिन्दी। " * 40,))
+    folder = make_tiny_model(tmp_path / "m", hidden=32, layers=1, vocab=800, tokenizer=tokenizer)
+    result = export(folder, "gguf:f16", device="cpu")
+    assert [note for note in result["notes"] if "combining marks" in note]
+    with LlamaCpp(Path(result["files"][0]["path"])) as opened:
+        assert opened.tokenize("नमस्ते", control_tokens=False) != tokenizer("नमस्ते")["input_ids"]
+        assert opened.tokenize("नमन", control_tokens=False) == tokenizer("नमन")["input_ids"]  # no marks

@@ -6,6 +6,7 @@ Every function raises VerificationError for what differs.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,15 +83,20 @@ def compare_tokens(opened: LlamaCpp, chat: ChatFormat, made: Exportable) -> None
     themselves; and puts the same tokens around a text.
     """
     tokenizer, leading = chat.tokenizer, made.vocabulary.leading
-    text = DIFFICULT + " ".join(str(token) for token in tokenizer.all_special_tokens if token != tokenizer.unk_token)
+    difficult = DIFFICULT if made.vocabulary.marks else _without_marks(DIFFICULT)
+    text = difficult + " ".join(str(token) for token in tokenizer.all_special_tokens if token != tokenizer.unk_token)
     plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     _same(plain, opened.tokenize(leading + text, control_tokens=False), tokenizer, "a difficult text")
     around = opened.tokenize(leading + "word", control_tokens=True, add_special=True)
     _same(tokenizer("word")["input_ids"], around, tokenizer, "a text with the tokens that are put around it")
-    for content in (*PROMPTS, DIFFICULT):
+    for content in (*PROMPTS, difficult):
         prompt = chat.render([Message("user", content)], True)
         expected = tokenizer(prompt, add_special_tokens=False)["input_ids"]
         _same(expected, opened.tokenize(prompt, control_tokens=True), tokenizer, "a prompt")
+
+
+def _without_marks(text: str) -> str:
+    return "".join(one for one in text if not unicodedata.category(one).startswith("M"))
 
 
 def _same(expected: list[int], found: list[int], tokenizer: Any, what: str) -> None:
@@ -162,13 +168,19 @@ def measure(
             f"{name}: llama.cpp is further from the source than the type explains: KL {found.kl:.3g} nats a token (allowed: {max_kl:.2g}); "
             "nothing was kept"
         )
-    return Measured(found, max_kl, type_kl, own.kl, max_own, _warning(name, found.kl, reference))
+    return Measured(found, max_kl, type_kl, own.kl, max_own, warning_of(name, found.kl, reference, exact))
 
 
-def _warning(name: str, kl: float, reference: Reference) -> str | None:
+def warning_of(name: str, kl: float, reference: Reference, exact: torch.Tensor) -> str | None:
+    """What to say of a file whose error, `kl`, is near or above the adapter's effect; `exact` is what the source computes with its weights."""
     effect = reference.effect
-    if effect is None or kl < VISIBLE * effect:
+    if effect is None or reference.base is None or kl < VISIBLE * effect:
         return None
+    if mean_kl(reference.base, exact) < mean_kl(reference.logits, exact):
+        return (
+            f"{name}: the file is nearer to the base than to what was trained: this type's steps are larger than most changes ({kl:.2g} nats a token "
+            f"from what was trained, which is {effect:.2g} from the base); choose a finer type"
+        )
     return (
         f"{name}: this type's error ({kl:.2g} nats a token) is {'larger than' if kl > effect else 'near'} what training changed ({effect:.2g}); "
         "a finer type keeps more of it"
