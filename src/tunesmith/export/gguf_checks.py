@@ -33,7 +33,7 @@ EXACT = 1e-6
 """Nats a token that llama.cpp may differ by where nothing is rounded: 2e-11 in SmolLM2-135M, 2e-8 in a Gemma, whose GELU is a table of f16."""
 
 ROUNDING = 4.0
-"""How many times what rounding the activations costs llama.cpp may differ by. Measured is 0.8 to 1.2 times (docs/gguf.md)."""
+"""How many times what rounding the activations costs llama.cpp may differ by. Measured is 0.6 to 1.4 times (docs/gguf.md)."""
 
 LORA_EXACT, LORA_SHARE = 2e-5, 0.02
 """What base and adapter may differ by: for the base's weights and activations, which are rounded to f16 (4e-6 nats in SmolLM2-135M), and of the
