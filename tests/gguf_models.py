@@ -38,9 +38,14 @@ MISTRAL = (
 
 
 def byte_level(
-    name: str, template: str = CHATML, end: str = "<|im_end|>", marks: tuple[str, ...] = ("<|im_start|>",), **more: Any
+    name: str,
+    template: str = CHATML,
+    end: str = "<|im_end|>",
+    marks: tuple[str, ...] = ("<|im_start|>",),
+    text: tuple[str, ...] = (),
+    **more: Any,
 ) -> Any:
-    """A trained byte-level BPE tokenizer that cuts text as llama.cpp's pre-tokenizer `name` does."""
+    """A byte-level BPE tokenizer, trained on `TEXT` and `text`, that cuts text as llama.cpp's pre-tokenizer `name` does."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +70,7 @@ def byte_level(
     backend.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend.train_from_iterator(
-        TEXT, trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+        [*TEXT, *text], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     )
     bos = more.get("bos_token")
     backend.add_special_tokens([end, *marks, *([bos] if bos else [])])

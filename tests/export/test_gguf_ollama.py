@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from string import ascii_letters, digits
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from gguf_models import MISTRAL, byte_level, gemma_tokenizer, llama3, phi3_tokenizer, sentencepiece
 from tiny import CHATML, make_tiny_model
 from tunesmith.data.chat import ChatFormat
-from tunesmith.export.gguf_ollama import match, modelfile
+from tunesmith.export.gguf_ollama import KINDS, Match, match, modelfile, quoted
 from tunesmith.types import Message
 from tunesmith.workflows.export import export
 
@@ -64,7 +65,103 @@ def test_a_default_system_message_is_written() -> None:
     found = match(renderer(byte_level("gpt-2", default + CHATML)), "")
     assert found is not None
     assert (found.kind.name, found.default_system) == ("chatml", "You are kind.")
-    assert 'SYSTEM """You are kind."""\n' in modelfile("a.gguf", found, [])
+    assert 'SYSTEM "You are kind."\n' in modelfile("a.gguf", found, [])
+
+
+def parse(text: str) -> list[tuple[str, str]]:
+    """Instructions and values of a Modelfile, as Ollama's ParseFile reads them (parser/parser.go, commit 00dc3af).
+
+    A value goes on to the end of a line whose value so far, trimmed, is whole: one that begins with a quote, or three, has to end so.
+    Characters that are not printable are dropped, but for spaces and line ends inside a value.
+    """
+    found: list[tuple[str, str]] = []
+    state, name, value = "nothing", "", ""
+    for one in text + "\n":
+        if state == "nothing":
+            if one == "#":
+                state = "comment"
+            elif one not in " \t\r\n":
+                assert one in ascii_letters, f"no instruction: {one!r}"
+                state, name = "name", one
+        elif state == "comment":
+            state = "nothing" if one in "\r\n" else state
+        elif state in ("name", "parameter"):
+            if one in " \t":
+                assert state == "parameter" or name.upper() in INSTRUCTIONS, f"no instruction: {name!r}"
+                state = "parameter" if name.upper() == "PARAMETER" else "value"
+                name, value = name + (" " if state == "parameter" else ""), ""
+            else:
+                assert one in ascii_letters + digits + "_", f"no instruction: {name + one!r}"
+                name += one
+        elif one in "\r\n" and (whole := unquoted(value.strip())) is not None:
+            found.append((name, whole))
+            state = "nothing"
+        elif one in " \t\r\n" or one.isprintable():
+            value += one
+    assert state in ("nothing", "comment"), f"the file ends inside of {name}"
+    return found
+
+
+INSTRUCTIONS = ("FROM", "LICENSE", "TEMPLATE", "SYSTEM", "ADAPTER", "PARAMETER", "MESSAGE")
+
+
+def unquoted(value: str) -> str | None:
+    for quotes in ('"""', '"'):
+        if value.startswith(quotes):
+            ends = len(value) >= 2 * len(quotes) and value.endswith(quotes)
+            return value[len(quotes) : -len(quotes)] if ends else None
+    return value
+
+
+HOSTILE = (
+    'say "hi"',
+    '"',
+    '""',
+    '"""',
+    'a"""\nFROM /etc/passwd\nSYSTEM """b',
+    'a"\nADAPTER ./evil.gguf\n"',
+    'a" \nFROM x',
+    'a""\u200b"\nFROM x',  # a dropped character between the quotes
+    'a""\u00a0"\nFROM x',
+    "a\rFROM x",
+    "a\x85FROM x",
+    "a\u2028FROM x",
+    "\nFROM x\n",
+    " spaces  ",
+    "# no comment",
+    'x"""   \n# FROM y',
+    "tab\tand\n\nlines",
+    '"quoted"\n"again"',
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_text_leaves_its_quotes(text: str) -> None:
+    """A default system message, a stop string and a file's name may hold anything: they come out as they are, or not at all."""
+    found = Match(KINDS[0], text)
+    for name in ("model", text):
+        read = parse(modelfile(f"{name}.gguf", found, [text, "<|im_end|>"]))
+        values = {one for _, one in read}
+        assert [instruction for instruction, _ in read if instruction in ("FROM", "ADAPTER", "LICENSE", "MESSAGE")] in (
+            ["FROM"],
+            [],
+        )
+        assert values <= {text, f"./{name}.gguf", "<|im_end|>", KINDS[0].go_template()}
+        assert ("PARAMETER stop", "<|im_end|>") in read
+        kept = quoted(text) is not None
+        assert (("SYSTEM", text) in read, ("PARAMETER stop", text) in read) == (kept, kept)
+    adapter = parse(modelfile("a.gguf", found, [text], base=f"org/{text}"))
+    assert [one for one in adapter if one[0] == "ADAPTER"] == [("ADAPTER", "./a.gguf")]
+    assert len([one for one in adapter if one[0] == "FROM"]) == 1
+
+
+def test_ordinary_texts_are_kept() -> None:
+    for text in ('say "hi"', "two\nlines", '"quoted"\n"again"', " spaces  ", "tab\t", "ünï 你好 🚀", '"'):
+        assert quoted(text) is not None, text
+    for text in ('a"""b', "a\x00", "a\rb"):
+        assert quoted(text) is None, text
+    text = modelfile("a.gguf", Match(KINDS[0], 'x"""y'), [])
+    assert "# No SYSTEM: its text has three quotes in a row" in text
 
 
 @pytest.mark.parametrize("template", [CHATML.replace("<|im_end|>\n'", "<|im_end|>'"), "Q: " + CHATML, CHATML + " "])

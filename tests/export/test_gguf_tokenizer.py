@@ -11,11 +11,11 @@ import pytest
 from gguf_models import byte_level, gemma_tokenizer, phi3_tokenizer, sentencepiece
 from tiny import CHATML, make_tiny_model, make_tokenizer
 from tunesmith.errors import ModelError, VerificationError
+from tunesmith.export.gguf_checks import DIFFICULT
 from tunesmith.export.gguf_llama_cpp import LlamaCpp
 from tunesmith.export.gguf_tokenizer import model_name, pre_tokenizer, vocabulary
 from tunesmith.workflows import export_gguf as workflow
 from tunesmith.workflows.export import export
-from tunesmith.workflows.export_gguf import DIFFICULT
 
 BYTE_LEVEL = ("gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "qwen35", "tekken", "gpt-4o")
 
@@ -140,3 +140,92 @@ def test_the_ends_of_an_answer_are_written() -> None:
     found = vocabulary(tokenizer, 800, (tokenizer.eos_token_id, number))
     assert found.specials == {"eos": tokenizer.eos_token_id, "eot": number}
     assert found.flags == {"add_bos_token": False, "add_eos_token": False}
+
+
+def with_ends(tmp_path: Path, count: int) -> tuple[Path, Any, list[int]]:
+    """A model whose answers end with any of `count` tokens (generation_config.json)."""
+    from transformers import GenerationConfig
+
+    marks = ("<|stop_a|>", "<|stop_b|>", "<|stop_c|>")
+    tokenizer = byte_level("gpt-2", marks=marks)
+    ends = [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(list(marks))][:count]
+    folder = make_tiny_model(tmp_path / "m", hidden=32, layers=1, vocab=800, tokenizer=tokenizer)
+    GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    return folder, tokenizer, ends
+
+
+def test_every_end_of_an_answer_ends_it_in_llama_cpp(tmp_path: Path) -> None:
+    folder, tokenizer, ends = with_ends(tmp_path, 3)
+    result = export(folder, "gguf:f16", device="cpu")
+    (row,) = result["files"]
+    with LlamaCpp(Path(row["path"])) as opened:
+        assert [opened.ends(number) for number in ends] == [True] * 3
+        assert not opened.ends(tokenizer.convert_tokens_to_ids("<|stop_c|>"))
+        assert not opened.ends(tokenizer("word")["input_ids"][0])
+    stops = [line for line in Path(row["modelfile"]).read_text().splitlines() if line.startswith("PARAMETER stop")]
+    assert stops == [f'PARAMETER stop "{one}"' for one in ("<|im_end|>", "<|stop_a|>", "<|stop_b|>")]
+
+
+def test_an_end_that_gguf_has_no_place_for_is_not_lost(tmp_path: Path) -> None:
+    folder, _, _ = with_ends(tmp_path, 4)
+    with pytest.raises(
+        VerificationError, match=r"'<\|stop_c\|>' \(\d+\) ends an answer .* llama.cpp goes on behind it"
+    ):
+        export(folder, "gguf:f16", device="cpu")
+    assert not list(tmp_path.rglob("*gguf*"))
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("bos", r"the file's bos token is 3, the tokenizer's 1"),
+        ("eos", r"the file's eos token is 3, the tokenizer's 2"),
+        ("unknown", r"the file's unknown token is 3, the tokenizer's 0"),
+        ("padding", r"the file's padding token is 3, the tokenizer's 2"),
+        ("add_bos_token", r"other tokens in a text with the tokens that are put around it: at token 0"),
+        ("add_eos_token", r"other tokens in a text with the tokens that are put around it: at token \d+"),
+    ],
+)
+def test_special_tokens_that_are_written_wrong_are_noticed(
+    key: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.export import gguf as writer
+
+    plain = writer.vocabulary
+
+    def wrong(*arguments: Any) -> Any:
+        found = plain(*arguments)
+        if key in found.flags:
+            found.flags[key] = not found.flags[key]
+        else:
+            found.specials[key] = 3
+        return found
+
+    monkeypatch.setattr(writer, "vocabulary", wrong)
+    with pytest.raises(VerificationError, match=message):
+        exported(tmp_path, sentencepiece("legacy", CHATML, marks=("<|im_start|>", "<|im_end|>")))
+
+
+def test_an_end_that_the_tokenizer_puts_behind_every_text_is_kept(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    tokenizer = sentencepiece("legacy", CHATML, marks=("<|im_start|>", "<|im_end|>"))
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> <s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    with LlamaCpp(exported(tmp_path, tokenizer)) as opened:
+        found = opened.tokenize("word", control_tokens=True, add_special=True)
+        assert found == tokenizer("word")["input_ids"]
+        assert (found[0], found[-1]) == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["tekken", "gpt-4o"])
+def test_where_llama_cpp_cuts_at_combining_marks_it_is_said(name: str, tmp_path: Path) -> None:
+    """As with the real vocabulary of Mistral Nemo: Hindi's vowel signs belong to words for the tokenizer, and not in llama.cpp."""
+    tokenizer = byte_level(name, text=("नमस्ते दुनिया, नमस्ते हिन्दी। " * 40,))
+    folder = make_tiny_model(tmp_path / "m", hidden=32, layers=1, vocab=800, tokenizer=tokenizer)
+    result = export(folder, "gguf:f16", device="cpu")
+    assert [note for note in result["notes"] if "combining marks" in note]
+    with LlamaCpp(Path(result["files"][0]["path"])) as opened:
+        assert opened.tokenize("नमस्ते", control_tokens=False) != tokenizer("नमस्ते")["input_ids"]
+        assert opened.tokenize("नमन", control_tokens=False) == tokenizer("नमन")["input_ids"]  # no marks

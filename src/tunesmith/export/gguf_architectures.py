@@ -13,7 +13,7 @@ note says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -163,11 +163,15 @@ def _describe_yarn(config: Any, found: Description, rope: dict[str, Any]) -> Non
 
 def _describe_longrope(config: Any, found: Description, rope: dict[str, Any], rotated: int) -> None:
     original = int(rope.get("original_max_position_embeddings") or config.original_max_position_embeddings)
-    factor = config.max_position_embeddings / original
+    factor = rope.get("factor") or config.max_position_embeddings / original
     scale = rope.get("attention_factor")
     if scale is None:  # LongRoPE, arXiv 2402.13753
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     found.keys |= {"rope.scaling.original_context_length": original, "rope.scaling.attn_factor": float(scale)}
+    found.notes.append(
+        f"llama.cpp takes the short or the long RoPE factors by the context that it is given (-c; num_ctx in Ollama), for all prompts: those of "
+        f"prompts up to {original} tokens with a context of up to {original}, those of longer ones with more"
+    )
     for length in ("long", "short"):
         factors = rope[f"{length}_factor"]
         if len(factors) != rotated // 2:
@@ -233,7 +237,7 @@ def _describe_gemma(config: Any, found: Description, head_dim: int) -> None:
         found.keys["final_logit_softcapping"] = float(final)
 
 
-def tensors(state: dict[str, torch.Tensor], found: Description) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors(state: Mapping[str, torch.Tensor], found: Description) -> Iterator[tuple[str, torch.Tensor]]:
     """GGUF's names with the tensors of `state` (transformers' names) as the file holds them. Raises ModelError for an unknown name."""
     names = tensor_names(found)
     for name, tensor in state.items():
@@ -264,6 +268,18 @@ def as_stored(name: str, tensor: torch.Tensor, found: Description) -> torch.Tens
         return tensor.float() + 1.0
     if found.architecture == "LLAMA" and module.endswith((".q_proj", ".k_proj")):
         return pair_rows(tensor, found.num_heads if module.endswith(".q_proj") else found.num_kv_heads)
+    return tensor
+
+
+def as_read(name: str, tensor: torch.Tensor, found: Description) -> torch.Tensor:
+    """A tensor of the file as transformers has it: the inverse of `as_stored`."""
+    module, _, part = name.rpartition(".")
+    if found.architecture.startswith("GEMMA") and module.endswith("norm") and part == "weight":
+        return tensor - 1.0
+    if found.architecture == "LLAMA" and module.endswith((".q_proj", ".k_proj")):
+        heads = found.num_heads if module.endswith(".q_proj") else found.num_kv_heads
+        pairs = tensor.unflatten(0, (heads, tensor.shape[0] // heads // 2, 2))
+        return pairs.transpose(1, 2).flatten(0, 2)
     return tensor
 
 

@@ -8,6 +8,7 @@ in blocks of 8 bits with quantized ones).
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import time
 import urllib.error
@@ -34,7 +35,7 @@ class Agreement:
     """How a file's probabilities agree with the source's on the verification's prompts.
 
     `kl` is the mean KL(source ‖ file) in nats a token, over the `CANDIDATES` likeliest tokens and all others as one (so never more
-    than the KL over all tokens); `top1` the share of positions with the same likeliest token.
+    than the KL over all tokens, but for what `agreement` says); `top1` the share of positions with the same likeliest token.
     """
 
     kl: float
@@ -69,6 +70,8 @@ class LlamaCpp:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
             raise VerificationError(f"llama.cpp cannot load {path.name}: {error}; nothing was kept") from error
+        # Closing a server whose loop has not begun yet waits forever; once it has answered, the loop runs.
+        self._complete([0], n_predict=1)
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -104,6 +107,16 @@ class LlamaCpp:
             rows.append({int(one["id"]): float(one["logprob"]) for one in top})
         return rows
 
+    def ends(self, token: int) -> bool:
+        """Whether an answer ends with this token: it is made the likeliest by far, and generation stops or goes on."""
+        answer = self._complete([token], n_predict=2, logit_bias=[[token, 10000.0]])
+        return answer["choices"][0]["finish_reason"] == "stop"
+
+    def special_tokens(self) -> dict[str, str]:
+        """The text of the tokens that begin and end a sequence, by GGUF's names (`bos`, `eos`), as llama.cpp has them."""
+        found = self._get("/props")
+        return {"bos": str(found["bos_token"]), "eos": str(found["eos_token"])}
+
     def speed(self, ids: Sequence[int]) -> float:
         """Tokens a second of greedy generation behind `ids`, one answer at a time, on this machine's CPU."""
         self._complete(list(ids), n_predict=1, cache_prompt=True)
@@ -118,11 +131,14 @@ class LlamaCpp:
         return dict(answer)
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self._server.listening_address + path,
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"},
-        )
+        return self._ask(path, json.dumps(body).encode())
+
+    def _get(self, path: str) -> dict[str, Any]:
+        return self._ask(path, None)
+
+    def _ask(self, path: str, data: bytes | None) -> dict[str, Any]:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        request = urllib.request.Request(self._server.listening_address + path, data, headers)
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return dict(json.load(response))
@@ -131,17 +147,29 @@ class LlamaCpp:
 
 
 def agreement(source: Sequence[torch.Tensor], found: Sequence[Sequence[dict[int, float]]]) -> Agreement:
-    """Compare logits (positions, vocabulary) of each prompt with llama.cpp's log probabilities at the same positions."""
+    """Compare logits (positions, vocabulary) of each prompt with llama.cpp's log probabilities at the same positions.
+
+    The server divides by a sum of exponentials that it adds up one after another in fp32, which for V tokens may be too small by a share of
+    V · 2⁻²⁴: all its probabilities are too large by that (1.4e-4 in SmolLM2, which seemed 3.5e-5 nats). So the mass of the shown tokens counts as
+    right where it is within that share; how the tokens share it is compared exactly.
+    """
     total, same, count = 0.0, 0, 0
     for logits, rows in zip(source, found, strict=True):
         for expected, row in zip(logits.double().log_softmax(-1), rows, strict=True):
             ids = torch.tensor(list(row))
             given = torch.tensor(list(row.values()), dtype=torch.float64)
             kept = expected[ids]
-            total += float((kept.exp() * (kept - given)).sum())
-            rest, rest_given = 1 - kept.exp().sum(), 1 - given.exp().sum()
-            if rest > 1e-9 and len(row) < len(expected):
-                total += float(rest * (rest.log() - rest_given.clamp(min=1e-12).log()))
+            mass, shown = float(kept.exp().sum()), float(given.exp().sum())
+            total += float((kept.exp() * ((kept - math.log(mass)) - (given - math.log(shown)))).sum())
+            nearest = min(max(mass, shown * (1 - len(expected) * 2**-24)), shown)
+            if len(row) < len(expected):
+                total += _two_sided(mass, nearest)
             same += int(expected.argmax()) == max(row, key=row.__getitem__)
             count += 1
     return Agreement(total / count, same / count, count)
+
+
+def _two_sided(p: float, q: float) -> float:
+    """KL of two outcomes, of probability p and q; no share counts as less than 1e-12."""
+    pairs = [(max(a, 1e-12), max(b, 1e-12)) for a, b in ((p, q), (1 - p, 1 - q))]
+    return sum(a * math.log(a / b) for a, b in pairs)

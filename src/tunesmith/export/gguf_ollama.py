@@ -1,4 +1,4 @@
-"""An Ollama Modelfile beside a GGUF file: FROM, TEMPLATE, SYSTEM and PARAMETER stop.
+"""An Ollama Modelfile beside a GGUF file: FROM, ADAPTER, TEMPLATE, SYSTEM and PARAMETER stop.
 
 Ollama (docs/modelfile.md, docs/template.md of its repository) does not run the Jinja template that a GGUF file carries; its own
 templates are Go's. None is translated here: a template counts as one of the `KINDS` if it renders conversations to the very strings of
@@ -8,8 +8,10 @@ Jinja form is near.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tunesmith.errors import DataError
 from tunesmith.types import Message
@@ -121,21 +123,61 @@ def _default_system(kind: Kind, alone: str | None) -> str | None:
     return alone[len(start) : len(alone) - len(end + rest)]
 
 
-def modelfile(file_name: str, found: Match | None, stops: list[str]) -> str:
-    """The Modelfile's text. `stops` are the strings that end an answer."""
-    lines = [f"# ollama create NAME -f {file_name.removesuffix('.gguf')}.Modelfile", f"FROM ./{file_name}"]
+def modelfile(file_name: str, found: Match | None, stops: list[str], base: str | None = None) -> str:
+    """The Modelfile's text. `stops` are the strings that end an answer. With `base`, the file is an adapter over the model of that name.
+
+    A text that a Modelfile cannot hold (`quoted`) is left out, and a comment says so.
+    """
+    shown = _on_one_line(Path(file_name).stem)
+    lines = [f"# ollama create NAME -f {shown}.Modelfile"]
+    if base is None:
+        lines += _line("FROM", f"./{file_name}")
+    else:
+        own = f"{re.sub(r'[^A-Za-z0-9._-]', '-', Path(base).name)}-f16.gguf"
+        lines += [
+            f"# FROM is the base as GGUF, in f16 or a type of your choice: tunesmith export BASE --to gguf:f16 --out {own}",
+            *_line("FROM", f"./{own}"),
+            *_line("ADAPTER", f"./{file_name}"),
+        ]
     if found is None:
         lines += [
             "# No TEMPLATE: the model's chat template renders other strings than the formats that are known here, and Ollama does not",
             "# run Jinja. It looks for one of its own that is near; compare its prompts (OLLAMA_DEBUG=1) with the model's.",
         ]
     else:
-        lines.append(f'TEMPLATE """{found.kind.go_template()}"""')
+        lines += _line("TEMPLATE", found.kind.go_template())
         if found.kind.system is None:
             lines.append(
                 f"# The template has no system turn ({found.kind.name}): put instructions into the first user message."
             )
         if found.default_system is not None:
-            lines.append(f'SYSTEM """{found.default_system}"""')
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+            lines += _line("SYSTEM", found.default_system)
+    for stop in stops:
+        lines += _line("PARAMETER stop", stop)
     return "\n".join(lines) + "\n"
+
+
+def _line(instruction: str, text: str) -> list[str]:
+    value = text if re.fullmatch(r"\./[A-Za-z0-9._-]+", text) else quoted(text)
+    if value is None:
+        return [f"# No {instruction}: its text has three quotes in a row, or characters that Ollama drops."]
+    return [f"{instruction} {value}"]
+
+
+def quoted(text: str) -> str | None:
+    """`text` as a value in a Modelfile, or None where Ollama would read another one.
+
+    Ollama (parser/parser.go) knows no escapes. It drops characters that are not printable, and a value that begins with three quotes goes on to the
+    first line that ends with three. So three quotes in a row are refused wherever they are, and so is what would be dropped: it might leave three.
+    """
+    if any(not one.isprintable() and one not in "\n\t" for one in text) or any(
+        one.isspace() and one not in " \n\t" for one in text
+    ):
+        return None
+    if '"""' in text:
+        return None
+    return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(one if one.isprintable() else "?" for one in text)

@@ -37,6 +37,10 @@ SPLITS = {
 """The pattern of a Split before ByteLevel, and whether whole words skip the merges (`ignore_merges`), to llama.cpp's name (src/llama-vocab.cpp
 has the same patterns beside the names)."""
 
+WITHOUT_MARKS = ("tekken", "gpt-4o")
+"""Names whose pattern joins combining marks to letters, and whose code in llama.cpp, which knows no classes of upper and lower letters, does not
+(src/llama-vocab.cpp). With the vocabulary of Mistral Nemo Hindi is read in other tokens; nothing else differed in 340,000 (docs/gguf.md)."""
+
 PREFIXES = {"always": True, "never": False, "first": False}
 """Metaspace's prepend_scheme to `add_space_prefix`: llama.cpp puts the space after every control token, as `always` does. With `first`
 chat prompts, which begin with a control token, get none."""
@@ -62,6 +66,9 @@ class Vocabulary:
     specials: dict[str, int] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    marks: bool = True
+    """Whether llama.cpp reads combining marks (Unicode's category M) as the tokenizer does."""
+
     leading: str = ""
     """What llama.cpp has to be given before plain text that begins without a control token, to read what the tokenizer reads."""
 
@@ -90,6 +97,12 @@ def vocabulary(tokenizer: Any, rows: int, ends: tuple[int, ...] = ()) -> Vocabul
     else:
         found.pre = pre_tokenizer(state)
         found.merges = [" ".join(pair) for pair in ranks]
+        if found.pre in WITHOUT_MARKS:
+            found.marks = False
+            found.notes.append(
+                "llama.cpp cuts text at combining marks, the tokenizer does not: Hindi and other scripts with vowel signs, and some emoji, are other "
+                "tokens"
+            )
         if not found.merges:
             raise ModelError("the tokenizer has no merges (it is bytes only), which llama.cpp cannot read")
         if normalizers := [step["type"] for step in _steps(state.get("normalizer"), "normalizers")]:
@@ -222,12 +235,13 @@ def _space_prefix(state: dict[str, Any], found: Vocabulary) -> bool:
 
 
 def _specials(tokenizer: Any, ends: tuple[int, ...]) -> dict[str, int]:
-    """Ids by GGUF's names; `eot` is the id that ends a turn where that is not the end of the sequence."""
+    """Ids by GGUF's names; `eot` and `eom` (of a turn, of a message) are other ids that end an answer. GGUF has no place for more."""
+    others = [number for number in dict.fromkeys(ends) if number != tokenizer.eos_token_id]
     named = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
-        "eot": next((number for number in ends if number != tokenizer.eos_token_id), None),
+        **dict(zip(("eot", "eom"), others, strict=False)),
     }
     return {name: int(number) for name, number in named.items() if number is not None}

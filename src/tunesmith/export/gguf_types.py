@@ -45,16 +45,11 @@ Rule = Callable[[Place], str | None]
 
 @dataclass(frozen=True, slots=True)
 class ExportType:
-    """One name of `--to gguf:NAME`: its block type, llama.cpp's file type, its exceptions, and how near it must stay to the source.
-
-    `max_kl` is the largest mean KL(source ‖ file) in nats a token over the verification's prompts that passes: about three times what
-    SmolLM2-135M has (docs/gguf.md), whose width and size make it the most sensitive model here. Weights in a wrong place cost several.
-    """
+    """One name of `--to gguf:NAME`: its block type, llama.cpp's file type, and its exceptions."""
 
     name: str
     block: str
     file_type: str
-    max_kl: float
     rule: Rule = field(default=lambda place: None)
 
 
@@ -101,23 +96,23 @@ def _iq4(place: Place) -> str | None:
 TYPES: dict[str, ExportType] = {
     one.name: one
     for one in (
-        ExportType("f32", "F32", "ALL_F32", 2e-4),
-        ExportType("f16", "F16", "MOSTLY_F16", 1e-3),
-        ExportType("bf16", "BF16", "MOSTLY_BF16", 5e-3),
-        ExportType("q8_0", "Q8_0", "MOSTLY_Q8_0", 3e-2),
-        ExportType("q6_k", "Q6_K", "MOSTLY_Q6_K", 0.1, _finest),
-        ExportType("q5_k_m", "Q5_K", "MOSTLY_Q5_K_M", 0.6, _q5_k_m),
-        ExportType("q5_k_s", "Q5_K", "MOSTLY_Q5_K_S", 0.6, _finest),
-        ExportType("q4_k_m", "Q4_K", "MOSTLY_Q4_K_M", 0.4, _q4_k_m),
-        ExportType("q4_k_s", "Q4_K", "MOSTLY_Q4_K_S", 0.4, _q4_k_s),
-        ExportType("q3_k_m", "Q3_K", "MOSTLY_Q3_K_M", 0.8, _q3_k_m),
-        ExportType("q2_k", "Q2_K", "MOSTLY_Q2_K", 2.0, _q2_k),
-        ExportType("iq4_nl", "IQ4_NL", "MOSTLY_IQ4_NL", 1.2, _iq4),
-        ExportType("iq4_xs", "IQ4_XS", "MOSTLY_IQ4_XS", 1.2, _iq4),
-        ExportType("q5_1", "Q5_1", "MOSTLY_Q5_1", 0.6, _finest),
-        ExportType("q5_0", "Q5_0", "MOSTLY_Q5_0", 0.6, _finest),
-        ExportType("q4_1", "Q4_1", "MOSTLY_Q4_1", 0.6, _finest),
-        ExportType("q4_0", "Q4_0", "MOSTLY_Q4_0", 2.0, _finest),
+        ExportType("f32", "F32", "ALL_F32"),
+        ExportType("f16", "F16", "MOSTLY_F16"),
+        ExportType("bf16", "BF16", "MOSTLY_BF16"),
+        ExportType("q8_0", "Q8_0", "MOSTLY_Q8_0"),
+        ExportType("q6_k", "Q6_K", "MOSTLY_Q6_K", _finest),
+        ExportType("q5_k_m", "Q5_K", "MOSTLY_Q5_K_M", _q5_k_m),
+        ExportType("q5_k_s", "Q5_K", "MOSTLY_Q5_K_S", _finest),
+        ExportType("q4_k_m", "Q4_K", "MOSTLY_Q4_K_M", _q4_k_m),
+        ExportType("q4_k_s", "Q4_K", "MOSTLY_Q4_K_S", _q4_k_s),
+        ExportType("q3_k_m", "Q3_K", "MOSTLY_Q3_K_M", _q3_k_m),
+        ExportType("q2_k", "Q2_K", "MOSTLY_Q2_K", _q2_k),
+        ExportType("iq4_nl", "IQ4_NL", "MOSTLY_IQ4_NL", _iq4),
+        ExportType("iq4_xs", "IQ4_XS", "MOSTLY_IQ4_XS", _iq4),
+        ExportType("q5_1", "Q5_1", "MOSTLY_Q5_1", _finest),
+        ExportType("q5_0", "Q5_0", "MOSTLY_Q5_0", _finest),
+        ExportType("q4_1", "Q4_1", "MOSTLY_Q4_1", _finest),
+        ExportType("q4_0", "Q4_0", "MOSTLY_Q4_0", _finest),
     )
 }
 """The types that need no statistics of activations (an importance matrix), which llama.cpp's smallest do."""
