@@ -163,7 +163,12 @@ def test_a_weak_adapter_over_a_deep_bf16_base_is_not_refused(tmp_path: Path) -> 
         if "lora_B" in name:
             parameter.data = 3e-3 * torch.randn(parameter.shape, generator=generator)
     check = merge_adapter(
-        model, tokenizer, ChatFormat(tokenizer), tmp_path / "merged", "bf16", lambda path: load_plain(path, "bf16", CPU)
+        model,
+        ChatFormat(tokenizer),
+        tmp_path / "merged",
+        "bf16",
+        tokenizer.save_pretrained,
+        lambda path: load_plain(path, "bf16", CPU),
     )
     assert check.effect < 0.2
     assert check.difference < 0.5 * check.effect

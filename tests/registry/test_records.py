@@ -50,6 +50,7 @@ def test_its_folder_alone_says_what_it_was_trained_on(tmp_path: Path, tmp_path_f
     assert (record.base_hash, record.dtype, record.quantization) == (metadata["model"]["weight_hash"], "fp32", "nf4")
     recorded = json.loads((run / "adapter" / "tunesmith.json").read_text())
     assert recorded["adapter_sha256"] == sha256_file(run / "adapter" / "adapter_model.safetensors")
+    assert recorded["base"]["name"] == Path(metadata["model"]["name"]).name
     assert recorded["tokenizer"] == metadata["tokenizer"]
     assert recorded["chat_template"]["hash"] == metadata["chat_template"]["hash"]
 

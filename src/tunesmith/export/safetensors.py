@@ -83,15 +83,15 @@ def fixed_prompts(chat: ChatFormat) -> list[list[int]]:
 
 def merge_adapter(
     model: Any,
-    tokenizer: Any,
     chat: ChatFormat,
     out: Path,
     dtype: ComputeDType,
+    write_beside: Callable[[Path], None],
     reload: Callable[[Path], Any],
 ) -> MergeCheck:
     """Merge the adapter of `model` (a PeftModel over a 16- or 32-bit base, in eval mode) and write it to `out`.
 
-    `reload` loads the written folder back. `model` is consumed: its base holds the merged weights afterwards. Raises
+    `write_beside` adds what stands beside the weights (tokenizer, template), `reload` loads the written folder back. `model` is consumed: its base holds the merged weights afterwards. Raises
     VerificationError, and leaves nothing at `out`, when the reloaded model does not compute what base + adapter did.
     """
     prompts = fixed_prompts(chat)
@@ -106,8 +106,7 @@ def merge_adapter(
         parameter.data = parameter.data.to(stored.get(name, torch_dtype(dtype)))
     with atomic_folder(out) as folder:
         merged.save_pretrained(folder)
-        tokenizer.chat_template = chat.template  # what it was trained with, which need not be the base's own
-        tokenizer.save_pretrained(folder)
+        write_beside(folder)
         check = compare_logits(plain_logits(reload(folder).float(), prompts), tuned, base, spared)
         check.refuse(dtype)
     return check

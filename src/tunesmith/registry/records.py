@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -16,11 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ConfigError, ModelError, RunError
+from tunesmith.files import sha256_file, write_json
 from tunesmith.runs import RunFolder
+from tunesmith.version import __version__
 
 CONFIG, WEIGHTS, PICKLED, RECORD = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "tunesmith.json",
 )  # fmt: skip
+MERGED = "merged"
+"""`kind` in the record of a merged model; an adapter's has none."""
+
 NOT_ENTERED = {"checkpoints", "merged", "evaluations", "model"}
 """Folders inside others that hold no adapters of their own; a run's checkpoints are states of its training."""
 
@@ -98,7 +104,7 @@ def read_adapter(place: Path, root: Path | None = None) -> AdapterRecord:
         if is_run:
             facts |= _of_run(RunFolder.open(place))
         elif (record := read_json(folder / RECORD)) is not None:
-            facts |= _of_record(record)
+            facts |= _of_record(record, folder)
         config = read_json(folder / CONFIG)
     except (ConfigError, ModelError, RunError) as error:
         return AdapterRecord(**facts, status="refused", problem=str(error))
@@ -156,15 +162,29 @@ def _of_run(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def _of_record(record: Mapping[str, Any]) -> dict[str, Any]:
+def _of_record(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     base = _dict(record.get("base"))
     return {
-        "base": _text(base.get("name")),
         "base_hash": _text(base.get("weight_hash")),
         "dtype": _text(record.get("dtype")),
         "quantization": _text(_dict(record.get("quantization")).get("scheme")),
-        "parent": _text(record.get("parent")),
+        "parent": _parent(record.get("parent"), folder),
     }
+
+
+def _parent(recorded: Any, folder: Path) -> str | None:
+    """Where an adapter's parent is: recorded from the adapter's folder, so that runs that move together still find each other."""
+    if not isinstance(recorded, str) or not recorded.startswith((f".{os.sep}", f"..{os.sep}")):
+        return _text(recorded)
+    return os.path.normpath(folder / recorded)
+
+
+def recorded_parent(parent: str | None, folder: Path) -> str | None:
+    """What stands in the record in `folder` of the adapter that its training went on from; `_parent` reads it."""
+    if parent is None:
+        return None
+    path = os.path.relpath(parent, folder)
+    return path if path.startswith("..") else f".{os.sep}{path}"
 
 
 def _of_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,3 +261,106 @@ def refuse_code(folder: Path) -> None:
             f"{folder / CONFIG}: megatron_config has PEFT import the module {config.get('megatron_core')!r}; remove both if the adapter "
             "is none for Megatron"
         )
+
+
+def adapter_hash(folder: Path) -> str:
+    """SHA-256 of an adapter's weights: of `adapter_model.safetensors`. Raises ModelError where there is none."""
+    if not (folder / WEIGHTS).is_file():
+        raise ModelError(without_weights(folder))
+    return sha256_file(folder / WEIGHTS)
+
+
+def adapter_name(folder: Path) -> str:
+    """What to call an adapter by its place: a run's by the run's name."""
+    place = folder.resolve()
+    return place.parent.name if place.name == "adapter" else place.name
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merged model was made of, as its `tunesmith.json` says.
+
+    `adapters` are the hashes (`adapter_hash`) of those that went into it, in order, with `names` for people; `method`, `weights` and `density` say how
+    several became one. `onto` is `16bit` or `quantized`. `tokenizer_hash` is of the files that were written.
+    """
+
+    adapters: tuple[str, ...]
+    names: tuple[str, ...]
+    base: str
+    base_hash: str
+    tokenizer_hash: str
+    template_hash: str
+    dtype: str
+    onto: str
+    method: str | None = None
+    weights: tuple[float, ...] | None = None
+    density: float | None = None
+
+
+def write_merged_record(folder: Path, made: Merged) -> None:
+    """Write `tunesmith.json` into a merged model's folder."""
+    value = {
+        "tunesmith": __version__,
+        "kind": MERGED,
+        "adapters": [{"name": name, "sha256": own} for name, own in zip(made.names, made.adapters, strict=True)],
+        "base": {"name": made.base, "weight_hash": made.base_hash},
+        "tokenizer": {"hash": made.tokenizer_hash},
+        "chat_template": {"hash": made.template_hash},
+        "dtype": made.dtype,
+        "onto": made.onto,
+        "method": made.method,
+        "weights": made.weights,
+        "density": made.density,
+    }
+    write_json(folder / RECORD, value)
+
+
+def merged_from(folder: Path) -> Merged | None:
+    """What the model in `folder` was merged from; None where nothing says so. Raises ModelError for a damaged record.
+
+    `adapter_hash(run.adapter_path) in merged.adapters` tells whether a run's merged model is of its present adapter.
+    """
+    record = read_json(folder / RECORD)
+    if record is None or record.get("kind") != MERGED:
+        return None
+    adapters = [_dict(one) for one in _list(record.get("adapters"))]
+    weights, density = record.get("weights"), record.get("density")
+    try:
+        return Merged(
+            adapters=tuple(_sha256(one.get("sha256")) for one in adapters) or _none_named(),
+            names=tuple(_text(one.get("name")) or "" for one in adapters),
+            base=_text(_dict(record.get("base")).get("name")) or "",
+            base_hash=_sha256(_dict(record.get("base")).get("weight_hash")),
+            tokenizer_hash=_sha256(_dict(record.get("tokenizer")).get("hash")),
+            template_hash=_sha256(_dict(record.get("chat_template")).get("hash")),
+            dtype=_text(record.get("dtype")) or "",
+            onto=_text(record.get("onto")) or "",
+            method=_text(record.get("method")),
+            weights=tuple(float(one) for one in weights) if isinstance(weights, list) else None,
+            density=float(density) if density is not None else None,
+        )
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{folder / RECORD}: damaged ({error}); merge again") from None
+
+
+def portable_name(name: str) -> str:
+    """A model's or adapter's name for a file that travels: a hub id as it is, of a path on this disk the last part."""
+    return (
+        Path(name).expanduser().absolute().name
+        if Path(name).expanduser().exists() or Path(name).is_absolute()
+        else name
+    )
+
+
+def _sha256(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(f"expected a SHA-256 in hex, found {str(value)[:80]!r}")
+    return value
+
+
+def _none_named() -> tuple[str, ...]:
+    raise ValueError("it names no adapter")
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

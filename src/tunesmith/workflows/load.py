@@ -12,13 +12,12 @@ from typing import Any
 from tunesmith.config import ModelConfig, QuantizationConfig, RunConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, ModelError, RunError
-from tunesmith.files import sha256_file
 from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, probe
 from tunesmith.models import loftq
 from tunesmith.models.adapters import base_of_adapter, load_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
-from tunesmith.registry.records import refuse_code
+from tunesmith.registry.records import adapter_hash, portable_name, recorded_parent, refuse_code
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
@@ -229,13 +228,13 @@ def adapter_record(run: RunFolder, folder: Path) -> dict[str, Any]:
     known, config = run.metadata, run.config
     return {
         "tunesmith": __version__,
-        "base": {"name": known["model"]["name"], "weight_hash": known["model"]["weight_hash"]},
+        "base": {"name": portable_name(known["model"]["name"]), "weight_hash": known["model"]["weight_hash"]},
         "tokenizer": known["tokenizer"],
         "chat_template": {"hash": known["chat_template"]["hash"]},
         "dtype": known["dtype"],
         "quantization": config.quantization.model_dump() if config.method == "qlora" else None,
-        "parent": known["parent"],
-        "adapter_sha256": sha256_file(folder / "adapter_model.safetensors"),
+        "parent": recorded_parent(known["parent"], run.adapter_path),
+        "adapter_sha256": adapter_hash(folder),
     }
 
 

@@ -21,9 +21,11 @@ from tunesmith.export.tensors import Unstreamable
 from tunesmith.files import atomic_folder
 from tunesmith.hardware import torch_dtype
 from tunesmith.models.adapters import expert_paths
-from tunesmith.models.load import load_model, weight_hash
+from tunesmith.models.load import ModelSource, load_model, weight_hash
+from tunesmith.registry.records import Merged, adapter_hash, adapter_name, portable_name, write_merged_record
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
+from tunesmith.workflows.lineage import tokenizer_hash
 from tunesmith.workflows.load import Found, find, load_plain
 
 ONTO = ("16bit", "quantized")
@@ -83,7 +85,7 @@ def merge(
             ) from None
         notes.append(f"merged in memory, not tensor by tensor: {why}")
         progress(notes[-1], 0, 1)
-        check, facts = _in_memory(found, folder, how, progress), {}
+        check, facts = _in_memory(found, folder, how, onto, progress), {}
     return {
         "path": str(folder),
         "dtype": first.dtype,
@@ -160,10 +162,7 @@ def _streamed(
     facts: dict[str, Any] = {}
     with atomic_folder(out) as folder:
         written = write_merged(skeleton, folder, dtype, read, changed, progress)
-        first.tokenizer.chat_template = (
-            first.chat.template
-        )  # what it was trained with, which need not be the base's own
-        first.tokenizer.save_pretrained(folder)
+        _write_beside(found, folder, how, onto)
         progress("comparing", 0, 1)
         try:
             back = read_back(folder, device)
@@ -215,12 +214,37 @@ def _merged(skeleton: Skeleton, quantized: QuantizedWeights, onto: str, dtype: t
     return read
 
 
+def _write_beside(found: Sequence[Found], folder: Path, how: Combination | None, onto: str) -> None:
+    """What goes into the folder beside weights and configs: the tokenizer, the template, and the record of what the model was made of."""
+    first = found[0]
+    # The template that it was trained with, which need not be the base's own.
+    first.tokenizer.chat_template = first.chat.template
+    first.tokenizer.save_pretrained(folder)
+    adapters = [each.adapter for each in found if each.adapter]
+    write_merged_record(
+        folder,
+        Merged(
+            adapters=tuple(map(adapter_hash, adapters)),
+            names=tuple(map(adapter_name, adapters)),
+            base=portable_name(first.source.name),
+            base_hash=weight_hash(first.source),
+            tokenizer_hash=tokenizer_hash(ModelSource(str(folder), folder)),
+            template_hash=first.chat.hash,
+            dtype=first.dtype,
+            onto=onto,
+            method=how.method if how else None,
+            weights=how.weights if how else None,
+            density=how.density if how else None,
+        ),
+    )
+
+
 def read_back(folder: Path, device: torch.device | str) -> Skeleton:
     """The model in a folder that was written."""
     return Skeleton(folder, device)
 
 
-def _in_memory(found: Sequence[Found], out: Path, how: Combination | None, progress: Progress) -> MergeCheck:
+def _in_memory(found: Sequence[Found], out: Path, how: Combination | None, onto: str, progress: Progress) -> MergeCheck:
     first = found[0]
 
     def reload(written: Path) -> Any:
@@ -232,6 +256,10 @@ def _in_memory(found: Sequence[Found], out: Path, how: Combination | None, progr
     progress("merging", 0, 1)
     base: Any = load_model(first.source, first.settings, first.hardware, first.dtype)
     adapted = load_combined(base, [each.adapter for each in found if each.adapter], how).eval()
-    check = merge_adapter(adapted, first.tokenizer, first.chat, out, first.dtype, reload)
+
+    def write_beside(folder: Path) -> None:
+        _write_beside(found, folder, how, onto)
+
+    check = merge_adapter(adapted, first.chat, out, first.dtype, write_beside, reload)
     progress("merging", 1, 1)
     return check
