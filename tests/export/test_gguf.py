@@ -12,8 +12,10 @@ import torch
 from gguf_models import FAMILIES, family, sentencepiece
 from tiny import chat_rows, make_tiny_model, write_jsonl
 from tunesmith.errors import ConfigError, ModelError, RunError, VerificationError
+from tunesmith.export.gguf import gguf_adapter_hash
 from tunesmith.export.gguf_architectures import pair_rows
 from tunesmith.export.gguf_types import TYPES, block_of, find_type, quantize
+from tunesmith.files import sha256_file
 from tunesmith.workflows import export_gguf as workflow
 from tunesmith.workflows.export import export
 
@@ -247,6 +249,48 @@ def test_an_adapter_of_its_own_computes_over_the_base(run: Path, tmp_path: Path)
         "base_model.model.model.layers.0.self_attn.v_proj.lora_B.weight"
     ]
     np.testing.assert_allclose(tensors["blk.0.attn_v.weight.lora_b"], 16**0.5 * b.numpy(), rtol=1e-6)  # α/√r over α/r
+
+
+def test_a_file_says_what_it_was_written_from(run: Path, models: Any, tmp_path: Path) -> None:
+    """By which `push` sees whether a file belongs to the run's present adapter."""
+    from tunesmith.models.load import ModelSource, weight_hash
+    from tunesmith.version import __version__
+
+    adapter = sha256_file(run / "adapter" / "adapter_model.safetensors")
+    for lora in (False, True):
+        path = tmp_path / f"{lora}.gguf"
+        export(run, "gguf:f16", path, lora=lora, device="cpu")
+        found = {key: value for key, value in keys(path).items() if key.startswith("tunesmith.")}
+        base = weight_hash(ModelSource("base", models("llama")))
+        assert found == {
+            "tunesmith.version": __version__,
+            "tunesmith.adapter_hash": adapter,
+            "tunesmith.base_hash": base,
+        }
+        assert gguf_adapter_hash(path) == adapter
+    export(run / "adapter", "gguf:f16", tmp_path / "alone.gguf", device="cpu")
+    assert gguf_adapter_hash(tmp_path / "alone.gguf") == adapter
+    export(models("llama"), "gguf:f16", tmp_path / "plain.gguf", device="cpu")
+    assert gguf_adapter_hash(tmp_path / "plain.gguf") is None
+    for damaged in (b"", b"GGUF", (tmp_path / "plain.gguf").read_bytes()[:5000], b"PK" * 5000):
+        (tmp_path / "d.gguf").write_bytes(damaged)
+        with pytest.raises(ModelError, match=r"d\.gguf: not a whole GGUF file .*export it again"):
+            gguf_adapter_hash(tmp_path / "d.gguf")
+
+
+def test_a_full_fine_tuning_says_its_weights(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    from tunesmith import api
+    from tunesmith.config import load_config
+    from tunesmith.models.load import ModelSource, weight_hash
+
+    base = make_tiny_model(tmp_path / "base", **family("llama"))
+    settings = {"method": "full", "model.name": str(base), "model.dtype": "fp32", "model.device": "cpu"}
+    settings |= {"data.path": str(write_jsonl(tmp_path / "rows.jsonl", chat_rows(8))), "training.epochs": 1}
+    api.train(load_config(values=settings), tmp_path / "run")
+    export(tmp_path / "run", "gguf:f16", tmp_path / "full.gguf", device="cpu")
+    found = gguf_adapter_hash(tmp_path / "full.gguf")
+    assert found == weight_hash(ModelSource("run", tmp_path / "run" / "model"))
+    assert found != keys(tmp_path / "full.gguf")["tunesmith.base_hash"] == weight_hash(ModelSource("base", base))
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

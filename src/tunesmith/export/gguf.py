@@ -7,8 +7,8 @@ model itself one tensor is in memory. What stands in which key: gguf_architectur
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,12 @@ from tunesmith.errors import MachineError, ModelError
 from tunesmith.export.gguf_architectures import Description, as_stored, describe, tensor_names, tensors, translate
 from tunesmith.export.gguf_tokenizer import Vocabulary, model_name, vocabulary
 from tunesmith.export.gguf_types import NEEDS_GGUF, ExportType, block_of, block_width, quantize
-from tunesmith.files import disk_errors
+from tunesmith.files import disk_errors, sha256_file
+from tunesmith.models.load import ModelSource, weight_hash
+from tunesmith.version import __version__
+
+ORIGIN = "tunesmith."
+"""Before the file's own keys: `tunesmith.version`, `.adapter_hash` and `.base_hash`. Readers of GGUF pass over keys that they do not know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class Exportable:
     vocabulary: Vocabulary
     template: str | None
     name: str
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
@@ -37,13 +43,53 @@ class Exportable:
         return [*self.description.notes, *self.vocabulary.notes]
 
 
-def exportable(model: Any, tokenizer: Any, template: str | None, name: str) -> Exportable:
-    """Whether and how `model` can be written; `template` is its chat template. Raises ModelError."""
+def exportable(
+    model: Any, tokenizer: Any, template: str | None, name: str, origin: Mapping[str, str] | None = None
+) -> Exportable:
+    """Whether and how `model` can be written; `template` is its chat template, `origin` what `origin_of` gives. Raises ModelError."""
     description = describe(model.config)
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = tuple(ends) if isinstance(ends, list) else (ends,) if ends is not None else ()
     rows = model.get_input_embeddings().weight.shape[0]
-    return Exportable(description, vocabulary(tokenizer, rows, ends), template, model_name(name, tokenizer))
+    return Exportable(
+        description, vocabulary(tokenizer, rows, ends), template, model_name(name, tokenizer), origin or {}
+    )
+
+
+def origin_of(trained: Path | None, base_hash: str | None) -> dict[str, str]:
+    """What a file says of where it comes from: this version, the hash of what was trained (an adapter's folder, or a model's), the base's."""
+    found = {"version": __version__}
+    if trained is not None:
+        found["adapter_hash"] = trained_hash(trained)
+    if base_hash is not None:
+        found["base_hash"] = base_hash
+    return found
+
+
+def trained_hash(folder: Path) -> str:
+    """The hash of what was trained: of an adapter the SHA-256 of its weights' file, as its record has it (`adapter_sha256`); of a model the
+    hash of all its weight files (`models.load.weight_hash`).
+    """
+    adapter = folder / "adapter_model.safetensors"
+    return sha256_file(adapter) if adapter.is_file() else weight_hash(ModelSource(str(folder), folder))
+
+
+def gguf_adapter_hash(path: Path) -> str | None:
+    """The `trained_hash` of the adapter, or of the fully fine-tuned model, that a GGUF file was written from.
+
+    None where it does not say: it was written by others, or from a model that nothing was trained on. Raises ModelError for a file that is no
+    whole GGUF, MachineError without the `gguf` package.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise MachineError(NEEDS_GGUF) from error
+    try:
+        field = gguf.GGUFReader(path).fields.get(f"{ORIGIN}adapter_hash")
+        found = field.contents() if field else None
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise ModelError(f"{path}: not a whole GGUF file ({error or type(error).__name__}); export it again") from None
+    return found if isinstance(found, str) else None
 
 
 def write_model(path: Path, state: dict[str, torch.Tensor], made: Exportable, kind: ExportType) -> None:
@@ -54,6 +100,7 @@ def write_model(path: Path, state: dict[str, torch.Tensor], made: Exportable, ki
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[found.architecture]])
     writer.add_type("model")
     writer.add_name(made.name)
+    _add_origin(writer, made.origin)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(gguf.LlamaFileType[kind.file_type])
     _add_keys(writer, found)
@@ -71,7 +118,7 @@ def write_model(path: Path, state: dict[str, torch.Tensor], made: Exportable, ki
     _write(path, writer, weights)
 
 
-def write_adapter(path: Path, folder: Path, description: Description, name: str, block: str = "F16") -> None:
+def write_adapter(path: Path, folder: Path, made: Exportable, block: str = "F16") -> None:
     """Write the PEFT LoRA adapter in `folder` as a LoRA GGUF: W + (α / r) · B · A, A as `W.lora_a`, B as `W.lora_b`.
 
     llama.cpp divides one α by each pair's rank; where PEFT scales a pair otherwise (rsLoRA, patterns), B is multiplied by the quotient.
@@ -80,6 +127,7 @@ def write_adapter(path: Path, folder: Path, description: Description, name: str,
     import gguf
     from safetensors.torch import load_file
 
+    description = made.description
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     _refuse_beyond_lora(settings)
     state = load_file(folder / "adapter_model.safetensors")
@@ -99,7 +147,8 @@ def write_adapter(path: Path, folder: Path, description: Description, name: str,
         )
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[description.architecture]])
     writer.add_type("adapter")
-    writer.add_name(name)
+    writer.add_name(made.name)
+    _add_origin(writer, made.origin)
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", alpha)
 
@@ -163,6 +212,11 @@ def _write(path: Path, writer: Any, weights: Callable[[], Iterator[tuple[str, to
         for _, tensor, block in weights():
             writer.write_tensor_data(quantize(tensor.detach().float().cpu().numpy(), block))
         writer.close()
+
+
+def _add_origin(writer: Any, origin: Mapping[str, str]) -> None:
+    for key, value in origin.items():
+        writer.add_string(f"{ORIGIN}{key}", value)
 
 
 def _add_keys(writer: Any, found: Description) -> None:

@@ -18,15 +18,16 @@ import torch
 
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, DataError, ModelError, RunError, VerificationError
-from tunesmith.export.gguf import Exportable, exportable, require_packages, write_adapter, write_model
+from tunesmith.export.gguf import Exportable, exportable, origin_of, require_packages, write_adapter, write_model
 from tunesmith.export.gguf_llama_cpp import SPEED_TOKENS, Agreement, LlamaCpp, agreement
 from tunesmith.export.gguf_ollama import match, modelfile
 from tunesmith.export.gguf_types import ExportType, find_type
 from tunesmith.export.safetensors import PROMPTS
 from tunesmith.files import disk_errors
+from tunesmith.models.load import weight_hash
 from tunesmith.runs import RunFolder
 from tunesmith.types import Message, Progress, no_progress
-from tunesmith.workflows.load import LoadedModel, load
+from tunesmith.workflows.load import LoadedModel, find, load
 from tunesmith.workflows.merge import merge
 
 DIFFICULT = (
@@ -76,7 +77,8 @@ def export_gguf(
     with tempfile.TemporaryDirectory(prefix=".tmp-export-", dir=folder) as temporary:
         work = Path(temporary)
         loaded = _source(target, model, device, work, lora, progress)
-        made = exportable(_whole(loaded), loaded.tokenizer, loaded.chat.template, name)
+        origin = _origin(target, model)
+        made = exportable(_whole(loaded), loaded.tokenizer, loaded.chat.template, name, origin)
         reference = _reference(loaded, progress)
         if lora:
             adapter = loaded.run.adapter_path if loaded.run else path
@@ -144,6 +146,16 @@ def _source(
     return load(target, model, "fp32", device, quantized=False, progress=progress)
 
 
+def _origin(target: str | Path, model: str | Path | None) -> dict[str, str]:
+    path = Path(target)
+    if RunFolder.is_run(path):
+        run = RunFolder.open(path)
+        trained = run.model_path if run.config.method == "full" else run.adapter_path
+        return origin_of(trained, run.metadata["model"]["weight_hash"])
+    adapter = path if (path / "adapter_config.json").is_file() else None
+    return origin_of(adapter, weight_hash(find(target, model).source))
+
+
 def _whole(loaded: LoadedModel) -> Any:
     """The transformers model, below an adapter where there is one."""
     return loaded.forward.model.get_base_model() if loaded.adapted else loaded.forward.model
@@ -191,7 +203,7 @@ def _write_lora(
 ) -> dict[str, Any]:
     """The adapter's file, verified over its base in f16, which is removed again."""
     progress(f"writing the adapter in {kind.name}", 0, 1)
-    write_adapter(file, adapter, made.description, made.name, kind.block)
+    write_adapter(file, adapter, made, kind.block)
     base = file.with_name("base.gguf")
     write_model(base, loaded.forward.model.unload().state_dict(), made, find_type("f16"))
     progress("verifying the adapter in llama.cpp", 0, 1)
