@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from command_line import tunesmith
-from stub_hub import TOKEN, Repo, StubHub, stub_hub
+from stub_hub import TOKEN, Repo, StubHub, stub_hub, write_gguf
 from trained import copy_run, tiny_run
+from tunesmith.registry.records import adapter_hash
 
 PROGRAM = """
 import sys
@@ -160,7 +161,7 @@ def test_the_commands_of_the_page_run(run: Path, hub: StubHub) -> None:
     (block,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
     commands = [line.removeprefix("$ tunesmith ") for line in block.splitlines() if "tunesmith" in line]
     assert tunesmith("merge", run).code == 0
-    (run / "model-q8_0.gguf").write_bytes(b"GGUF" + bytes(100))
+    write_gguf(run / "model-q8_0.gguf", adapter_hash(run / "adapter"))
     for command in commands:
         words = shlex.split(command.replace("RUN", str(run)).replace("ORG/NAME", "me/bins"))
         result = tunesmith(*words)

@@ -52,7 +52,9 @@ class CardRequest:
     license: str | None = None
     revision: str | None = None
     bytes: int = 0  # of all files
-    quantized: Mapping[str, Any] = field(default_factory=dict)  # of a quantized model: its method, and what was measured
+    quantized: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of a quantized model: its method, and what was measured
     gguf_type: str | None = None  # of a GGUF file, as llama.cpp and Ollama name it: Q4_K_M
 
 
@@ -134,7 +136,6 @@ def header(request: CardRequest, metadata: Mapping[str, Any]) -> str:
         values["license"] = plain(request.license)
     values["pipeline_tag"] = "text-generation"
     tags = ["tunesmith", plain(metadata["method"]), plain(metadata["objective"])]
-    tags += ["lora"] if request.kind in ("adapter", "gguf-lora") else []
     tags += ["gguf"] if request.kind.startswith("gguf") else []
     tags += [plain(request.quantized["method"])] if request.kind == "quantized" else []
     values["tags"] = list(dict.fromkeys(tags))

@@ -13,7 +13,7 @@ from typing import Any
 from tunesmith.errors import MachineError, UserError, VerificationError
 from tunesmith.export.card import HUB_ID
 from tunesmith.export.hub_client import ask, connected, token_of_hub
-from tunesmith.export.package import INDEX, WEIGHTS, Kind, Package, Upload
+from tunesmith.export.package import WEIGHTS, Kind, Package, Upload
 from tunesmith.models.hub import why_unreachable
 from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
@@ -102,16 +102,14 @@ def push_package(
         def commit() -> str:
             # Listed again each time: a commit whose answer was lost may have been made, and a file is not deleted twice.
             head, gone = stale()
-            operations = [*additions, *(CommitOperationDelete(name) for name in gone)]
+            operations: list[Any] = [*additions, *(CommitOperationDelete(name) for name in gone)]
             made = api.create_commit(
                 repo, operations, commit_message=title(package.kind, weights), revision=revision, parent_commit=head
             )
             return str(made.oid)
 
         made = ask(repo, "the commit", commit)
-        listed = ask(
-            repo, "listing the files", lambda: list(api.list_repo_tree(repo, recursive=True, revision=made))
-        )
+        listed = ask(repo, "listing the files", lambda: list(api.list_repo_tree(repo, recursive=True, revision=made)))
         progress(stage, 1, 1)
     others = _compare(repo, files, deleted, listed)
     return Pushed(f"{api.endpoint}/{repo}", not public, made, deleted, others)
@@ -146,7 +144,11 @@ def _stale(repo: str, tree: Sequence[Any], sent: set[str], kind: Kind, weights: 
     for entry in tree:
         name = str(entry.path)
         commit = getattr(entry, "last_commit", None)
-        if not hasattr(entry, "blob_id") or name in sent or not (LOADED.fullmatch(name) or WEIGHTS["gguf"].fullmatch(name)):
+        if (
+            not hasattr(entry, "blob_id")
+            or name in sent
+            or not (LOADED.fullmatch(name) or WEIGHTS["gguf"].fullmatch(name))
+        ):
             continue
         found = TITLE.fullmatch(commit.title) if commit else None
         if name.endswith(".gguf") and kind.startswith("gguf"):

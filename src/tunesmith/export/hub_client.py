@@ -97,7 +97,7 @@ class _Patient(httpx.Client):
 
 def retry_after(response: httpx.Response | None) -> float:
     """Seconds that a busy hub asks to wait, from Retry-After or RateLimit (`"api";r=0;t=55`); 0 where it asks for none."""
-    from huggingface_hub.utils import parse_ratelimit_headers
+    from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 
     if response is None or response.status_code not in AGAIN:
         return 0.0
@@ -124,7 +124,9 @@ def connected() -> Iterator[None]:
             set_client_factory(before)
 
 
-def ask(repo: str, what: str, call: Callable[[], T], *, allowed: Sequence[int] = (), tries_itself: bool = False) -> T | Any:
+def ask(
+    repo: str, what: str, call: Callable[[], T], *, allowed: Sequence[int] = (), tries_itself: bool = False
+) -> T | Any:
     """What `call` returns; None for a status in `allowed`. Busy and broken servers are asked again after each of `WAITS`.
 
     What is raised holds nothing that the server said, and no exception that does.
@@ -180,7 +182,9 @@ def _explained(
     """Our error, made of the status or the error's type: text of the server is left out, it may hold the token."""
     stays = "push again: what was uploaded is not uploaded again"
     if status is not None and later > LONGEST_WAIT:
-        return MachineError(f"{repo}: {what} failed: the hub answered {status}, and asks to try again in {later:.0f} seconds")
+        return MachineError(
+            f"{repo}: {what} failed: the hub answered {status}, and asks to try again in {later:.0f} seconds"
+        )
     if status is not None and (status >= 500 or status in AGAIN):
         meant = MEANT.get(status, "the hub is out of order; try again later, what was uploaded is not uploaded again")
         return MachineError(f"{repo}: {what} failed: the hub answered {status}: {meant}")

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tunesmith.errors import ModelError, VerificationError
+from tunesmith.errors import MachineError, ModelError, VerificationError
+from tunesmith.export.gguf_types import NEEDS_GGUF
 from tunesmith.export.private import refuse_private, without_paths
 from tunesmith.files import sha256_file
 
@@ -241,3 +242,16 @@ def _text(path: Path, base: str) -> bytes:
     value = _parsed(path, content)
     cleaned = without_paths(value, base)
     return content if cleaned == value else (json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def gguf_kind(path: Path) -> Kind:
+    """Whether a GGUF file is a model or a LoRA adapter, as its `general.type` says. Raises ModelError, MachineError."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise MachineError(NEEDS_GGUF) from error
+    try:
+        field = gguf.GGUFReader(path).fields.get("general.type")
+        return "gguf-lora" if field and field.contents() == "adapter" else "gguf"
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
+        raise ModelError(f"{path}: not a whole GGUF file ({error or type(error).__name__}); export it again") from None

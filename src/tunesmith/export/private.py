@@ -6,6 +6,7 @@ the push for what is left: a key, or a path into a home folder. What it finds is
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import re
@@ -19,8 +20,15 @@ BASE_KEYS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 """Where PEFT and transformers note the model that they started from."""
 
 VOCABULARY = frozenset(
-    ("content", "chat_template", "bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
-    + ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder", "model_input_names", "target_modules")
+    (
+        "content",
+        "chat_template",
+        "additional_special_tokens",
+        "extra_special_tokens",
+        "model_input_names",
+        "target_modules",
+        *(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "cls", "sep", "mask")),
+    )
 )
 """Keys under which texts are tokens, templates or names of modules, which may look like a path and are none."""
 
@@ -123,10 +131,8 @@ def _places(paths: Sequence[str]) -> re.Pattern[str]:
     A home folder alone is no find: /root is a token of many vocabularies.
     """
     homes = {str(Path.home()), os.environ.get("HOME", ""), os.environ.get("USERPROFILE", "")}
-    try:
+    with contextlib.suppress(OSError, KeyError):  # a user id without a name, as in containers
         homes.add(f"/home/{getpass.getuser()}")
-    except (OSError, KeyError):  # a user id without a name, as in containers
-        pass
     inside = [re.escape(home.rstrip("/\\")) + r"[\\/]+[\w.@-]" for home in sorted(homes) if len(home) > 1]
     whole = [re.escape(path) for path in paths if path.count("/") + path.count("\\") > 1]
     return re.compile("|".join(rf"(?<![\w.-]){one}" for one in (*inside, *whole)) or r"(?!)")
