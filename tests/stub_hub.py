@@ -25,6 +25,8 @@ import yaml
 TOKEN = "hf_" + "SecretOfTheTests" * 2
 DROP = -1
 """A failure: the connection breaks in the middle of the body."""
+STALL, STALL_INSIDE = -2, -3
+"""Failures: nothing is answered, or the answer stops after its headers. The connection stays open."""
 
 
 @dataclass
@@ -52,6 +54,9 @@ class StubHub:
     hidden: set[str] = field(default_factory=set)
     """Repositories that the token cannot see."""
     forced_private: bool | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    """Further headers of failures."""
+    closing: threading.Event = field(default_factory=threading.Event)
 
     def count(self, method: str, part: str) -> int:
         return sum(sent == method and part in path for sent, path in self.requests)
@@ -85,6 +90,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return None
         body = self._body()
+        if status in (STALL, STALL_INSIDE):
+            if status == STALL_INSIDE:
+                self.send_response(200)
+                self.send_header("Content-Length", "100")
+                self.end_headers()
+                self.wfile.flush()
+            self.close_connection = True
+            self.hub.closing.wait(300)
+            return None
         if status is not None:
             return self._echo(status)
         if path.startswith("/api/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -112,6 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
         """A failure that shows the token wherever a server can put text."""
         said = f"no: Authorization Bearer {TOKEN}"
         headers = {"X-Error-Message": said, "X-Request-Id": TOKEN, "X-HF-Warning": f"auth; {said}", "Warning": said}
+        headers |= self.hub.headers
         self._send(status, {"error": said, "errors": [{"message": said}]}, headers)
 
     def _send(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
@@ -262,6 +277,7 @@ def stub_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         server.server_close()
         huggingface_hub.close_session()

@@ -10,23 +10,28 @@ import logging
 import pickle
 import re
 import shutil
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import huggingface_hub
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub.utils import _http as http_of_hub
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
 
-from stub_hub import DROP, TOKEN, Repo, StubHub, stub_hub, write_gguf
+from stub_hub import DROP, STALL, STALL_INSIDE, TOKEN, Repo, StubHub, stub_hub, write_gguf
 from tiny import chat_rows, write_jsonl
 from trained import copy_run, tiny_base, tiny_run
 from tunesmith import api
 from tunesmith.config import RunConfig
 from tunesmith.errors import MachineError, ModelError, RunError, UserError, VerificationError
+from tunesmith.export import hub_client
 from tunesmith.export.card import CardRequest, code, leaf, without_folders, write_card
 from tunesmith.export.card import plain as plain_text
 from tunesmith.registry.records import Merged, adapter_hash, write_merged_record
@@ -885,6 +890,89 @@ def test_an_interrupted_upload_goes_on_where_it_was(run: Path, hub: StubHub) -> 
     ]
 
 
+PLACES = [
+    "/api/models/me/bins",
+    "/repos/create",
+    "/validate-yaml",
+    "/preupload/",
+    "/objects/batch",
+    "/lfs/",
+    "/lfs-verify",
+    "/commit/",
+    "/tree/",
+]
+
+
+@pytest.mark.parametrize("how", [STALL, STALL_INSIDE])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_hub_that_stops_answering_is_left_after_three_times(
+    run: Path, hub: StubHub, monkeypatch: pytest.MonkeyPatch, place: str, how: int
+) -> None:
+    if (place, how) == ("/lfs/", STALL_INSIDE):
+        pytest.skip("an upload's answer has no body that is read")
+    monkeypatch.setattr(hub_client, "SILENCE", 0.5)
+    before = http_of_hub._GLOBAL_CLIENT_FACTORY
+    hub.fail = lambda method, path: how if place in path else None
+    begun = time.monotonic()
+    with pytest.raises(MachineError, match=r"^me/bins: .* failed: the hub did not answer 3 times in a row; ") as caught:
+        push(run, NAME)
+    assert time.monotonic() - begun < 60  # the library's tries times ours would be 30 x 0.5 s and more for one question
+    assert sum(place in path for _, path in hub.requests) == 3
+    assert (caught.value.__cause__, caught.value.__context__) == (None, None)
+    assert http_of_hub._GLOBAL_CLIENT_FACTORY is before
+    assert huggingface_hub.get_session().timeout == httpx.Timeout(None)
+
+
+def test_files_go_up_by_plain_lfs_where_the_faster_transfer_is_installed(
+    run: Path, hub: StubHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hf_xet has no limit of time: it would wait for this hub without end."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    hub.fail = lambda method, path: STALL if "xet" in path else None
+    push(run, NAME)
+    assert hub.count("PUT", "/lfs/") == 1
+    assert hub.count("GET", "xet") == 0
+
+
+def test_the_clients_own_factory_is_used_and_comes_back(run: Path, hub: StubHub) -> None:
+    made: list[httpx.Client] = []
+
+    def factory() -> httpx.Client:
+        made.append(http_of_hub.default_client_factory())
+        made[-1].headers["X-Of-The-Caller"] = "1"
+        return made[-1]
+
+    huggingface_hub.set_client_factory(factory)
+    try:
+        push(run, NAME)
+        assert http_of_hub._GLOBAL_CLIENT_FACTORY is factory
+    finally:
+        huggingface_hub.set_client_factory(http_of_hub.default_client_factory)
+    assert len(made) == 1
+    assert made[0].is_closed
+    assert hub.count("POST", "/commit/") == 1
+
+
+def test_how_long_a_busy_hub_is_waited_for(run: Path, hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    left = [429]
+    hub.headers = {"Retry-After": "7"}
+    hub.fail = lambda method, path: left.pop() if "/repos/create" in path and left else None
+    push(run, NAME)
+    assert waited == [7.0]
+    for place in ("/repos/create", "/preupload/", "/commit/"):
+        waited.clear()
+        hub.headers = {"Retry-After": "3600"}
+        hub.fail = lambda method, path, place=place: 429 if place in path else None  # type: ignore[misc]
+        with pytest.raises(MachineError, match=r"failed: the hub answered 429, and asks to try again in 3600 seconds"):
+            push(run, f"me/other{PLACES.index(place)}")
+        assert waited == []
+    hub.headers = {"RateLimit": '"api";r=0;t=1234'}
+    with pytest.raises(MachineError, match=r"asks to try again in 1234 seconds"):
+        push(run, "me/third")
+
+
 @pytest.mark.parametrize(
     ("name", "key", "value", "message"),
     [
@@ -911,21 +999,14 @@ def test_a_listing_that_differs_is_found(
 
 # -- the token --------------------------------------------------------------------------------------------------------
 
-PLACES = [
-    "/api/models/me/bins",
-    "/repos/create",
-    "/preupload/",
-    "/objects/batch",
-    "/lfs/",
-    "/lfs-verify",
-    "/commit/",
-    "/tree/",
-]
-
 
 @pytest.mark.parametrize(
     ("status", "place"),
-    [*((status, place) for status in (401, 403, 500) for place in PLACES), (400, "/validate-yaml"), (404, "/commit/")],
+    [
+        *((status, place) for status in (401, 403, 500) for place in PLACES if place != "/validate-yaml"),
+        (400, "/validate-yaml"),
+        (404, "/commit/"),
+    ],
 )
 def test_no_error_shows_the_token(
     run: Path,

@@ -5,10 +5,12 @@ The token is huggingface_hub's own (HF_TOKEN, else `hf auth login`); how it is k
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 from tunesmith.errors import MachineError, UserError, VerificationError
 from tunesmith.export.card import HUB_ID
@@ -19,8 +21,6 @@ from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
 
 CARD = "README.md"
-
-TIMEOUT = 30.0
 
 TITLE = re.compile(r"Upload ([a-z-]+) ([0-9a-f]{12}) with tunesmith \S+")
 """Of the commits that `push` makes: the kind, and the beginning of the hash of the weights that the run trained."""
@@ -71,7 +71,7 @@ def push_package(
 
     check_names(repo, revision)
     files = [*package.files, Upload.of(CARD, card.encode())]
-    with connected():
+    with connected(), ExitStack() as opened:
         token = token_of_hub()
         package.refuse_private(card, token, private)
         if why_unreachable() is not None:
@@ -83,15 +83,12 @@ def push_package(
 
         def stale() -> tuple[str, list[str]]:
             """The branch's last commit, and what of it must go. Raises UserError for what must not go unasked."""
-            head = str(api.model_info(repo, revision=revision, timeout=TIMEOUT).sha)
+            head = str(api.model_info(repo, revision=revision).sha)
             tree = api.list_repo_tree(repo, recursive=True, expand=True, revision=head)
             return head, _stale(repo, list(tree), {file.name for file in files}, package.kind, weights, replace)
 
         _, deleted = ask(repo, "listing the files", stale)
-        additions = [
-            CommitOperationAdd(file.name, file.source if isinstance(file.source, bytes) else str(file.source))
-            for file in files
-        ]
+        additions = [CommitOperationAdd(file.name, opened.enter_context(_opened(file))) for file in files]
         stage = f"uploading {len(files)} files, {sum(file.size for file in files) / 2**20:.1f} MB"
         progress(stage, 0, 1)
         upload: Callable[[], None] = lambda: api.preupload_lfs_files(  # noqa: E731
@@ -113,6 +110,15 @@ def push_package(
         progress(stage, 1, 1)
     others = _compare(repo, files, deleted, listed)
     return Pushed(f"{api.endpoint}/{repo}", not public, made, deleted, others)
+
+
+def _opened(file: Upload) -> BinaryIO:
+    """What huggingface_hub reads the file from. An open file goes up by plain LFS, whose requests are ours to end.
+
+    Given a path the library would use hf_xet where that is installed, which waits without end for a hub that does not answer (1.8.0: it
+    still did after 590 s).
+    """
+    return io.BytesIO(file.source) if isinstance(file.source, bytes) else file.source.open("rb")
 
 
 def check_names(repo: str, revision: str | None) -> None:
@@ -192,7 +198,7 @@ def _make_repository(api: Any, repo: str, public: bool) -> None:
 
 def _visibility(api: Any, repo: str) -> bool | None:
     """Whether the repository is private; None where there is none."""
-    info = ask(repo, "looking at the repository", lambda: api.model_info(repo, timeout=TIMEOUT), allowed=(404,))
+    info = ask(repo, "looking at the repository", lambda: api.model_info(repo), allowed=(404,))
     return None if info is None else bool(info.private)
 
 

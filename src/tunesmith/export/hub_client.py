@@ -1,8 +1,8 @@
 """Questions to the hub: with a limit of time, asked again when it is busy, and without a word of what the server said.
 
 huggingface_hub's HTTP client waits for an answer without end. While `connected` lasts, its requests go through `_Patient`, which
-gives each one a limit and stops after `UNANSWERED` in a row that got no answer: the library's own tries and those of `ask` would
-otherwise multiply to a quarter of an hour.
+gives each one a limit and stops when an address was asked `UNANSWERED` times in vain: the library's own tries and those of `ask`
+would otherwise multiply to half an hour.
 
 A server may echo the token in an error, a header or a warning. So errors are made from the status alone, outside of the handler
 (nothing is chained to them), and the loggers of the HTTP libraries are silent meanwhile.
@@ -11,10 +11,9 @@ A server may echo the token in an error, a header or a warning. So errors are ma
 from __future__ import annotations
 
 import logging
-import math
-import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -30,7 +29,8 @@ CONNECT, SILENCE = 10.0, 60.0
 upload is not silent."""
 
 UNANSWERED = 3
-"""Requests in a row without an answer, after which no other is sent: three minutes with the waits between them."""
+"""Times that one address may be asked without an answer: three minutes with the waits between them. By address, because what comes
+before it (a commit is preceded by four questions) may still be answered."""
 
 WAITS = (1.0, 2.0, 4.0, 8.0)
 """Seconds before each new try of a question that huggingface_hub asks once (it retries uploads by itself)."""
@@ -54,7 +54,7 @@ MEANT = {
 
 
 class Unanswered(httpx.HTTPError):
-    """The hub left `UNANSWERED` requests without an answer. No TransportError, which huggingface_hub would try again."""
+    """An address was asked `UNANSWERED` times in vain. No TransportError, which huggingface_hub would try again."""
 
 
 class _Patient(httpx.Client):
@@ -63,28 +63,22 @@ class _Patient(httpx.Client):
     def __init__(self, inner: httpx.Client) -> None:
         super().__init__(headers=inner.headers, cookies=inner.cookies, timeout=httpx.Timeout(SILENCE, connect=CONNECT))
         self.inner = inner
-        self.failed = 0
-        self.last_failure = -math.inf
-        self.lock = threading.Lock()  # files go up in several threads
+        self.failed: Counter[tuple[str, str]] = Counter()
 
     def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
-        """One request. Raises Unanswered after too many without an answer, HTTPStatusError where the wait would be too long."""
+        """One request. Raises Unanswered where its address has been asked too often in vain, HTTPStatusError where the wait would be too long."""
         given = request.extensions.get("timeout") or {}
         limits = {name: given.get(name) or limit for name, limit in self.timeout.as_dict().items()}
         request.extensions = {**request.extensions, "timeout": limits}
-        begun = time.monotonic()
+        asked = (request.method, request.url.path)  # the query of an upload's address is another each time
         try:
             response = self.inner.send(request, **options)
         except httpx.TransportError as error:
-            with self.lock:
-                if begun >= self.last_failure:  # of files that go up side by side, one outage counts once
-                    self.failed += 1
-                    self.last_failure = time.monotonic()
-            if self.failed >= UNANSWERED:
+            self.failed[asked] += 1
+            if self.failed[asked] >= UNANSWERED:
                 raise Unanswered(type(error).__name__) from None
             raise
-        with self.lock:
-            self.failed = 0
+        del self.failed[asked]
         if retry_after(response) > LONGEST_WAIT:
             raise httpx.HTTPStatusError("asks for too long a wait", request=request, response=response)
         return response
