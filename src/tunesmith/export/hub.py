@@ -90,11 +90,10 @@ def push_package(
         _, deleted = ask(repo, "listing the files", stale)
         additions = [CommitOperationAdd(file.name, opened.enter_context(_opened(file))) for file in files]
         stage = f"uploading {len(files)} files, {sum(file.size for file in files) / 2**20:.1f} MB"
-        progress(stage, 0, 1)
-        upload: Callable[[], None] = lambda: api.preupload_lfs_files(  # noqa: E731
-            repo, additions, revision=revision, free_memory=False
-        )
-        ask(repo, "the upload", upload, tries_itself=True)
+        # One after another: given several files the library starts threads, and an interruption would wait for all of them.
+        for number, addition in enumerate(additions):
+            progress(stage, number, len(files))
+            ask(repo, "the upload", _upload(api, repo, addition, revision), tries_itself=True)
 
         def commit() -> str:
             # Listed again each time: a commit whose answer was lost may have been made, and a file is not deleted twice.
@@ -107,9 +106,13 @@ def push_package(
 
         made = ask(repo, "the commit", commit)
         listed = ask(repo, "listing the files", lambda: list(api.list_repo_tree(repo, recursive=True, revision=made)))
-        progress(stage, 1, 1)
+        progress(stage, len(files), len(files))
     others = _compare(repo, files, deleted, listed)
     return Pushed(f"{api.endpoint}/{repo}", not public, made, deleted, others)
+
+
+def _upload(api: Any, repo: str, addition: Any, revision: str | None) -> Callable[[], None]:
+    return lambda: api.preupload_lfs_files(repo, [addition], revision=revision, free_memory=False)
 
 
 def _opened(file: Upload) -> BinaryIO:
