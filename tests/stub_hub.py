@@ -54,6 +54,8 @@ class StubHub:
     hidden: set[str] = field(default_factory=set)
     """Repositories that the token cannot see."""
     forced_private: bool | None = None
+    refuse_objects: bool = False
+    """Whether each LFS object is refused, in an answer of status 200."""
     headers: dict[str, str] = field(default_factory=dict)
     """Further headers of failures."""
     closing: threading.Event = field(default_factory=threading.Event)
@@ -172,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._model(hub.repos[name], name, action, revision, body)
 
     def _lfs(self, item: dict[str, Any]) -> dict[str, Any]:
+        if self.hub.refuse_objects:
+            return {**item, "error": {"code": 422, "message": f"no: Authorization Bearer {TOKEN}"}}
         links = {
             "upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"},
             "verify": {"href": f"{self.hub.url}/lfs-verify"},

@@ -63,7 +63,7 @@ def push(
     if result["left_out"]:
         print(f"left out: {', '.join(result['left_out'])}")
     if result["deleted"]:
-        print(f"deleted there, weights of an earlier push: {', '.join(result['deleted'])}")
+        print(f"deleted there, weights that were not in this push: {', '.join(result['deleted'])}")
     if result["also_there"]:
         print(f"there already, unchanged: {', '.join(result['also_there'])}")
     if result["base_model"] is None:
