@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -24,6 +25,8 @@ import yaml
 TOKEN = "hf_" + "SecretOfTheTests" * 2
 DROP = -1
 """A failure: the connection breaks in the middle of the body."""
+STALL, STALL_INSIDE = -2, -3
+"""Failures: nothing is answered, or the answer stops after its headers. The connection stays open."""
 
 
 @dataclass
@@ -31,6 +34,8 @@ class Repo:
     private: bool
     branches: dict[str, dict[str, tuple[bytes, bool]]] = field(default_factory=lambda: {"main": {}})
     """Of each branch the files, each with whether it is in LFS."""
+    titles: dict[str, str] = field(default_factory=dict)
+    """Of each file the title of the last commit that touched it."""
 
 
 @dataclass
@@ -49,12 +54,21 @@ class StubHub:
     hidden: set[str] = field(default_factory=set)
     """Repositories that the token cannot see."""
     forced_private: bool | None = None
+    refuse_objects: bool = False
+    """Whether each LFS object is refused, in an answer of status 200."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Further headers of failures."""
+    closing: threading.Event = field(default_factory=threading.Event)
 
     def count(self, method: str, part: str) -> int:
         return sum(sent == method and part in path for sent, path in self.requests)
 
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
         return {name: content for name, (content, _) in self.repos[repo].branches[branch].items()}
+
+
+def _last_commit(title: str) -> dict[str, Any]:
+    return {"lastCommit": {"id": "0" * 40, "title": title, "date": "2026-01-02T03:04:05.000Z"}}
 
 
 def git_hash(content: bytes) -> str:
@@ -78,6 +92,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return None
         body = self._body()
+        if status in (STALL, STALL_INSIDE):
+            if status == STALL_INSIDE:
+                self.send_response(200)
+                self.send_header("Content-Length", "100")
+                self.end_headers()
+                self.wfile.flush()
+            self.close_connection = True
+            self.hub.closing.wait(300)
+            return None
         if status is not None:
             return self._echo(status)
         if path.startswith("/api/") and self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -105,6 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         """A failure that shows the token wherever a server can put text."""
         said = f"no: Authorization Bearer {TOKEN}"
         headers = {"X-Error-Message": said, "X-Request-Id": TOKEN, "X-HF-Warning": f"auth; {said}", "Warning": said}
+        headers |= self.hub.headers
         self._send(status, {"error": said, "errors": [{"message": said}]}, headers)
 
     def _send(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
@@ -150,6 +174,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._model(hub.repos[name], name, action, revision, body)
 
     def _lfs(self, item: dict[str, Any]) -> dict[str, Any]:
+        if self.hub.refuse_objects:
+            return {**item, "error": {"code": 422, "message": f"no: Authorization Bearer {TOKEN}"}}
         links = {
             "upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"},
             "verify": {"href": f"{self.hub.url}/lfs-verify"},
@@ -158,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _model(self, repo: Repo, name: str, action: str | None, revision: str, body: bytes) -> tuple[int, Any]:
         if action in (None, "revision"):
+            if (revision or "main") not in repo.branches:
+                return 404, None
             files = repo.branches[revision or "main"]
             return 200, {"id": name, "private": repo.private, "sha": self._commit(files), "siblings": []}
         if action == "branch":
@@ -166,18 +194,31 @@ class _Handler(BaseHTTPRequestHandler):
             repo.branches[revision] = dict(repo.branches["main"])
             return 200, {}
         if action == "tree":
-            entries = [self._entry(path, *file) for path, file in self.hub.commits[revision].items()]
+            expand = "expand=true" in self.path.lower()
+            entries = [
+                self._entry(path, *file) | (_last_commit(repo.titles.get(path, "Add it")) if expand else {})
+                for path, file in self.hub.commits[revision].items()
+            ]
             return 200, [kept for entry in entries if (kept := self.hub.spoil(entry["path"], entry)) is not None]
         files = repo.branches[revision]
         if action == "preupload":
             return 200, {"files": [self._mode(item, files) for item in json.loads(body)["files"]]}
-        for line in body.splitlines():
-            entry = json.loads(line)
+        entries = [json.loads(line) for line in body.splitlines()]
+        header = next(entry["value"] for entry in entries if entry["key"] == "header")
+        if header.get("parentCommit") not in (None, self._commit(files)):
+            return 412, {"error": "A commit has happened since. Please refresh and try again."}
+        if any(entry["key"] == "deletedFile" and entry["value"]["path"] not in files for entry in entries):
+            return 404, None
+        for entry in entries:
             value = entry["value"]
             if entry["key"] == "file":
                 files[value["path"]] = (base64.b64decode(value["content"]), False)
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = (self.hub.stored[value["oid"]], True)
+            elif entry["key"] == "deletedFile":
+                del files[value["path"]]
+            if entry["key"] != "header":
+                repo.titles[value["path"]] = header["summary"]
         commit = self._commit(files)
         return 200, {"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit}
 
@@ -199,6 +240,23 @@ class _Handler(BaseHTTPRequestHandler):
         if lfs:
             entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
         return entry
+
+
+def write_gguf(path: Path, adapter: str | None, kind: str = "model", **keys: str) -> Path:
+    """A small GGUF file that says what it was made of."""
+    import gguf
+    import numpy
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type(kind)
+    for key, value in ({"tunesmith.adapter_hash": adapter} if adapter else {}).items() | keys.items():
+        writer.add_string(key, value)
+    writer.add_tensor("token_embd.weight", numpy.arange(64, dtype=numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 @contextmanager
@@ -223,6 +281,7 @@ def stub_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         server.server_close()
         huggingface_hub.close_session()

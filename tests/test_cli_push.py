@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from command_line import tunesmith
-from stub_hub import TOKEN, Repo, StubHub, stub_hub
+from stub_hub import DROP, STALL, TOKEN, Repo, StubHub, stub_hub, write_gguf
 from trained import copy_run, tiny_run
+from tunesmith.registry.records import adapter_hash
 
 PROGRAM = """
 import sys
@@ -117,17 +121,11 @@ def test_the_token_is_no_option(run: Path, hub: StubHub) -> None:
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("status", [None, 401, 403, 500])
-def test_the_token_is_in_no_file_no_log_and_no_output(
-    run: Path, hub: StubHub, tmp_path: Path, status: int | None
-) -> None:
-    """In a process of its own, which finds the hub and the token as a user gives them, with the library's debug log on."""
-    hub.fail = lambda method, path: status if "/preupload/" in path else None
-    home = tmp_path / "home"
+def environment(hub: StubHub, home: Path) -> dict[str, str]:
+    """What a user gives a process of its own, with the library's debug log on."""
     home.mkdir()
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))} | {
+    return {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "XDG_"))} | {
         "HF_ENDPOINT": hub.url,
-        "HF_HUB_DISABLE_XET": "1",
         "HF_TOKEN": TOKEN,
         "HF_DEBUG": "1",
         "HF_HOME": str(home / "hf"),
@@ -135,24 +133,154 @@ def test_the_token_is_in_no_file_no_log_and_no_output(
         "TMPDIR": str(home),
         "TUNESMITH_CACHE": str(home / "cache"),
     }
+
+
+def assert_nowhere(texts: dict[str, bytes]) -> None:
+    """The token is in none of the texts, whole, without its first letters, in base64 or in a JSON string."""
+    for name, content in texts.items():
+        for form in (TOKEN.encode(), TOKEN[5:].encode(), base64.b64encode(TOKEN.encode()).rstrip(b"=")):
+            assert form not in content, name
+
+
+@pytest.mark.parametrize("status", [None, 401, 500])
+def test_the_token_is_in_no_file_no_log_and_no_output(
+    run: Path, hub: StubHub, tmp_path: Path, status: int | None
+) -> None:
+    """In a process of its own, which finds the hub and the token as a user gives them."""
+    hub.fail = lambda method, path: status if "/preupload/" in path else None
+    home = tmp_path / "home"
     # The library's waits between tries (23 s) are not what is tested.
     program = "import time; time.sleep = lambda seconds: None\n" + PROGRAM
-    command = [sys.executable, "-c", program, "push", str(run), "--repo", "me/bins"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=home)
-    assert result.returncode == {None: 0, 401: 2, 403: 2, 500: 3}[status], result.stderr
+    command = [sys.executable, "-c", program, "push", str(run), "--repo", "me/bins", "--json"]
+    given = environment(hub, home)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=given, cwd=home)
+    assert result.returncode == {None: 0, 401: 2, 500: 3}[status], result.stderr
     if status is not None:
         assert f"tunesmith: me/bins: the upload failed: the hub answered {status}: " in result.stderr
     assert hub.count("POST", "/preupload/") >= 1
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(written) > 10
-    for name, content in {
-        "stdout": result.stdout.encode(),
-        "stderr": result.stderr.encode(),
-        **{str(path): path.read_bytes() for path in written},
-        **(hub.files("me/bins") if "me/bins" in hub.repos else {}),
-    }.items():
-        assert TOKEN.encode() not in content, name
-        assert TOKEN[5:].encode() not in content, name
+    assert_nowhere(
+        {
+            "stdout": result.stdout.encode(),
+            "stderr": result.stderr.encode(),
+            **{str(path): path.read_bytes() for path in written},
+            **(hub.files("me/bins") if "me/bins" in hub.repos else {}),
+        }
+    )
+
+
+FAILURES: list[tuple[str, int, int, str]] = [
+    ("/api/models/me/bins", 401, 2, "the hub answered 401: the token is not valid"),
+    ("/repos/create", 403, 2, "the hub answered 403: the token may not do this"),
+    ("/preupload/", 404, 2, "the hub answered 404: there is no such repository or revision"),
+    ("/commit/", 409, 2, "the hub answered 409: it conflicts"),
+    ("/lfs/", 413, 2, "the hub answered 413: a file is larger than the hub takes"),
+    ("/commit/", 413, 2, "the hub answered 413: a file is larger than the hub takes"),
+    ("/repos/create", 429, 3, "the hub answered 429: too many requests"),
+    ("/commit/", 429, 3, "the hub answered 429: too many requests"),
+    ("/lfs/", 500, 3, "the hub answered 500: the hub is out of order"),
+    ("/objects/batch", 403, 2, "the hub answered 403: the token may not do this"),
+    ("/lfs/", DROP, 3, "the hub did not answer 3 times in a row"),
+    ("/commit/", DROP, 3, "the hub did not answer 3 times in a row"),
+    ("/lfs-verify", 400, 2, "the hub answered 400: what was sent was refused as malformed"),
+]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(("place", "status", "code", "said"), FAILURES)
+def test_no_failure_shows_the_token(
+    run: Path,
+    hub: StubHub,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    place: str,
+    status: int,
+    code: int,
+    said: str,
+    as_json: bool,
+) -> None:
+    for name in ("", "huggingface_hub", "httpx", "httpcore"):
+        caplog.set_level(logging.DEBUG, logger=name)
+    hub.headers = {"Retry-After": "3", "Location": f"https://hub.example/?token={TOKEN}"}
+    hub.fail = lambda method, path: status if place in path else None
+    result = tunesmith("push", run, "--repo", "me/bins", *(["--json"] if as_json else []))
+    (line,) = result.problems
+    assert result.code == code
+    assert said in line
+    assert result.out == ""
+    files = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert_nowhere({"out": result.out.encode(), "err": result.err.encode(), "log": caplog.text.encode(), **files})
+
+
+def test_an_object_that_the_hub_refuses_shows_no_token(
+    run: Path, hub: StubHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    hub.refuse_objects = True
+    result = tunesmith("push", run, "--repo", "me/bins")
+    assert result.code == 3
+    assert result.problems == [
+        "tunesmith: me/bins: the upload failed (ValueError); push again: what was uploaded is not uploaded again"
+    ]
+    assert_nowhere({"err": result.err.encode(), "log": caplog.text.encode()})
+    assert hub.files("me/bins") == {}
+
+
+@pytest.mark.parametrize("place", ["/lfs/", "/commit/"])
+def test_an_interruption_leaves_the_repository_as_it_was(run: Path, hub: StubHub, tmp_path: Path, place: str) -> None:
+    hub.repos["me/bins"] = Repo(private=True, branches={"main": {"old.txt": (b"x", False)}})
+    reached = threading.Event()
+
+    def stall(method: str, path: str) -> int | None:
+        if place not in path:
+            return None
+        reached.set()
+        return STALL
+
+    hub.fail = stall
+    home = tmp_path / "home"
+    given = environment(hub, home)
+    command = [sys.executable, "-c", PROGRAM, "push", str(run), "--repo", "me/bins"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=given, cwd=home
+    ) as process:
+        try:
+            assert reached.wait(240)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=50)  # the hub would be waited for for three minutes
+        finally:
+            process.kill()
+    assert process.returncode == 130, err
+    assert [line for line in err.splitlines() if line.startswith("tunesmith: ")] == ["tunesmith: interrupted"]
+    assert "Traceback" not in err
+    assert hub.files("me/bins") == {"old.txt": b"x"}
+    assert_nowhere({"out": out.encode(), "err": err.encode()})
+
+
+def test_a_hub_that_stops_answering_is_one_line(run: Path, hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.export.hub_client.SILENCE", 0.5)
+    hub.fail = lambda method, path: STALL if "/commit/" in path else None
+    result = tunesmith("push", run, "--repo", "me/bins")
+    assert (result.code, result.problems) == (
+        3,
+        [
+            "tunesmith: me/bins: the commit failed: the hub did not answer 3 times in a row; push again: what was uploaded is not "
+            "uploaded again"
+        ],
+    )
+    assert hub.files("me/bins") == {}
+
+
+def test_what_was_deleted_is_said(run: Path, hub: StubHub) -> None:
+    hub.repos["me/bins"] = Repo(private=True, branches={"main": {"pytorch_model.bin": (b"x", True)}})
+    result = tunesmith("push", run, "--repo", "me/bins")
+    assert result.code == 2
+    assert "me/bins: pytorch_model.bin: other weights, which loaders could take instead of these" in result.problems[0]
+    result = tunesmith("push", run, "--repo", "me/bins", "--replace")
+    assert (result.code, result.problems) == (0, [])
+    assert "deleted there, weights that were not in this push: pytorch_model.bin" in result.out.splitlines()
+    assert "pytorch_model.bin" not in hub.files("me/bins")
 
 
 def test_the_commands_of_the_page_run(run: Path, hub: StubHub) -> None:
@@ -160,7 +288,7 @@ def test_the_commands_of_the_page_run(run: Path, hub: StubHub) -> None:
     (block,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
     commands = [line.removeprefix("$ tunesmith ") for line in block.splitlines() if "tunesmith" in line]
     assert tunesmith("merge", run).code == 0
-    (run / "model-q8_0.gguf").write_bytes(b"GGUF" + bytes(100))
+    write_gguf(run / "model-q8_0.gguf", adapter_hash(run / "adapter"))
     for command in commands:
         words = shlex.split(command.replace("RUN", str(run)).replace("ORG/NAME", "me/bins"))
         result = tunesmith(*words)

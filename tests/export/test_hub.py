@@ -10,25 +10,31 @@ import logging
 import pickle
 import re
 import shutil
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import huggingface_hub
 import numpy as np
 import pytest
 import yaml
+from huggingface_hub.utils import _http as http_of_hub
 from markdown_it import MarkdownIt
 from safetensors.numpy import save_file
 
-from stub_hub import DROP, TOKEN, Repo, StubHub, stub_hub
+from stub_hub import DROP, STALL, STALL_INSIDE, TOKEN, Repo, StubHub, stub_hub, write_gguf
 from tiny import chat_rows, write_jsonl
 from trained import copy_run, tiny_base, tiny_run
 from tunesmith import api
 from tunesmith.config import RunConfig
 from tunesmith.errors import MachineError, ModelError, RunError, UserError, VerificationError
+from tunesmith.export import hub_client
 from tunesmith.export.card import CardRequest, code, leaf, without_folders, write_card
 from tunesmith.export.card import plain as plain_text
+from tunesmith.registry.records import Merged, adapter_hash, write_merged_record
 from tunesmith.types import Message
 from tunesmith.workflows.push import push
 
@@ -319,22 +325,49 @@ def test_an_adapter_goes_up_whole_private_and_without_paths(run: Path, hub: Stub
 
 def test_paths_in_what_libraries_note_become_names(run: Path, hub: StubHub) -> None:
     path = run / "adapter" / "tokenizer_config.json"
-    there = str(run / "config.yaml")
     noted = {
-        "template": there,
+        "template": str(run / "config.yaml"),
         "nowhere": "/no/such/path",
         "long": "/" + "x" * 5000,
         "user": "~nobody-here/x",
+        "mine": "~/models/x",
+        "windows": "C:\\Users\\ann\\base",
+        "share": "\\\\server\\share\\base",
+        "address": "file:///home/ann/base",
         "name_or_path": "/a/b",
+        "think": "/think",
+        "sep_token": "/a/b",
+        "added": [{"content": "/tmp/x"}],
     }
-    path.write_text(json.dumps({**noted, "added": [{"content": "/tmp"}, {"content": there}]}))
+    path.write_text(json.dumps(noted))
     push(run, NAME, base_model=BASE)
     assert json.loads(hub.files(NAME)["tokenizer_config.json"]) == {
         **noted,
         "template": "config.yaml",
+        "nowhere": "path",
+        "user": "x",
+        "mine": "x",
+        "windows": "base",
+        "share": "base",
+        "address": "base",
         "name_or_path": BASE,
-        "added": [{"content": "/tmp"}, {"content": there}],
     }
+
+
+def test_the_base_and_the_parent_are_named_without_their_folders(run: Path, hub: StubHub) -> None:
+    record = run / "adapter" / "tunesmith.json"
+    known = json.loads(record.read_text())
+    record.write_text(
+        json.dumps({**known, "parent": "../../first/adapter", "base": {**known["base"], "name": "/gone/bases/one"}})
+    )
+    config = run / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "/gone/bases/one"}))
+    push(run, NAME)
+    files = hub.files(NAME)
+    pushed = json.loads(files["tunesmith.json"])
+    assert (pushed["parent"], pushed["base"]["name"]) == ("first", "base-32")
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "base-32"
+    assert b"/gone" not in b"".join(files.values())
 
 
 def test_nothing_else_in_the_folder_goes_up(run: Path, hub: StubHub) -> None:
@@ -389,6 +422,10 @@ def test_weights_that_are_not_those_that_were_measured_are_refused(run: Path, hu
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+    with pytest.raises(VerificationError, match=r"adapter: its weights are not those that training wrote \(recorded "):
+        push(run, NAME)
+    record = run / "adapter" / "tunesmith.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "adapter_sha256": adapter_hash(run / "adapter")}))
     with pytest.raises(VerificationError, match=r"test.json: was measured on other weights than the run has now"):
         push(run, NAME)
     path.write_bytes(content[:-8])
@@ -408,7 +445,7 @@ def test_a_missing_or_incomplete_artifact_is_named_with_the_command_that_makes_i
     (run / "adapter" / "adapter_config.json").unlink()
     with pytest.raises(ModelError, match=r"incomplete: adapter_config.json missing; nothing was uploaded"):
         push(run, NAME)
-    with pytest.raises(UserError, match=r"--what 'weights': expected adapter, merged, or the path of a .gguf file"):
+    with pytest.raises(UserError, match=r"--what 'weights': expected adapter, merged, or the path of a model's folder"):
         push(run, NAME, what="weights")
     (run / "metrics.json").unlink()
     with pytest.raises(RunError, match=r"not finished \(no metrics.json\); `tunesmith resume"):
@@ -449,9 +486,10 @@ def test_of_a_full_fine_tuning_the_model_goes_up(run: Path, hub: StubHub) -> Non
         path = run / name
         assert old in path.read_text()
         path.write_text(path.read_text().replace(old, old.replace("lora", "full")))
+    shard(run).rename(run / "model")
+    (run / "model" / "tunesmith.json").unlink()
     shutil.rmtree(run / "adapter")
     (run / "evaluations" / "test.json").unlink()
-    shard(run).rename(run / "model")
     with pytest.raises(
         UserError, match=r"a full fine-tuning has no adapter; --what merged pushes its model, .*/run/model"
     ):
@@ -464,27 +502,172 @@ def test_of_a_full_fine_tuning_the_model_goes_up(run: Path, hub: StubHub) -> Non
 
 
 def test_a_gguf_file_goes_up_alone(run: Path, hub: StubHub, tmp_path: Path) -> None:
-    file = tmp_path / "bins-q8_0.gguf"
-    file.write_bytes(b"GGUF" + bytes(100))
+    own = adapter_hash(run / "adapter")
+    file = write_gguf(tmp_path / "bins-q8_0.gguf", own)
     result = push(run, NAME, what=str(file), base_model=BASE)
     assert sorted(hub.files(NAME)) == ["README.md", "bins-q8_0.gguf"]
     assert hub.files(NAME)["bins-q8_0.gguf"] == file.read_bytes()
     header, body = parts(hub.files(NAME)["README.md"].decode())
-    assert (header["base_model_relation"], header["tags"][-1]) == ("quantized", "gguf")
+    assert (header["base_model_relation"], header["library_name"], header["tags"][-1]) == ("quantized", "gguf", "gguf")
     assert f'hf_hub_download("{NAME}", "bins-q8_0.gguf")' in body
+    assert f"llama-cli -hf {NAME}:Q8_0" in body.splitlines()
+    assert f"llama-cli --hf-repo {NAME} --hf-file bins-q8_0.gguf" in body.splitlines()
+    assert f"ollama run hf.co/{NAME}:Q8_0" in body.splitlines()
     assert result["what"] == "gguf"
-    file.write_bytes(b"GGUF" + str(run.absolute()).encode())
-    with pytest.raises(VerificationError, match=r"its metadata hold a path of this machine"):
+    write_gguf(file, own, note=str(run.absolute()))
+    with pytest.raises(UserError, match=r"bins-q8_0.gguf: a path of this machine stands in it"):
         push(run, NAME, what=str(file))
     file.write_bytes(b"PK\3\4")
     with pytest.raises(VerificationError, match=r"not a GGUF file \(it begins with b'PK"):
         push(run, NAME, what=str(file))
-    with pytest.raises(ModelError, match=r"there is no such file; `tunesmith export RUN --to gguf"):
+    with pytest.raises(ModelError, match=r"there is no such file; `tunesmith export .*/run --to gguf"):
         push(run, NAME, what=str(tmp_path / "none.gguf"))
     link = tmp_path / "link.gguf"
     link.symlink_to(file)
     with pytest.raises(ModelError, match=r"link.gguf: is a symbolic link"):
         push(run, NAME, what=str(link))
+
+
+def test_a_lora_gguf_says_that_it_needs_the_base(run: Path, hub: StubHub, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "bins-lora-f16.gguf", adapter_hash(run / "adapter"), "adapter")
+    assert push(run, NAME, what=str(file), base_model=BASE)["what"] == "gguf-lora"
+    header, body = parts(hub.files(NAME)["README.md"].decode())
+    assert (header["base_model_relation"], header["library_name"], header["tags"][-1]) == ("adapter", "gguf", "gguf")
+    assert f"A LoRA adapter for `{BASE}`, in GGUF for llama.cpp (`bins-lora-f16.gguf`), trained" in body
+    assert "llama-cli -m PATH/TO/THE/BASE.gguf --lora bins-lora-f16.gguf" in body.splitlines()
+    assert "ollama" not in body
+
+
+# -- of which adapter it is -------------------------------------------------------------------------------------------
+
+
+def train_on(run: Path) -> None:
+    """Another adapter than the run had, as a resumed run leaves it."""
+    path = run / "adapter" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    record = run / "adapter" / "tunesmith.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "adapter_sha256": adapter_hash(run / "adapter")}))
+    shutil.rmtree(run / "evaluations")
+
+
+def test_a_merged_model_of_an_earlier_adapter_is_refused(run: Path, hub: StubHub) -> None:
+    shard(run)
+    push(run, NAME, what="merged")
+    hub.requests.clear()
+    train_on(run)
+    with pytest.raises(
+        VerificationError,
+        match=rf"{run}/merged: was made of other weights than the run has now \(it holds \w{{12}}, the run has \w{{12}}\); nothing was "
+        rf"uploaded; remove it, and merge again: `tunesmith merge {run} --out {run}/merged`",
+    ):
+        push(run, NAME, what="merged")
+    assert hub.requests == []
+
+
+def test_a_merged_model_of_unknown_or_several_adapters_is_refused(run: Path, hub: StubHub) -> None:
+    own = adapter_hash(run / "adapter")
+    merged = shard(run)
+    (merged / "tunesmith.json").unlink()
+    with pytest.raises(VerificationError, match=r"merged: does not say which adapter it was made of .*merge again"):
+        push(run, NAME, what="merged")
+    shutil.rmtree(merged)
+    shard(run, adapters=(own, "1" * 64), names=("a", "b"))
+    with pytest.raises(VerificationError, match=r"merged: was made of 2 adapters, and the card would state what was"):
+        push(run, NAME, what="merged")
+    shutil.rmtree(merged)
+    shard(run, base_hash="2" * 64)
+    with pytest.raises(VerificationError, match=r"merged: was merged into another base than the run was trained on"):
+        push(run, NAME, what="merged")
+    (merged / "tunesmith.json").write_text('{"kind": "merged", "adapters": 5}')
+    with pytest.raises(ModelError, match=r"merged/tunesmith.json: damaged \(it names no adapter\); merge again"):
+        push(run, NAME, what="merged")
+    assert hub.requests == []
+
+
+def test_a_gguf_file_of_an_earlier_or_unknown_adapter_is_refused(run: Path, hub: StubHub, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "bins-q8_0.gguf", adapter_hash(run / "adapter"))
+    train_on(run)
+    with pytest.raises(
+        VerificationError,
+        match=rf"bins-q8_0.gguf: was made of other weights than the run has now .*`tunesmith export {run} --to gguf:q8_0`",
+    ):
+        push(run, NAME, what=str(file))
+    write_gguf(file, None)
+    with pytest.raises(VerificationError, match=r"bins-q8_0.gguf: does not say which adapter it was made of.*export"):
+        push(run, NAME, what=str(file))
+    file.write_bytes(file.read_bytes()[:60])
+    with pytest.raises(ModelError, match=r"bins-q8_0.gguf: not a whole GGUF file"):
+        push(run, NAME, what=str(file))
+    assert hub.requests == []
+
+
+def test_what_merge_writes_is_known_as_the_runs_own(run: Path, hub: StubHub) -> None:
+    api.merge(run)
+    push(run, NAME, what="merged")
+    record = json.loads(hub.files(NAME)["tunesmith.json"])
+    assert [one["sha256"] for one in record["adapters"]] == [adapter_hash(run / "adapter")]
+
+
+def quantize(run: Path, folder: Path, **measured: Any) -> Path:
+    """A quantized model's folder, with what its export measured."""
+    shard(run, folder)
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "compressed-tensors", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "recipe.yaml").write_text("quant_stage: {}\n")
+    record = json.loads((folder / "tunesmith.json").read_text())
+    (folder / "tunesmith.json").write_text(json.dumps({**record, **measured}))
+    return folder
+
+
+def test_a_quantized_folder_goes_up_with_what_was_measured(run: Path, hub: StubHub, tmp_path: Path) -> None:
+    folder = quantize(run, tmp_path / "gptq", kl=0.0125, perplexity=21.5, source_perplexity=21.0, top1=0.975)
+    result = push(run, NAME, what=str(folder), base_model=BASE)
+    assert result["what"] == "quantized"
+    assert "recipe.yaml" in hub.files(NAME)
+    header, body = parts(hub.files(NAME)["README.md"].decode())
+    assert header == {
+        "base_model": BASE,
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["tunesmith", "lora", "sft", "compressed-tensors"],
+    }
+    lines = body.splitlines()
+    assert any(
+        line.startswith(f"`{BASE}`, fine-tuned, its weights quantized with `compressed-tensors`, ") for line in lines
+    )
+    assert f"- size: {sum(file['size'] for file in result['files']) / 2**20:,.1f} MB" in lines
+    assert f"vllm serve {NAME}" in lines
+    assert "transformers needs the package `compressed-tensors` for these weights." in lines
+    assert (
+        "Beside the model before it was quantized, on the text that was measured: KL 0.0125, the same first token in 97.5% of places, "
+        "perplexity 21.5 (before: 21)." in lines
+    )
+    assert "The numbers are those of the model as it was trained, before it was quantized." in lines
+    train_on(run)
+    with pytest.raises(VerificationError, match=r"gptq: was made of other weights than the run has now"):
+        push(run, NAME, what=str(folder))
+
+
+def test_a_quantized_folder_that_is_damaged_or_unmeasured(run: Path, hub: StubHub, tmp_path: Path) -> None:
+    folder = quantize(run, tmp_path / "gptq")
+    push(run, NAME, what=str(folder))
+    assert b"Beside the model before" not in hub.files(NAME)["README.md"]
+    record = json.loads((folder / "tunesmith.json").read_text())
+    (folder / "tunesmith.json").write_text(json.dumps({**record, "kl": "low"}))
+    with pytest.raises(
+        RunError, match=r"gptq/tunesmith.json: damaged: kl: input should be a valid number, found 'low'"
+    ):
+        push(run, NAME, what=str(folder))
+    (folder / "tunesmith.json").write_text(json.dumps(record))
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "[x](y)"}}')
+    with pytest.raises(ModelError, match=r"gptq/config.json: quantization_config has no quant_method"):
+        push(run, NAME, what=str(folder))
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"gptq: not a model's folder \(it has no config.json\)"):
+        push(run, NAME, what=str(folder))
 
 
 # -- the repository ---------------------------------------------------------------------------------------------------
@@ -536,6 +719,106 @@ def test_an_existing_private_repository_is_updated_and_keeps_its_files(run: Path
     assert again["also_there"] == ["old.bin"]
 
 
+def test_shards_of_an_earlier_push_go_in_the_same_commit(run: Path, hub: StubHub) -> None:
+    shard(run)
+    push(run, NAME, what="merged")
+    hub.repos[NAME].branches["main"] |= {"notes.txt": (b"mine", False), "sub/model.safetensors": (b"mine", True)}
+    shutil.rmtree(run / "merged")
+    merged = shard(run)
+    whole = {"w": np.zeros(8, dtype=np.float32)}
+    for path in merged.glob("model*"):
+        path.unlink()
+    save_file(whole, merged / "model.safetensors")
+    commits = hub.count("POST", "/commit/")
+    result = push(run, NAME, what="merged")
+    gone = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    assert result["deleted"] == gone
+    assert result["also_there"] == ["notes.txt", "sub/model.safetensors"]
+    assert hub.count("POST", "/commit/") == commits + 1
+    assert sorted(hub.files(NAME)) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "notes.txt",
+        "sub/model.safetensors",
+        "tunesmith.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "model-00001-of-00003.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json",
+        "adapter_model.bin",
+        "tf_model.h5",
+        "other-q4_k_m.gguf",
+    ],
+)
+def test_weights_that_others_put_there_are_refused_unless_replaced(run: Path, hub: StubHub, name: str) -> None:
+    hub.repos[NAME] = Repo(private=True, branches={"main": {name: (b"old", True), "old.txt": (b"x", False)}})
+    with pytest.raises(
+        UserError, match=rf"me/bins: {name}: other weights, .*; nothing was uploaded\. .*or pass --replace"
+    ):
+        push(run, NAME)
+    assert [method for method, _ in hub.requests if method in ("POST", "PUT")] == []
+    result = push(run, NAME, replace=True)
+    assert (result["deleted"], result["also_there"]) == ([name], ["old.txt"])
+    assert name not in hub.files(NAME)
+
+
+def test_weights_of_another_kind_are_refused_though_tunesmith_put_them_there(run: Path, hub: StubHub) -> None:
+    push(run, NAME)
+    shard(run)
+    with pytest.raises(UserError, match=r"me/bins: adapter_config.json, adapter_model.safetensors: other weights"):
+        push(run, NAME, what="merged")
+    assert push(run, NAME, what="merged", replace=True)["deleted"] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_types_of_one_gguf_stand_side_by_side_and_those_of_earlier_weights_go(
+    run: Path, hub: StubHub, tmp_path: Path
+) -> None:
+    own = adapter_hash(run / "adapter")
+    push(run, NAME, what=str(write_gguf(tmp_path / "bins-q8_0.gguf", own)))
+    hub.repos[NAME].branches["main"]["foreign-q2_k.gguf"] = (b"theirs", True)
+    result = push(run, NAME, what=str(write_gguf(tmp_path / "bins-q4_k_m.gguf", own)))
+    assert (result["deleted"], result["also_there"]) == ([], ["bins-q8_0.gguf", "foreign-q2_k.gguf"])
+    train_on(run)
+    new = write_gguf(tmp_path / "bins-q5_k_m.gguf", adapter_hash(run / "adapter"))
+    result = push(run, NAME, what=str(new))
+    assert (result["deleted"], result["also_there"]) == (["bins-q4_k_m.gguf", "bins-q8_0.gguf"], ["foreign-q2_k.gguf"])
+
+
+def test_a_deletion_whose_answer_was_lost_is_not_made_twice(run: Path, hub: StubHub) -> None:
+    hub.repos[NAME] = Repo(private=True, branches={"main": {"pytorch_model.bin": (b"old", True)}})
+    left = [500]
+    hub.after = lambda method, path: left.pop() if "/commit/" in path and left else None
+    push(run, NAME, replace=True)
+    assert left == []
+    assert "pytorch_model.bin" not in hub.files(NAME)
+
+
+def test_a_repository_that_others_change_meanwhile_is_looked_at_again(run: Path, hub: StubHub) -> None:
+    hub.repos[NAME] = Repo(private=True)
+    theirs = [{"pytorch_model.bin": (b"theirs", True)}]
+
+    def meanwhile(method: str, path: str) -> None:
+        if "/commit/" in path and theirs:
+            hub.repos[NAME].branches["main"] |= theirs.pop()
+
+    hub.fail = meanwhile
+    with pytest.raises(UserError, match=r"me/bins: pytorch_model.bin: other weights"):
+        push(run, NAME)
+    assert list(hub.files(NAME)) == ["pytorch_model.bin"]
+
+
 def test_a_revision_is_a_branch_of_its_own(run: Path, hub: StubHub) -> None:
     for _ in range(2):  # the second time it is there: 409
         push(run, NAME, revision="v2")
@@ -567,10 +850,14 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(run: Path, hub: StubHu
     assert len(hub.files("me/second")) == 5
 
 
-def shard(run: Path) -> Path:
-    """A model in two shards at RUN/merged."""
-    merged = run / "merged"
+def shard(run: Path, folder: Path | None = None, **changes: Any) -> Path:
+    """A model in two shards at RUN/merged (or at `folder`), with a record that says it was made of the run's adapter."""
+    merged = folder or run / "merged"
     merged.mkdir()
+    base_hash = json.loads((run / "metadata.json").read_text())["model"]["weight_hash"]
+    made = {"adapters": (adapter_hash(run / "adapter"),), "names": ("run",), "base": "base-32", "base_hash": base_hash}
+    facts = {"tokenizer_hash": "0" * 64, "template_hash": "0" * 64, "dtype": "fp32", "onto": "16bit"}
+    write_merged_record(merged, Merged(**{**made, **facts, **changes}))
     names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
     for number, name in enumerate(names):
         save_file({f"w{number}": np.full(50_000, number, dtype=np.float32)}, merged / name)
@@ -599,7 +886,91 @@ def test_an_interrupted_upload_goes_on_where_it_was(run: Path, hub: StubHub) -> 
         "config.json",
         *sorted(path.name for path in merged.glob("*.safetensors")),
         "model.safetensors.index.json",
+        "tunesmith.json",
     ]
+
+
+PLACES = [
+    "/api/models/me/bins",
+    "/repos/create",
+    "/validate-yaml",
+    "/preupload/",
+    "/objects/batch",
+    "/lfs/",
+    "/lfs-verify",
+    "/commit/",
+    "/tree/",
+]
+
+
+@pytest.mark.parametrize("how", [STALL, STALL_INSIDE])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_hub_that_stops_answering_is_left_after_three_times(
+    run: Path, hub: StubHub, monkeypatch: pytest.MonkeyPatch, place: str, how: int
+) -> None:
+    if (place, how) == ("/lfs/", STALL_INSIDE):
+        pytest.skip("an upload's answer has no body that is read")
+    monkeypatch.setattr(hub_client, "SILENCE", 0.5)
+    before = http_of_hub._GLOBAL_CLIENT_FACTORY
+    hub.fail = lambda method, path: how if place in path else None
+    begun = time.monotonic()
+    with pytest.raises(MachineError, match=r"^me/bins: .* failed: the hub did not answer 3 times in a row; ") as caught:
+        push(run, NAME)
+    assert time.monotonic() - begun < 60  # the library's tries times ours would be 30 x 0.5 s and more for one question
+    assert sum(place in path for _, path in hub.requests) == 3
+    assert (caught.value.__cause__, caught.value.__context__) == (None, None)
+    assert http_of_hub._GLOBAL_CLIENT_FACTORY is before
+    assert huggingface_hub.get_session().timeout == httpx.Timeout(None)
+
+
+def test_files_go_up_by_plain_lfs_where_the_faster_transfer_is_installed(
+    run: Path, hub: StubHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """hf_xet has no limit of time: it would wait for this hub without end."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    hub.fail = lambda method, path: STALL if "xet" in path else None
+    push(run, NAME)
+    assert hub.count("PUT", "/lfs/") == 1
+    assert hub.count("GET", "xet") == 0
+
+
+def test_the_clients_own_factory_is_used_and_comes_back(run: Path, hub: StubHub) -> None:
+    made: list[httpx.Client] = []
+
+    def factory() -> httpx.Client:
+        made.append(http_of_hub.default_client_factory())
+        made[-1].headers["X-Of-The-Caller"] = "1"
+        return made[-1]
+
+    huggingface_hub.set_client_factory(factory)
+    try:
+        push(run, NAME)
+        assert http_of_hub._GLOBAL_CLIENT_FACTORY is factory
+    finally:
+        huggingface_hub.set_client_factory(http_of_hub.default_client_factory)
+    assert len(made) == 1
+    assert made[0].is_closed
+    assert hub.count("POST", "/commit/") == 1
+
+
+def test_how_long_a_busy_hub_is_waited_for(run: Path, hub: StubHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    left = [429]
+    hub.headers = {"Retry-After": "7"}
+    hub.fail = lambda method, path: left.pop() if "/repos/create" in path and left else None
+    push(run, NAME)
+    assert waited == [7.0]
+    for place in ("/repos/create", "/preupload/", "/commit/"):
+        waited.clear()
+        hub.headers = {"Retry-After": "3600"}
+        hub.fail = lambda method, path, place=place: 429 if place in path else None  # type: ignore[misc]
+        with pytest.raises(MachineError, match=r"failed: the hub answered 429, and asks to try again in 3600 seconds"):
+            push(run, f"me/other{PLACES.index(place)}")
+        assert waited == []
+    hub.headers = {"RateLimit": '"api";r=0;t=1234'}
+    with pytest.raises(MachineError, match=r"asks to try again in 1234 seconds"):
+        push(run, "me/third")
 
 
 @pytest.mark.parametrize(
@@ -628,21 +999,14 @@ def test_a_listing_that_differs_is_found(
 
 # -- the token --------------------------------------------------------------------------------------------------------
 
-PLACES = [
-    "/api/models/me/bins",
-    "/repos/create",
-    "/preupload/",
-    "/objects/batch",
-    "/lfs/",
-    "/lfs-verify",
-    "/commit/",
-    "/tree/",
-]
-
 
 @pytest.mark.parametrize(
     ("status", "place"),
-    [*((status, place) for status in (401, 403, 500) for place in PLACES), (400, "/validate-yaml"), (404, "/commit/")],
+    [
+        *((status, place) for status in (401, 403, 500) for place in PLACES if place != "/validate-yaml"),
+        (400, "/validate-yaml"),
+        (404, "/commit/"),
+    ],
 )
 def test_no_error_shows_the_token(
     run: Path,

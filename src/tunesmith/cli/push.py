@@ -13,7 +13,10 @@ def push(
     run: Annotated[str, typer.Argument(help="The run folder.", metavar="RUN")],
     repo: Annotated[str, typer.Option("--repo", help="Repository on the hub.", metavar="ORG/NAME")],
     what: Annotated[
-        str, typer.Option("--what", help="adapter, merged (RUN/merged), or a .gguf file.", metavar="NAME|FILE")
+        str,
+        typer.Option(
+            "--what", help="adapter, merged (RUN/merged), a model's folder, or a .gguf file.", metavar="NAME|PATH"
+        ),
     ] = "adapter",
     public: Annotated[
         bool, typer.Option("--public", help="Make it public, or write to a public one (default: private).")
@@ -27,9 +30,12 @@ def push(
     base_model: Annotated[
         str | None, typer.Option("--base-model", help="The base's hub id, if it was a folder.", metavar="ORG/NAME")
     ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Delete other weights in the repository, in the same commit.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Upload an adapter, merged model or GGUF file with a model card. The token is HF_TOKEN, or `hf auth login`'s."""
+    """Upload an adapter, model or GGUF file with a model card. The token is HF_TOKEN, or `hf auth login`'s."""
     from tunesmith.cli.console import Console
     from tunesmith.workflows.push import push as push_run
 
@@ -42,6 +48,7 @@ def push(
             revision=revision,
             license=license,
             base_model=base_model,
+            replace=replace,
             progress=console.progress,
         )
     if as_json:
@@ -55,6 +62,8 @@ def push(
     )
     if result["left_out"]:
         print(f"left out: {', '.join(result['left_out'])}")
+    if result["deleted"]:
+        print(f"deleted there, weights that were not in this push: {', '.join(result['deleted'])}")
     if result["also_there"]:
         print(f"there already, unchanged: {', '.join(result['also_there'])}")
     if result["base_model"] is None:

@@ -10,19 +10,18 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import yaml
 
 from tunesmith.config import RunConfig
 from tunesmith.errors import RunError
+from tunesmith.export.package import Kind
+from tunesmith.export.private import is_absolute, leaf, name_of_adapter
 from tunesmith.figures import as_difference, as_measured
-
-Kind = Literal["adapter", "merged", "gguf"]
 
 LONGEST = 200
 """Characters of one value that a card shows."""
@@ -52,6 +51,11 @@ class CardRequest:
     base_model: str | None  # the base's hub id; None where it has none that is known
     license: str | None = None
     revision: str | None = None
+    bytes: int = 0  # of all files
+    quantized: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of a quantized model: its method, and what was measured
+    gguf_type: str | None = None  # of a GGUF file, as llama.cpp and Ollama name it: Q4_K_M
 
 
 def write_card(
@@ -93,25 +97,48 @@ def _body(
             evaluations=[_evaluation(result) for result in evaluations],
             kept=_kept(evaluations),
             unmeasured=[name for name in KEPT if not any(name in result["metrics"] for result in evaluations)],
-            parent=leaf(str(metadata["parent"])) if metadata.get("parent") else None,
+            parent=name_of_adapter(str(metadata["parent"])) if metadata.get("parent") else None,
+            size=f"{request.bytes / 2**20:,.1f} MB" if request.bytes else None,
         )
     )
 
 
+RELATIONS: dict[Kind, str] = {
+    "adapter": "adapter",
+    "merged": "finetune",
+    "quantized": "quantized",
+    "gguf": "quantized",
+    "gguf-lora": "adapter",
+}
+"""The hub's `base_model_relation`: adapter, finetune, quantized or merge (of several models)."""
+
+LIBRARIES: dict[Kind, str] = {
+    "adapter": "peft",
+    "merged": "transformers",
+    "quantized": "transformers",
+    "gguf": "gguf",
+    "gguf-lora": "gguf",
+}
+
+
 def header(request: CardRequest, metadata: Mapping[str, Any]) -> str:
-    """The YAML that the hub reads (https://huggingface.co/docs/hub/model-cards)."""
+    """The YAML that the hub reads (https://huggingface.co/docs/hub/model-cards).
+
+    A file of a fine-tuned model in few bits is `quantized` in the tree of its base: what it is a quantization of has no repository
+    that is known here.
+    """
     values: dict[str, Any] = {}
     if request.base_model:
         values["base_model"] = request.base_model
-        values["base_model_relation"] = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}[request.kind]
-    if request.kind != "gguf":
-        values["library_name"] = "peft" if request.kind == "adapter" else "transformers"
+        values["base_model_relation"] = RELATIONS[request.kind]
+    values["library_name"] = LIBRARIES[request.kind]
     if request.license:
         values["license"] = plain(request.license)
     values["pipeline_tag"] = "text-generation"
-    values["tags"] = ["tunesmith", plain(metadata["method"]), plain(metadata["objective"])]
-    if request.kind == "gguf":
-        values["tags"].append("gguf")
+    tags = ["tunesmith", plain(metadata["method"]), plain(metadata["objective"])]
+    tags += ["gguf"] if request.kind.startswith("gguf") else []
+    tags += [plain(request.quantized["method"])] if request.kind == "quantized" else []
+    values["tags"] = list(dict.fromkeys(tags))
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -143,12 +170,6 @@ def code(value: Any) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
-def leaf(path: str) -> str:
-    """The last part of a path or address, without an address's query, which may hold a key."""
-    bare = path.split("?")[0].split("#")[0] if "://" in path else path
-    return PureWindowsPath(PurePosixPath(bare.rstrip("/\\")).name).name or "(unnamed)"
-
-
 def without_folders(value: Any, key: str = "") -> Any:
     """`value` with every path in it reduced to its name: absolute ones, and whatever stands under a key that ends in `path`."""
     if isinstance(value, str):
@@ -159,11 +180,6 @@ def without_folders(value: Any, key: str = "") -> Any:
     if isinstance(value, (list, tuple)):
         return [without_folders(item, key) for item in value]
     return value
-
-
-def is_absolute(text: str) -> bool:
-    """Whether it is the path of a file on some machine: POSIX, Windows, or in the user's home."""
-    return text.startswith(("/", "~", "file:", "\\\\")) or bool(re.match(r"[A-Za-z]:[\\/]", text))
 
 
 def changed_settings(config: RunConfig) -> list[tuple[str, str, str]]:
@@ -186,7 +202,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _data_rows(data: Mapping[str, Any]) -> list[tuple[str, str, Any, Any]]:
     """(role, name, rows, SHA-256) of each file or set that the run read."""
-    rows = [("training", leaf(str(data["path"])), data.get("train_rows"), data.get("sha256"))]
+    paths = [file["path"] for file in data.get("files", ())]
+    if len(paths) < 2:
+        paths = data["path"] if isinstance(data["path"], list) else [data["path"]]
+    names = ", ".join(leaf(str(path)) for path in paths)  # the hash is over those of all
+    rows = [("training", names, data.get("train_rows"), data.get("sha256"))]
     for key, role, count in (("eval", "held out", data.get("eval_rows")), ("general", "general text", None)):
         if data.get(f"{key}_path"):
             rows.append((role, leaf(str(data[f"{key}_path"])), count, data.get(f"{key}_sha256")))

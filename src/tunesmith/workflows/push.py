@@ -1,23 +1,51 @@
-"""Push what a run made to the hub: its adapter, its merged model, or a GGUF file, with a card written from the run's files."""
+"""Push what a run made to the hub: its adapter, a model folder, or a GGUF file, with a card written from the run's files.
+
+The card states what was measured of the run's weights, so nothing goes up that was made of others: merged models and GGUF files say in
+themselves which adapter is in them.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import ConfigError, RunError, UserError, VerificationError
-from tunesmith.export.card import HUB_ID, CardRequest, Kind, leaf, write_card
-from tunesmith.export.hub import CARD, Package, check_names, package_folder, package_gguf, push_package, refuse_links
+from tunesmith.errors import ConfigError, ModelError, RunError, UserError, VerificationError
+from tunesmith.export.card import HUB_ID, CardRequest, write_card
+from tunesmith.export.card_records import Evaluation, Metadata, Metrics, Quantized, check_record
+from tunesmith.export.gguf import gguf_adapter_hash, trained_hash
+from tunesmith.export.hub import CARD, check_names, push_package
+from tunesmith.export.package import (
+    Package,
+    gguf_kind,
+    kind_of_folder,
+    package_folder,
+    package_gguf,
+    quantization_of,
+    refuse_links,
+)
+from tunesmith.export.private import leaf
+from tunesmith.registry.records import RECORD, merged_from, read_json
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
-from tunesmith.version import __version__
 from tunesmith.workflows.evaluate import tuned_hash
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 """The hub's identifiers of licenses: apache-2.0, mit, llama3.2, other."""
+
+GGUF_TYPE = re.compile(r"[-._](I?Q\d\w*|BF16|F16|F32)\.gguf", re.IGNORECASE)
+"""The type at the end of a file's name, by which the hub lets llama.cpp and Ollama pick one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What is pushed: its files, the hash of what the run trained, and what is measured of a quantized model."""
+
+    package: Package
+    weights: str
+    quantized: Mapping[str, Any]
 
 
 def push(
@@ -29,12 +57,14 @@ def push(
     revision: str | None = None,
     license: str | None = None,
     base_model: str | None = None,
+    replace: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, Any]:
-    """Upload RUN/adapter, RUN/merged (of a full fine-tuning RUN/model), or the GGUF file that `what` names, to the hub.
+    """Upload RUN/adapter, RUN/merged (of a full fine-tuning RUN/model), or the model folder or GGUF file that `what` names.
 
-    `base_model` is the base's hub id where the run knows it as a folder. Returns `{repo, url, what, private, revision, commit,
-    base_model, files[{path, size, sha256}], left_out, also_there}`. Raises UserError (2), VerificationError (1), MachineError (3).
+    `base_model` is the base's hub id where the run knows it as a folder. `replace` deletes other weights in the repository, in the same
+    commit. Returns `{repo, url, what, private, revision, commit, base_model, files[{path, size, sha256}], card, left_out, deleted,
+    also_there}`. Raises UserError (2), VerificationError (1: what would go up is not of this run's weights), MachineError (3).
     """
     check_names(repo, revision)
     _check_words(license, base_model)
@@ -42,18 +72,35 @@ def push(
     config, metadata, metrics = folder.config, folder.metadata, folder.metrics
     if not metrics:
         raise RunError(f"{run}: the run is not finished (no metrics.json); `tunesmith resume {run}` finishes it")
+    damaged = "the run folder is damaged; copy it again, or train again"
+    check_record(Metadata, folder.path / "metadata.json", metadata, damaged)
+    check_record(Metrics, folder.path / "metrics.json", metrics, damaged)
     hub_id = _base_id(metadata, base_model)
-    package = _package(folder, what, config.method == "full", hub_id or leaf(str(metadata["model"]["name"])), metadata)
+    made = _made(folder, what, config.method == "full", hub_id or leaf(metadata["model"]["name"]), metadata)
+    package = made.package
     evaluations = _evaluations(folder)
-    request = CardRequest(repo, package.kind, package.names, hub_id, license, revision)
+    request = CardRequest(
+        repo,
+        package.kind,
+        package.names,
+        hub_id,
+        license,
+        revision,
+        package.bytes,
+        made.quantized,
+        _gguf_type(package.names[0]),
+    )
     card = write_card(request, config, metadata, metrics, evaluations)
+    paths = [str(folder.path.absolute()), metadata["model"].get("path") or metadata["model"]["name"]]
     pushed = push_package(
         package,
         card,
         repo,
+        weights=made.weights,
         public=public,
         revision=revision,
-        message=f"Upload {package.kind} with tunesmith {__version__}",
+        replace=replace,
+        private=[path for path in paths if Path(path).is_absolute()],
         progress=progress,
     )
     return {
@@ -67,6 +114,7 @@ def push(
         "files": [{"path": file.name, "size": file.size, "sha256": file.sha256} for file in package.files],
         "card": CARD,
         "left_out": package.left_out,
+        "deleted": pushed.deleted,
         "also_there": pushed.also_there,
     }
 
@@ -92,26 +140,104 @@ def _base_id(metadata: Mapping[str, Any], given: str | None) -> str | None:
     return known or given
 
 
-def _package(run: RunFolder, what: str, full: bool, base: str, metadata: Mapping[str, Any]) -> Package:
-    kind: Kind
-    if what.endswith(".gguf"):
-        return package_gguf(Path(what), [str(run.path.absolute()), str(metadata["model"]["path"])])
+def _gguf_type(name: str) -> str | None:
+    found = GGUF_TYPE.search(name)
+    return found[1].upper() if found else None
+
+
+def _made(run: RunFolder, what: str, full: bool, base: str, metadata: Mapping[str, Any]) -> _Made:
+    """What `what` names, of the run's present weights. Raises VerificationError for what was made of others."""
     if what == "adapter" and full:
         raise UserError(
             f"{run.path}: a full fine-tuning has no adapter; --what merged pushes its model, {run.model_path}"
         )
+    trained = run.model_path if full else run.adapter_path
+    refuse_links(trained)
+    if not trained.is_dir():
+        raise RunError(f"{trained}: missing; `tunesmith resume {run.path}` makes it")
     if what == "adapter":
-        folder, kind, made_by = run.adapter_path, "adapter", f"tunesmith resume {run.path}"
-    elif what == "merged" and full:
-        folder, kind, made_by = run.model_path, "merged", f"tunesmith resume {run.path}"
-    elif what == "merged":
-        folder, kind, made_by = run.path / "merged", "merged", f"tunesmith merge {run.path}"
-    else:
-        raise UserError(f"--what {what!r}: expected adapter, merged, or the path of a .gguf file")
-    refuse_links(folder)
-    if not folder.is_dir():
-        raise RunError(f"{folder}: missing; `{made_by}` makes it")
-    return package_folder(folder, kind, base)
+        package = package_folder(trained, "adapter", base)
+        weights = trained_hash(trained)
+        recorded = (read_json(trained / RECORD) or {}).get("adapter_sha256")
+        if recorded not in (None, weights):
+            raise VerificationError(
+                f"{trained}: its weights are not those that training wrote (recorded {str(recorded)[:12]}, found {weights[:12]}); "
+                "nothing was uploaded"
+            )
+        return _Made(package, weights, {})
+    if what == "merged" and full:
+        return _Made(package_folder(trained, kind_of_folder(trained), base), trained_hash(trained), {})
+    path = run.path / "merged" if what == "merged" else Path(what)
+    refuse_links(path)
+    if what.endswith(".gguf"):
+        return _gguf(run, path, trained_hash(trained))
+    if what == "merged" and not path.is_dir():
+        raise RunError(f"{path}: missing; `tunesmith merge {run.path}` makes it")
+    if not path.is_dir():
+        raise UserError(
+            f"--what {what!r}: expected adapter, merged, or the path of a model's folder or of a .gguf file"
+        )
+    weights = trained_hash(trained)
+    _refuse_foreign(run, path, weights, str(metadata["model"]["weight_hash"]))
+    kind = kind_of_folder(path)
+    quantized = _quantized(path) if kind == "quantized" else {}
+    return _Made(package_folder(path, kind, base), weights, quantized)
+
+
+def _gguf(run: RunFolder, path: Path, weights: str) -> _Made:
+    if not path.is_file():
+        raise ModelError(f"{path}: there is no such file; `tunesmith export {run.path} --to gguf:q4_k_m` writes one")
+    with path.open("rb") as stream:  # the package's reader says less of what is no GGUF at all
+        head = stream.read(4)
+    if head != b"GGUF":
+        raise VerificationError(f"{path}: not a GGUF file (it begins with {head!r}); export it again")
+    again = f"`tunesmith export {run.path} --to gguf:q8_0` (or the type that you want) writes one"
+    found = gguf_adapter_hash(path)
+    if found is None:
+        raise VerificationError(
+            f"{path}: does not say which adapter it was made of, so that the card could state numbers of another model; nothing was "
+            f"uploaded; {again}"
+        )
+    if found != weights:
+        raise VerificationError(
+            f"{path}: was made of other weights than the run has now (it holds {found[:12]}, the run has {weights[:12]}); nothing was "
+            f"uploaded; {again}"
+        )
+    return _Made(package_gguf(path, gguf_kind(path)), weights, {})
+
+
+def _refuse_foreign(run: RunFolder, folder: Path, weights: str, base_hash: str) -> None:
+    """Raise VerificationError unless the model in `folder` was made of the run's present weights, and of nothing else."""
+    again = f"remove it, and merge again: `tunesmith merge {run.path} --out {folder}`"
+    merged = merged_from(folder)
+    if merged is None:
+        raise VerificationError(
+            f"{folder}: does not say which adapter it was made of (no {RECORD} of a merge), so that the card could state numbers of "
+            f"another model; nothing was uploaded; {again}"
+        )
+    if weights not in merged.adapters:
+        raise VerificationError(
+            f"{folder}: was made of other weights than the run has now (it holds {merged.adapters[0][:12]}, the run has "
+            f"{weights[:12]}); nothing was uploaded; {again}"
+        )
+    if len(merged.adapters) > 1:
+        raise VerificationError(
+            f"{folder}: was made of {len(merged.adapters)} adapters, and the card would state what was measured of one; nothing was "
+            f"uploaded; {again}"
+        )
+    if merged.base_hash != base_hash:
+        raise VerificationError(
+            f"{folder}: was merged into another base than the run was trained on (SHA-256 {merged.base_hash[:12]}, the run's "
+            f"{base_hash[:12]}); nothing was uploaded; {again}"
+        )
+
+
+def _quantized(folder: Path) -> dict[str, Any]:
+    """The method, and what the folder's record says of how near it is to the model before."""
+    record = read_json(folder / RECORD) or {}
+    known = {key: record[key] for key in Quantized.model_fields if record.get(key) is not None}
+    check_record(Quantized, folder / RECORD, known, "export it again")
+    return {"method": quantization_of(folder), **known}
 
 
 def _evaluations(run: RunFolder) -> list[dict[str, Any]]:
@@ -120,11 +246,8 @@ def _evaluations(run: RunFolder) -> list[dict[str, Any]]:
     results = [run.read_json(f"evaluations/{path.name}") for path in paths]
     weights = str(tuned_hash(run))
     for path, result in zip(paths, results, strict=True):
-        try:
-            tuned = result["model"]["tuned"]
-            json.dumps([result[key] for key in ("task", "n", "metrics")])
-        except (KeyError, TypeError):
-            raise RunError(f"{path}: not an evaluation; evaluate again, or remove it") from None
+        check_record(Evaluation, path, result, "evaluate again, or remove it")
+        tuned = result["model"]["tuned"]
         if tuned != weights:
             raise VerificationError(
                 f"{path}: was measured on other weights than the run has now (recorded {str(tuned)[:12]}, found "
