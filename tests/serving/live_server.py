@@ -21,6 +21,7 @@ from tunesmith.serving.engine import Engine
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.process import bind, run
 from tunesmith.serving.server import Server
+from tunesmith.serving.templates import Templates
 from tunesmith.workflows.serve import AdapterReader, load_base
 
 
@@ -35,17 +36,19 @@ class LiveServer:
         key: str | None = None,
         never_ends: bool = False,
         changes: bool = True,
+        hosts: frozenset[str] | None = None,
     ):
         loaded = load_base(str(base), "fp32", "cpu")
         limits = limits or Limits(answer_tokens=1000)
         self.engine = Engine(loaded.forward, limits.batch, limits.queue)
         ends = frozenset() if never_ends else frozenset(end_tokens(loaded.forward.base, loaded.tokenizer))
         model = ServedModel("base", loaded.tokenizer, loaded.chat, ends)
-        self.catalog = Catalog(self.engine, model, AdapterReader(loaded).read)
+        self.templates = Templates(limits.template_seconds)
+        self.catalog = Catalog(self.engine, model, AdapterReader(loaded, self.templates).read, self.templates)
         self.engine.start()
         for name, path in adapters.items():
             self.catalog.begin_with(name, str(path))
-        self.server = Server(self.catalog, limits, key, changes)
+        self.server = Server(self.catalog, limits, key, changes, hosts)
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -62,6 +65,7 @@ class LiveServer:
         self._thread.join(20)
         assert not self._thread.is_alive()
         self.socket.close()
+        self.templates.close()
 
     def client(self, **settings: Any) -> OpenAI:
         """The official client, which tries nothing twice."""
