@@ -36,7 +36,9 @@ def main() -> None:
     from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401  # its import is no template's doing
 
     _limit_memory(facts["memory"])
-    template = ChatTemplate(**{**facts["template"], "now": datetime.fromisoformat(facts["template"]["now"])})
+    template = ChatTemplate(
+        **{**facts["template"], "name": "", "now": datetime.fromisoformat(facts["template"]["now"])}
+    )
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, facts["seconds"])
         found = _answer(template, json.loads(line))

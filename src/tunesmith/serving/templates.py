@@ -166,9 +166,8 @@ def _end(process: subprocess.Popen[bytes]) -> int:
 
 
 def _key(template: ChatTemplate) -> str:
-    """What makes a template render as it does, as JSON. The time counts where it is printed."""
+    """What makes a template render as it does, as JSON: not where it is from. The time counts where it is printed."""
     facts = {
-        "name": template.name,
         "text": template.text,
         "variables": template.variables,
         "special_tokens": template.special_tokens,
