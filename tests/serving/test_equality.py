@@ -148,7 +148,7 @@ def test_in_bf16_a_mixed_batch_is_generate_up_to_near_ties(name: str, request: p
             equal += found[adapter][place] == expected
             mistaken += [no_near_tie(prompt, answers[place], expected, rounded, exact) is None for answers in others]
     assert equal >= len(model.prompts) * len(found) / 2
-    assert sum(mistaken) <= len(mistaken) / 8, "another adapter's answer would pass for a near-tie"
+    assert sum(mistaken) <= len(mistaken) / 4, "another adapter's answer would pass for a near-tie"
 
 
 def test_in_fp32_a_mixed_batch_is_generate(tiny: Model) -> None:

@@ -240,12 +240,12 @@ def test_those_who_wait_for_a_template_are_limited_in_number_and_time(
         messages = [{"role": "user", "content": "go"}]
         with ThreadPoolExecutor(1) as pool:
             first = pool.submit(live.post, "/v1/chat/completions", json={"model": "late", "messages": messages})
-            process = process_of(live.catalog.find("late").chat)
-            eventually(lambda: process.waiting == 1)
+            line = process_of(live.catalog.find("late").chat).line
+            eventually(lambda: line.waiting == 1)
             second = live.post("/v1/chat/completions", json={"model": "late", "messages": QUESTION})
             assert (second.status_code, error_of(second)["code"]) == (429, "queue_full")
             assert (first.result().status_code, error_of(first.result())["code"]) == (504, "timeout")
-        assert process.waiting == 0
+        assert line.waiting == 0
         assert live.client().chat.completions.create(model="base", messages=QUESTION, max_tokens=2).choices
 
 

@@ -7,7 +7,6 @@ import hmac
 import json
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -29,7 +28,7 @@ from tunesmith.serving.metrics import CONTENT_TYPE, Metrics
 from tunesmith.serving.openai_requests import AdapterRequest, ChatRequest, CompletionRequest, checked
 from tunesmith.serving.responses import EventStream, whole
 from tunesmith.serving.shapes import Shape
-from tunesmith.serving.templates import process_of
+from tunesmith.serving.templates import Line, process_of
 
 DISCARDED = 8
 """A body that is too large is read and thrown away up to so many times the limit: else its sender would not see the answer."""
@@ -56,7 +55,7 @@ class Server:
         self._key = api_key.encode() if api_key else None
         # A tokenizer is not made for several threads at once; the event loop must not wait for long texts. Chats are encoded in
         # their template's own thread (templates.py).
-        self._texts = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-texts")
+        self._texts = Line("tunesmith-texts")
 
     @property
     def idle(self) -> bool:
@@ -221,22 +220,21 @@ class Server:
         encode: Callable[[ServedModel], list[list[int]]],
     ) -> list[list[int]]:
         """The prompts' tokens, within the limits on waiting requests and on time. Raises ApiError, and DataError."""
-        loop = asyncio.get_running_loop()
-        if isinstance(asked, CompletionRequest):
-            return await loop.run_in_executor(self._texts, encode, model)
-        process = process_of(model.chat)
-        if process.waiting >= self.limits.queue:
-            said = f"{process.waiting} requests wait already for the chat template of {model.name}; ask again later"
+        line = self._texts if isinstance(asked, CompletionRequest) else process_of(model.chat).line
+        if line.waiting >= self.limits.queue:
+            said = f"{line.waiting} requests wait already to be read by {model.name}'s tokenizer; ask again later"
             raise ApiError(429, said, "queue_full", headers={"Retry-After": "1"})
-        process.waiting += 1
+        line.waiting += 1
         try:
             async with asyncio.timeout(self.limits.answer_seconds):
-                return await loop.run_in_executor(process.thread, encode, model)
+                return await asyncio.get_running_loop().run_in_executor(line.thread, encode, model)
         except TimeoutError:
-            said = f"no answer after {self.limits.answer_seconds:g} s: the chat template of {model.name} is busy with others"
+            said = (
+                f"no answer after {self.limits.answer_seconds:g} s: {model.name}'s chat template or tokenizer is busy"
+            )
             raise ApiError(504, said, "timeout") from None
         finally:
-            process.waiting -= 1
+            line.waiting -= 1
 
     # -- models and adapters ------------------------------------------------------------------------------------------
 

@@ -29,6 +29,14 @@ MEMORY_BYTES = 512 << 20
 """What a template may take beyond Python and its libraries; a conversation of 2 MB takes some tens of MB."""
 
 
+class Line:
+    """A thread that does one thing after the other. `waiting` counts who wants something of it, for those who limit that."""
+
+    def __init__(self, name: str):
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self.waiting = 0
+
+
 class Templates:
     """The processes of all templates that are in use. `seconds` is what one conversation may take."""
 
@@ -90,12 +98,11 @@ class BoundedTemplate(ChatTemplate):
 
 
 class TemplateProcess:
-    """One template's process, and the thread in which callers wait for it (`thread`). `waiting` counts them."""
+    """One template's process, and the line of those who wait for it."""
 
     def __init__(self, key: str, seconds: float):
         self.key, self.seconds = key, seconds
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-template")
-        self.waiting = 0
+        self.line = Line("tunesmith-template")
         self._first = json.dumps({"template": json.loads(key), "seconds": seconds, "memory": MEMORY_BYTES})
         self._lock = threading.Lock()
         self._closed = False
@@ -136,7 +143,7 @@ class TemplateProcess:
         """End the process, whatever it does."""
         self._closed = True
         self._process.kill()  # a thread that waits for its answer sees the end of the pipe
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        self.line.thread.shutdown(wait=False, cancel_futures=True)
         with self._lock:
             _end(self._process)
 
