@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,10 +22,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from transformers import AutoTokenizer
 
-from command_line import tunesmith
-from tiny import make_tiny_model, make_tokenizer
+from command_line import Result, tunesmith
+from tiny import chat_rows, make_tiny_model, make_tokenizer, write_jsonl
 from trained import tiny_base, tiny_run
+from tunesmith import api
+from tunesmith.config import load_config
+from tunesmith.data.chat import ChatFormat
 from tunesmith.serving.limits import Limits
 
 QUESTION: list[Any] = [{"role": "user", "content": "Which bin takes the can?"}]
@@ -194,7 +200,7 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(base: Path) -> Non
         (["--limit", "queue=many"], "'many' is no whole number"),
         (["--limit", "queue=0"], "expected more than 0"),
         (["--engine", "tgi"], "--engine tgi: expected tunesmith or vllm"),
-        (["--engine", "vllm", "--quantization", "nf4"], "--quantization would be ignored"),
+        (["--engine", "vllm", "--limit", "queue=2"], "--limit would be ignored"),
         (["--quantization", "int3"], "expected one of nf4, fp4, int8"),
     ],
 )
@@ -232,19 +238,48 @@ def test_a_port_that_is_taken_is_known_before_anything_is_loaded(tmp_path: Path)
 # -- vLLM -------------------------------------------------------------------------------------------------------------
 
 
+def vllm(base: Path, *options: str | Path, **adapters: Path) -> Result:
+    """`tunesmith serve --engine vllm` where there is no vLLM: it says what it would run."""
+    named = [part for name, path in adapters.items() for part in ("--adapter", f"{name}={path}")]
+    return tunesmith("serve", base, *named, "--engine", "vllm", *options)
+
+
+def command_of(result: Result) -> str:
+    assert result.code == 3, result.err
+    said = result.problems[0]
+    begins = "tunesmith: vLLM is not installed here (pip install vllm); the command is: "
+    assert said.startswith(begins)
+    return said.removeprefix(begins)
+
+
+def lora(base: Path, folder: Path, template: str | None = None, **settings: Any) -> Path:
+    from serving_models import make_adapter
+
+    made = make_adapter(base, folder, seed=1, **settings)
+    if template is not None:
+        (made / "chat_template.jinja").write_text(template)
+    return made
+
+
+def edited(adapter: Path, to: Path, **values: Any) -> Path:
+    """A copy with other settings in its config."""
+    shutil.copytree(adapter, to)
+    config = json.loads((to / "adapter_config.json").read_text())
+    (to / "adapter_config.json").write_text(json.dumps({**config, **values}))
+    return to
+
+
 def test_the_vllm_command_is_printed_where_vllm_is_not(run: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setenv("KEY", "s3cret")
     options = ("--port", "9", "--dtype", "bf16", "--max-batch", "64", "--api-key-env", "KEY", "--name", "small")
-    result = tunesmith("serve", base, "--adapter", f"bins={run}", "--engine", "vllm", *options)
-    assert result.code == 3
-    assert result.problems[0] == (
-        "tunesmith: vLLM is not installed here (pip install vllm); the command is: "
+    result = vllm(base, *options, bins=run)
+    assert command_of(result) == (
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True VLLM_API_KEY=$KEY "
-        f"vllm serve {base} --served-model-name small --host 127.0.0.1 --port 9 --dtype bfloat16 --max-num-seqs 64 "
-        f"--enable-lora --max-loras 1 --max-lora-rank 16 --lora-modules bins={run / 'adapter'} "
-        f"--chat-template {run / 'chat_template.jinja'}"
+        f"vllm serve {base} --served-model-name small --host 127.0.0.1 --port 9 --generation-config vllm --dtype bfloat16 "
+        f"--max-num-seqs 64 --enable-lora --max-loras 1 --max-lora-rank 16 --lora-modules bins={run / 'adapter'}"
     )
+    assert f"warning: {run}: trained in fp32, served in bf16" in result.err
 
 
 def test_vllm_is_run_where_it_is(base: Path, tmp_path: Path) -> None:
@@ -255,31 +290,113 @@ def test_vllm_is_run_where_it_is(base: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "KEY": "s3cret"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert result.stdout == (
-        f"s3cret serve {base} --served-model-name base-32 --host 127.0.0.1 --port 8000 --dtype auto --max-num-seqs 256\n"
+        f"s3cret serve {base} --served-model-name base-32 --host 127.0.0.1 --port 8000 --generation-config vllm --dtype auto "
+        "--max-num-seqs 256\n"
     )
     assert "VLLM_API_KEY=$KEY" in result.stderr
     assert "s3cret" not in result.stderr
 
 
-def test_vllm_has_one_template_and_ranks_up_to_512(base: Path, run: Path, tmp_path: Path) -> None:
-    for name, rank, text in (("one", 40, "a"), ("two", 600, "b")):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "adapter_config.json").write_text(json.dumps({"r": 8, "rank_pattern": {"q_proj": rank}}))
-        (folder / "adapter_model.safetensors").write_bytes(b"")
-        (folder / "chat_template.jinja").write_text(text)
-    one, two = (("--adapter", f"{name}={tmp_path / name}") for name in ("one", "two"))
-    result = tunesmith("serve", base, *one, *two, "--engine", "vllm")
-    assert (result.code, "templates of one and two differ" in result.problems[0]) == (2, True)
-    result = tunesmith("serve", base, *two, "--engine", "vllm")
-    assert "rank 600, and vLLM holds at most 512" in result.problems[0]
-    if result := tunesmith("serve", base, *one, "--engine", "vllm"):
-        assert "--max-lora-rank 64" in result.problems[0]
+def test_what_vllm_would_serve_wrongly_is_refused(run: Path, base: Path, tmp_path: Path) -> None:
+    """The same adapters as tunesmith's own engine refuses, and those whose ranks and beginnings vLLM does not take."""
+    other = make_tiny_model(tmp_path / "other", seed=8)
+    plain = lora(base, tmp_path / "plain")
+    wide = lora(base, tmp_path / "wide", r=600)
+    for given, name, said in (
+        ((other, run), "bins", "are not those that"),
+        ((base, plain), "base-32", "the base has this name"),
+        ((base, plain), "a/b", "adapter name 'a/b'"),
+        ((base, tmp_path / "nowhere"), "x", "not an adapter"),
+        ((base, wide), "x", "rank 600, and vLLM holds at most 512"),
+        ((base, lora(base, tmp_path / "dora", use_dora=True)), "x", "use_dora is True"),
+        ((base, lora(base, tmp_path / "whole", modules_to_save=["lm_head"])), "x", "merge it"),
+        (
+            (base, edited(plain, tmp_path / "pissa", init_lora_weights="pissa")),
+            "x",
+            "take the finished run's own adapter",
+        ),
+        ((base, edited(plain, tmp_path / "start", init_lora_weights="new")), "x", "init_lora_weights is 'new'"),
+        ((base, edited(plain, tmp_path / "none", r=None)), "x", "r and lora_alpha must be positive numbers"),
+        ((base, edited(plain, tmp_path / "half", rank_pattern={"nothing": 0.5})), "x", "must be whole numbers from 1"),
+        ((base, edited(plain, tmp_path / "text", rank_pattern={"nothing": "8"})), "x", "must be whole numbers from 1"),
+        ((base, edited(plain, tmp_path / "ranks", r=8)), "x", "adapter_config.json says 8"),
+    ):
+        result = vllm(given[0], **{name: given[1]})
+        assert (result.code, said in result.problems[0]) == (2, True), (said, result.problems)
+    result = tunesmith("serve", run, "--engine", "vllm")
+    assert (result.code, "is an adapter: serve its base with it" in result.problems[0]) == (2, True)
+    stored = Path(shutil.copytree(base, tmp_path / "stored"))
+    config = json.loads((stored / "config.json").read_text())
+    four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (stored / "config.json").write_text(json.dumps({**config, "quantization_config": four_bits}))
+    assert "stored by bitsandbytes, which vLLM 0.33 no longer has" in vllm(stored).problems[0]
 
 
-def test_vllms_adapters_change_at_run_time_only_where_nobody_else_reaches_it(run: Path, base: Path) -> None:
-    for host, there in (("127.0.0.1", True), ("0.0.0.0", False)):
-        options = ("--adapter", f"bins={run}", "--engine", "vllm", "--host", host)
-        said = tunesmith("serve", base, *options).problems[0]
+def test_vllms_rank_holds_every_adapter(base: Path, tmp_path: Path) -> None:
+    small, mixed = lora(base, tmp_path / "small"), lora(base, tmp_path / "mixed", rank_pattern={"q_proj": 40})
+    assert "--max-loras 1 --max-lora-rank 8 " in command_of(vllm(base, a=small))
+    assert "--max-loras 2 --max-lora-rank 64 " in command_of(vllm(base, a=small, b=mixed))
+
+
+def test_a_path_with_a_comma_is_json_to_vllm(base: Path, tmp_path: Path) -> None:
+    """It takes NAME=PATH only where there is no comma (LoRAParserAction)."""
+    folder = lora(base, tmp_path / "a,b")
+    words = shlex.split(command_of(vllm(base, x=folder)))
+    assert json.loads(words[words.index("--lora-modules") + 1]) == {"name": "x", "path": str(folder)}
+
+
+def test_vllm_has_one_template_for_all(base: Path, tmp_path: Path) -> None:
+    """An adapter without one was trained in the base's. Where all adapters agree the base is asked in theirs, which is said."""
+    text = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    one, same = (lora(base, tmp_path / name, template=text) for name in ("one", "same"))
+    without, other = lora(base, tmp_path / "without"), lora(base, tmp_path / "other", template=text + "!")
+    for adapters in ({"one": one, "other": other}, {"one": one, "without": without}):
+        result = vllm(base, **adapters)
+        assert result.code == 2
+        assert f"the chat templates of {' and '.join(adapters)} differ" in result.problems[0]
+    result = vllm(base, one=one, same=same)
+    assert command_of(result).endswith(f" --chat-template {one / 'chat_template.jinja'}")
+    assert "warning: vLLM has one chat template for all models of a server: base-32 is asked in that" in result.err
+    result = vllm(base, without=without)
+    assert "--chat-template" not in command_of(result)
+    assert "warning" not in result.err
+
+
+def test_a_base_without_a_template_has_in_vllm_the_one_that_it_has_here(base: Path, tmp_path: Path) -> None:
+    plain = Path(shutil.copytree(base, tmp_path / "plain"))
+    (plain / "chat_template.jinja").unlink()
+    words = shlex.split(command_of(vllm(plain)))
+    tokenizer = AutoTokenizer.from_pretrained(plain)
+    assert tokenizer.chat_template is None
+    assert Path(words[words.index("--chat-template") + 1]).read_text() == ChatFormat(tokenizer).template
+
+
+def test_a_runs_template_has_its_variables_in_vllm(base: Path, tmp_path: Path) -> None:
+    """The run keeps the template and its variables apart; vLLM is told neither of them but by the file."""
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ mark }}{{ m.content }}<|im_end|>{% endfor %}")
+    data = write_jsonl(tmp_path / "train.jsonl", chat_rows(8))
+    values = {"model.name": str(base), "data.path": str(data), "data.chat_template": str(template), "training.max_steps": 1,
+              "model.dtype": "fp32", "data.chat_template_kwargs": {"mark": "#"}}  # fmt: skip
+    api.train(load_config(values=values), tmp_path / "run")
+    words = shlex.split(command_of(vllm(base, x=tmp_path / "run")))
+    text = Path(words[words.index("--chat-template") + 1]).read_text()
+    asked = AutoTokenizer.from_pretrained(base).apply_chat_template(QUESTION, chat_template=text, tokenize=False)
+    assert asked == f"#{QUESTION[0]['content']}<|im_end|>"
+
+
+def test_a_qlora_run_is_said_to_be_served_in_16_bits(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder, run = tiny_base(tmp_path_factory, 64), tiny_run(tmp_path_factory, "qlora")
+    assert f"warning: {run}: trained over a base in nf4, which vLLM does not have" in vllm(folder, x=run).err
+    result = vllm(folder, "--quantization", "nf4", x=run)
+    assert (result.code, "vLLM 0.33 has no bitsandbytes" in result.problems[0]) == (2, True)
+
+
+def test_vllms_adapters_change_at_run_time_only_with_a_key_where_nobody_else_reaches_it(
+    run: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEY", "s3cret")
+    for host, key, there in (("127.0.0.1", True, True), ("127.0.0.1", False, False), ("0.0.0.0", True, False)):
+        said = command_of(vllm(base, "--host", host, *(["--api-key-env", "KEY"] if key else []), bins=run))
         assert f"--host {host}" in said
         assert ("VLLM_ALLOW_RUNTIME_LORA_UPDATING" in said) == there

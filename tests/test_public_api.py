@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+import signal
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 import tunesmith
+from trained import copy_run, tiny_base, tiny_run
 from tunesmith import errors
 
 NAMES = [
+    "Limits",
     "RunConfig",
     "check_data",
     "compare",
     "data_stats",
     "evaluate",
+    "export_model",
     "fuse",
+    "list_adapters",
     "load",
     "load_config",
     "merge",
     "preview_data",
+    "push",
     "quickstart",
     "reply",
     "resume",
+    "serve",
+    "show_adapter",
     "split_data",
     "sweep",
     "train",
     "unfuse",
+    "verify_adapter",
     "write_report",
 ]
 
@@ -53,6 +68,49 @@ def test_what_type_checkers_see_is_what_there_is() -> None:
     }
     assert seen == {name: (home, name) for name, home in tunesmith._HOMES.items()}
     assert Path(tunesmith.__file__).with_name("py.typed").exists()
+
+
+def test_the_page_has_every_name() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    listed = re.findall(r"`(\w+)(?:\([^`]*\))?`", "".join(re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE)))
+    assert sorted(listed) == NAMES
+
+
+def test_the_example_of_the_page_runs(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a run to something served; the server is asked once and told to stop."""
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    copy_run(tiny_run(tmp_path_factory), tmp_path / "runs" / "support")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BASE", str(tiny_base(tmp_path_factory)))
+    asked: list[str] = []
+
+    def stops_at_once(target: str, adapters: dict[str, str], *, on_ready: Callable[..., None], **settings: Any) -> None:
+        def ready(facts: dict[str, Any]) -> None:
+            on_ready(facts)
+            thread.start()
+
+        thread = threading.Thread(target=ask)
+        serve(target, adapters, on_ready=ready, **{**settings, "port": port, "device": "cpu"})
+        thread.join()
+
+    def ask() -> None:
+        question = {"model": "support", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        client = httpx.Client(transport=httpx.HTTPTransport(retries=10), timeout=60)
+        asked.append(client.post(url, json=question).json()["choices"][0]["message"]["role"])
+        signal.raise_signal(signal.SIGTERM)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve = tunesmith.serve
+    monkeypatch.setitem(vars(tunesmith), "serve", stops_at_once)
+    exec(example, {})  # noqa: S102
+    assert asked == ["assistant"]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -79,6 +137,9 @@ def test_settings_are_keyword_only_where_their_order_says_nothing() -> None:
         tunesmith.evaluate: ["target", "data"],
         tunesmith.merge: ["target", "out"],
         tunesmith.write_report: ["run"],
+        tunesmith.export_model: ["target", "to", "out"],
+        tunesmith.push: ["run", "repo"],
+        tunesmith.serve: ["target", "adapters"],
     }.items():
         parameters = inspect.signature(function).parameters.values()
         assert [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD] == positional

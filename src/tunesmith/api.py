@@ -18,15 +18,18 @@ from tunesmith.models.fuse import fuse, unfuse
 from tunesmith.report import write_report as _write_report
 from tunesmith.runs import RunFolder
 from tunesmith.types import EventSink, Progress, TrainResult, no_progress
+from tunesmith.workflows.adapters import list_adapters, show_adapter, verify_adapter
 from tunesmith.workflows.chat import reply, trained_system
 from tunesmith.workflows.compare import compare
 from tunesmith.workflows.doctor import examine
 from tunesmith.workflows.evaluate import evaluate
-from tunesmith.workflows.export import export
+from tunesmith.workflows.export import export as export_model  # `tunesmith.export` is the package of that name
 from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.merge import merge
 from tunesmith.workflows.proof import prove
+from tunesmith.workflows.push import push
 from tunesmith.workflows.quickstart import quickstart
+from tunesmith.workflows.serve import serve
 from tunesmith.workflows.sweep import sweep
 from tunesmith.workflows.train import no_event, restart, start
 
@@ -35,17 +38,22 @@ __all__ = [
     "compare",
     "evaluate",
     "examine",
-    "export",
+    "export_model",
     "fuse",
+    "list_adapters",
     "load",
     "merge",
+    "push",
     "quickstart",
     "reply",
     "resume",
+    "serve",
+    "show_adapter",
     "sweep",
     "train",
     "trained_system",
     "unfuse",
+    "verify_adapter",
     "write_report",
 ]
 

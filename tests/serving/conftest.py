@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from live_server import LiveServer
 from serving_models import add, base_forward, make_adapter
 
 from trained import tiny_run
 from tunesmith.serving.engine import Engine
+from tunesmith.serving.limits import Limits
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +45,17 @@ def numbers(engine: Engine, adapters: dict[str, Path]) -> dict[str, int]:
 def tiny_run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished LoRA run. Do not write into it."""
     return tiny_run(tmp_path_factory, "lora")
+
+
+@pytest.fixture(scope="module")
+def live(tiny_model: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]:
+    with LiveServer(tiny_model, adapters, Limits(answer_tokens=1000, body_bytes=20_000)) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def endless(tiny_model: Path) -> Iterator[LiveServer]:
+    """Two at once, one more waiting; the base's answers do not end."""
+    limits = Limits(answer_tokens=3000, batch=2, queue=1, answer_seconds=60, arrival_seconds=1)
+    with LiveServer(tiny_model, {}, limits, never_ends=True) as live:
+        yield live

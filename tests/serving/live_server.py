@@ -6,6 +6,8 @@ with LiveServer(tiny_model, adapters, Limits(queue=2)) as live:
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +23,11 @@ from tunesmith.serving.engine import Engine
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.process import bind, run
 from tunesmith.serving.server import Server
+from tunesmith.serving.templates import Templates
 from tunesmith.workflows.serve import AdapterReader, load_base
+
+QUESTION: list[Any] = [{"role": "user", "content": "Which bin takes the can?"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 
 
 class LiveServer:
@@ -35,17 +41,19 @@ class LiveServer:
         key: str | None = None,
         never_ends: bool = False,
         changes: bool = True,
+        hosts: frozenset[str] | None = None,
     ):
         loaded = load_base(str(base), "fp32", "cpu")
         limits = limits or Limits(answer_tokens=1000)
         self.engine = Engine(loaded.forward, limits.batch, limits.queue)
         ends = frozenset() if never_ends else frozenset(end_tokens(loaded.forward.base, loaded.tokenizer))
         model = ServedModel("base", loaded.tokenizer, loaded.chat, ends)
-        self.catalog = Catalog(self.engine, model, AdapterReader(loaded).read)
+        self.templates = Templates(limits.template_seconds)
+        self.catalog = Catalog(self.engine, model, AdapterReader(loaded, self.templates).read, self.templates)
         self.engine.start()
         for name, path in adapters.items():
             self.catalog.begin_with(name, str(path))
-        self.server = Server(self.catalog, limits, key, changes)
+        self.server = Server(self.catalog, limits, key, changes, hosts)
         self.socket = bind("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -62,6 +70,7 @@ class LiveServer:
         self._thread.join(20)
         assert not self._thread.is_alive()
         self.socket.close()
+        self.templates.close()
 
     def client(self, **settings: Any) -> OpenAI:
         """The official client, which tries nothing twice."""
@@ -70,6 +79,28 @@ class LiveServer:
     def post(self, path: str, **arguments: Any) -> httpx.Response:
         """A request of one's own making."""
         return httpx.post(self.url + path, timeout=30, **arguments)
+
+
+def raw(live: LiveServer, data: bytes) -> socket.socket:
+    """A connection on which so much was sent."""
+    connection = socket.create_connection(("127.0.0.1", live.port), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def chat_request(live: LiveServer, **values: Any) -> bytes:
+    body = json.dumps({"model": "base", "messages": QUESTION, "temperature": 0, **values}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    return head.encode() + b"\r\n\r\n" + body
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    """OpenAI's form, and nothing else."""
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 20) -> None:

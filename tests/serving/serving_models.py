@@ -20,8 +20,8 @@ from tunesmith.serving.engine import Engine
 from tunesmith.serving.generation import Event, Failed, Finished, Generation, Piece
 
 
-def make_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
-    """A random adapter that moves the answers, written by PEFT. `settings` go into its LoraConfig."""
+def make_adapter(base: Path, folder: Path, seed: int, scale: float = 0.15, **settings: Any) -> Path:
+    """A random adapter that moves the answers, its tensors of deviation `scale`, written by PEFT. `settings` go into its LoraConfig."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -33,7 +33,7 @@ def make_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> Path:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
@@ -71,9 +71,8 @@ class Asked:
 
     def __init__(self, engine: Engine, tokenizer: Any, prompt: list[int], adapter: int = BASE, **settings: Any):
         self.events: queue.Queue[Event] = queue.Queue()
-        ends = frozenset(end_tokens(engine.forward.base, tokenizer))
-        values = {"max_tokens": 16, **settings}
-        self.generation = Generation(prompt, tokenizer, ends, self.events.put, adapter=adapter, **values)
+        values = {"max_tokens": 16, "ends": frozenset(end_tokens(engine.forward.base, tokenizer)), **settings}
+        self.generation = Generation(prompt, tokenizer, on_event=self.events.put, adapter=adapter, **values)
         engine.submit([self.generation])
 
     def answer(self) -> tuple[str, Finished | Failed]:

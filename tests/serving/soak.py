@@ -139,7 +139,7 @@ def taken_mb() -> float:
     return (total - free) / (1 << 20)
 
 
-def resident_mb(pid: int) -> float:
+def resident_mb(pid: int | str) -> float:
     """The memory of a process in MB (2^20 bytes): its resident pages, as Linux counts them."""
     with open(f"/proc/{pid}/statm", encoding="ascii") as file:  # noqa: PTH123  # no file of ours
         return int(file.read().split()[1]) * 4096 / (1 << 20)

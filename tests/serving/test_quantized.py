@@ -12,6 +12,7 @@ from trained import tiny_base, tiny_run
 from tunesmith.models.generate import generate_greedy
 from tunesmith.serving.adapter_bank import BASE
 from tunesmith.serving.engine import Engine
+from tunesmith.serving.templates import Templates
 from tunesmith.workflows.load import load
 from tunesmith.workflows.serve import AdapterReader, load_base
 
@@ -26,7 +27,8 @@ def test_a_qlora_adapter_answers_over_the_quantized_base_as_its_run_does(dtype: 
     """In bf16 up to near-ties, which a random model has: there the first token is looked at."""
     folder, run = qlora
     loaded = load_base(str(folder), dtype, "cpu", "nf4")
-    reader = AdapterReader(loaded, "nf4")
+    templates = Templates()
+    reader = AdapterReader(loaded, templates, "nf4")
     assert len(reader.notes(str(run))) == (dtype != "fp32")
     read = reader.read(str(run))
     engine = Engine(loaded.forward, max_batch=4)
@@ -39,6 +41,7 @@ def test_a_qlora_adapter_answers_over_the_quantized_base_as_its_run_does(dtype: 
     found = [Asked(engine, loaded.tokenizer, prompt, adapter, max_tokens=length) for prompt, adapter in rows]
     texts = [one.answer()[0] for one in found]
     engine.stop()
+    templates.close()
     tuned = load(run, dtype=dtype)
     for place, prompt in enumerate(prompts):
         ids = generate_greedy(tuned.forward, tuned.tokenizer, [prompt], length, 1)[0]
@@ -48,7 +51,7 @@ def test_a_qlora_adapter_answers_over_the_quantized_base_as_its_run_does(dtype: 
 
 def test_another_precision_than_in_training_is_said_aloud(qlora: tuple[Path, Path]) -> None:
     folder, run = qlora
-    reader = AdapterReader(load_base(str(folder), "bf16", "cpu"))
+    reader = AdapterReader(load_base(str(folder), "bf16", "cpu"), Templates())
     assert reader.notes(str(run)) == [
         f"{run}: trained over a base in nf4, served over one in 16 or 32 bits; --quantization nf4 serves it as it was trained",
         f"{run}: trained in fp32, served in bf16; --dtype fp32 serves it as it was trained",

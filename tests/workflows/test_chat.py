@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from adapters_of import Kind, make_adapter
 from command_line import tunesmith
-from tiny import chat_rows, write_jsonl
+from tiny import chat_rows, make_tiny_model, write_jsonl
+from trained import tiny_base, tiny_run
 from tunesmith.config import load_config
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.models.generate import generate_greedy
 from tunesmith.types import Message
 from tunesmith.workflows.chat import PRESETS, Conversation, Sampling, reply
+from tunesmith.workflows.chat_adapters import NONE, OneAdapter, SeveralAdapters, load_with_adapters
 from tunesmith.workflows.load import LoadedModel, load
 from tunesmith.workflows.train import start
 
@@ -147,7 +152,7 @@ def test_chat_sends_the_system_message_that_training_shared(
 
 
 def test_a_conversation_remembers_and_the_base_gets_the_same_history(loaded: LoadedModel) -> None:
-    conversation = Conversation(loaded, (Message("system", "be brief"),), Sampling(max_new_tokens=5))
+    conversation = Conversation(loaded, "be brief", Sampling(max_new_tokens=5), OneAdapter(loaded, "runs/lora"))
     first = conversation.ask("Which bin takes the can?")
     second = conversation.ask("And the jar?")
     turns = [
@@ -157,7 +162,8 @@ def test_a_conversation_remembers_and_the_base_gets_the_same_history(loaded: Loa
         ("assistant", second),
     ]
     assert [(message.role, message.content) for message in conversation.history] == turns
-    asked = [Message("system", "be brief"), *conversation.history[:-1]]
+    asked = [*conversation.opening, *conversation.history[:-1]]
+    assert conversation.opening == (Message("system", "be brief"),)
     assert second == reply(loaded, asked, 5)
     tuned, base = conversation.base_answer()
     assert tuned == second
@@ -210,13 +216,179 @@ def test_commands_of_the_terminal(lora_run: Path, monkeypatch: pytest.MonkeyPatc
     assert result.code == 0
     out = result.out
     assert "user> Which bin takes the can?" in out
-    assert "tuned" in out
+    assert re.search(r"┃ lora +┃ base +┃", out)
     assert "base" in out
     assert "temperature 1, top_p 0.95, repetition_penalty 1.1, max_new_tokens 256" in out
     assert out.count("temperature 1, top_p 0.5, repetition_penalty 1.1, max_new_tokens 256") == 2
     assert "/preset NAME" in out
     assert result.problems == [
         "tunesmith: there is no question yet",
-        "tunesmith: there is no command /zork: /new, /history, /base, /preset, /set, /quit, /help",
+        "tunesmith: there is no command /zork: /new, /history, /adapter, /base, /preset, /set, /quit, /help",
         "tunesmith: there is no preset 'wild': factual, balanced, creative",
     ]
+
+
+# -- several adapters -------------------------------------------------------------------------------------------------
+
+OWN_TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_base(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def folders(base: Path, lora_run: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A run, and two folders of PEFT's; the last has a template of its own."""
+    folder = tmp_path_factory.mktemp("several")
+    layers = {"target_modules": ["q_proj", "v_proj", "down_proj"]}
+    found = {name: make_adapter(base, folder / name, Kind(layers), seed) for seed, name in enumerate(("cs", "hr"))}
+    (found["hr"] / "chat_template.jinja").write_text(OWN_TEMPLATE)
+    return {"run": str(lora_run), **{name: str(path) for name, path in found.items()}}
+
+
+@pytest.fixture
+def several(base: Path, folders: dict[str, str]) -> Iterator[SeveralAdapters]:
+    found = load_with_adapters(str(base), folders, dtype="fp32", device="cpu")
+    yield found
+    found.close()
+
+
+def test_each_adapter_answers_as_it_does_alone(base: Path, folders: dict[str, str], several: SeveralAdapters) -> None:
+    """The conversation goes on from one to the next: each is asked all that was said, in its own template."""
+    conversation = Conversation(several.use("cs"), "", Sampling(max_new_tokens=12), several)
+    alone = {name: load(path, base if name != "run" else None, "fp32", "cpu") for name, path in folders.items()}
+    alone[NONE] = load(str(base), None, "fp32", "cpu")
+    said = []
+    for name in ("cs", "hr", NONE, "run", "cs"):
+        conversation.use(name)
+        asked = [*conversation.history, Message("user", f"question {len(said)}")]
+        said.append(conversation.ask(asked[-1].content))
+        assert said[-1] == reply(alone[name], asked, 12), name
+        tuned, plain = conversation.base_answer()
+        assert tuned == said[-1]
+        if alone[name].adapted:
+            with alone[name].forward.model.disable_adapter():
+                assert plain == reply(alone[name], asked, 12), name
+        assert (plain == tuned) == (name == NONE)
+    assert len(conversation.history) == 10
+    asked = [Message("user", "the same question")]
+    answers = {reply(model, asked, 12) for model in alone.values()}
+    assert len(answers) == 4, "they would not tell the adapters apart"
+
+
+def test_a_run_with_more_adapters_is_asked_in_its_own_template_and_the_base_in_the_bases(
+    base: Path, folders: dict[str, str], tmp_path: Path
+) -> None:
+    values = {"model.name": str(base), "model.dtype": "fp32", "data.chat_template": "vicuna", "training.max_steps": 1,
+              "data.path": str(write_jsonl(tmp_path / "train.jsonl", chat_rows(8)))}  # fmt: skip
+    start(load_config(None, (), values), tmp_path / "own").train()
+    found = load_with_adapters(str(tmp_path / "own"), {"cs": folders["cs"]}, device="cpu")
+    question = [Message("user", "hello")]
+    assert (found.current, list(found.paths)) == ("own", ["own", "cs"])
+    assert "USER: hello" in found.use("own").chat.render(question)
+    for name in ("cs", NONE):
+        assert found.use(name).chat.render(question) == load(str(base)).chat.render(question)
+    found.close()
+
+
+def test_a_qlora_run_lends_its_quantized_base(tmp_path_factory: pytest.TempPathFactory, qlora_run: Path) -> None:
+    folder = make_adapter(
+        tiny_base(tmp_path_factory, 64), tmp_path_factory.mktemp("q") / "cs", Kind({"target_modules": ["q_proj"]})
+    )
+    notes: list[str] = []
+    found = load_with_adapters(str(qlora_run), {"cs": str(folder)}, device="cpu", on_note=notes.append)
+    assert notes == []
+    history = [Message("user", "hello")]
+    loaded = found.use("qlora")
+    with found.at_work():
+        assert reply(loaded, history, 12) == reply(load(str(qlora_run)), history, 12)
+    found.close()
+
+
+def test_the_system_message_is_each_runs_own_unless_one_was_given(
+    base: Path, folders: dict[str, str], several: SeveralAdapters, tmp_path: Path
+) -> None:
+    rows = [{"messages": [{"role": "system", "content": "Name the bin."}, *row["messages"]]} for row in chat_rows(8)]
+    data = write_jsonl(tmp_path / "train.jsonl", rows)
+    values = {"model.name": str(base), "model.dtype": "fp32", "data.path": str(data), "training.max_steps": 1}
+    start(load_config(None, (), values), tmp_path / "named").train()
+    found = load_with_adapters(str(tmp_path / "named"), {"cs": folders["cs"]}, device="cpu")
+    for given, with_named in ((None, "Name the bin."), ("Be kind.", "Be kind."), ("", None)):
+        conversation = Conversation(found.use("named"), given, adapters=found)
+        assert [message.content for message in conversation.opening] == ([with_named] if with_named else [])
+        conversation.use("cs")
+        assert [message.content for message in conversation.opening] == ([given] if given else [])
+    found.close()
+
+
+def test_adapters_are_checked_as_a_servers_are(base: Path, folders: dict[str, str], tmp_path: Path) -> None:
+    other = make_tiny_model(tmp_path / "other", seed=8)
+    dora = make_adapter(base, tmp_path / "dora", Kind({"target_modules": ["q_proj"], "use_dora": True}))
+    for target, path, said in (
+        (other, folders["run"], "are not those that"),
+        (base, str(tmp_path / "nowhere"), "not an adapter"),
+        (base, str(dora), "adapters like this cannot share a base"),
+    ):
+        result = tunesmith("chat", target, "--adapter", f"x={path}", "--prompt", "hello")
+        assert (result.code, said in result.problems[0]) == (2, True), result.err
+    for value, said in (
+        ("none=x", "'none': the base has this name"),
+        ("a b=x", "adapter name 'a b'"),
+        ("x", "expected NAME=PATH"),
+    ):
+        result = tunesmith("chat", base, "--adapter", value, "--prompt", "hello")
+        assert (result.code, said in result.problems[0]) == (2, True), result.err
+    result = tunesmith("chat", folders["run"], "--adapter", f"lora={folders['cs']}", "--prompt", "hello")
+    assert (result.code, "has this name already" in result.problems[0]) == (2, True)
+
+
+def test_a_loftq_run_shares_its_base_with_nobody(tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = tiny_run(tmp_path_factory, "qlora", **{"adapter.init_lora_weights": "loftq"})
+    result = tunesmith("chat", run, "--adapter", f"x={run}", "--prompt", "hello")
+    assert (result.code, "LoftQ changed the base for this adapter" in result.problems[0]) == (2, True)
+
+
+def test_adapters_in_the_terminal(folders: dict[str, str], lora_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(
+        [
+            "/adapter",
+            "hello",
+            "/adapter hr",
+            "hello",
+            "/base",
+            "/adapter none",
+            "/adapter",
+            "/history",
+            "/adapter zork",
+            "/quit",
+        ]
+    )
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    named = [part for name in ("cs", "hr") for part in ("--adapter", f"{name}={folders[name]}")]
+    result = tunesmith("chat", lora_run, *named, "--max-new-tokens", "4", "--device", "cpu")
+    assert result.code == 0
+    listed = re.findall(r"^([* ]) (lora|cs|hr|none) +(\S.*)$", result.out, re.MULTILINE)
+    rows = [("lora", str(lora_run)), ("cs", folders["cs"]), ("hr", folders["hr"]), ("none", "the base")]
+    assert listed == [("*" if name == now else " ", name, path) for now in ("lora", "none") for name, path in rows]
+    assert "hr answers from here on" in result.out
+    assert "the base answers from here on" in result.out
+    assert re.search(r"┃ hr +┃ base +┃", result.out)
+    assert result.out.count("user> hello") == 2
+    assert result.problems == ["tunesmith: there is no adapter 'zork': lora, cs, hr, none"]
+
+
+def test_a_lone_adapter_can_be_switched_off(loaded: LoadedModel, lora_run: Path) -> None:
+    conversation = Conversation(loaded, "", Sampling(max_new_tokens=12), OneAdapter(loaded, str(lora_run)))
+    tuned = conversation.ask("hello")
+    conversation.begin_anew()
+    conversation.use(NONE)
+    plain = conversation.ask("hello")
+    with loaded.forward.model.disable_adapter():
+        assert plain == reply(loaded, [Message("user", "hello")], 12) != tuned
+    conversation.begin_anew()
+    conversation.use("lora")
+    assert conversation.ask("hello") == tuned
+    with pytest.raises(ConfigError, match="there is no adapter 'cs': lora, none"):
+        conversation.use("cs")

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 COMMANDS = {
     "/new": "forget the conversation",
     "/history": "show it",
-    "/base": "the base's answer to the last question, beside the tuned one's",
+    "/adapter NAME": "go on with another adapter, none: with the base; alone: which there are",
+    "/base": "the base's answer to the last question, beside the one given",
     "/preset NAME": "factual (greedy), balanced, creative",
     "/set KEY VALUE": "temperature, top_p, repetition_penalty, max_new_tokens; /set alone shows them",
     "/quit": "or Ctrl-D: end",
@@ -24,6 +25,9 @@ COMMANDS = {
 
 def chat(
     target: Target,
+    adapter: Annotated[
+        list[str] | None, typer.Option("--adapter", help="Another run or PEFT folder (repeat).", metavar="NAME=PATH")
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Ask this one question and exit.", metavar="TEXT")
     ] = None,
@@ -46,19 +50,30 @@ def chat(
     """Talk to a run, an adapter or a model. /help lists the commands."""
     from tunesmith import api
     from tunesmith.cli.console import Console
-    from tunesmith.types import Message
     from tunesmith.workflows.chat import Conversation
+    from tunesmith.workflows.chat_adapters import Adapters, OneAdapter, load_with_adapters
+    from tunesmith.workflows.serve import named_adapters
 
     sampling = sampling_of(preset)
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     for key, value in given.items():
         if value is not None:
             sampling = sampling.changed(key, str(value))
+    named = named_adapters(adapter or [])
+    adapters: Adapters | None = None
     with Console() as console:
-        loaded = api.load(target, model, dtype, device, progress=console.progress)
-        if system is None and (system := api.trained_system(loaded)):
-            console.announce(f"system message, from the training data: {system}")
-    conversation = Conversation(loaded, (Message("system", system),) if system else (), sampling)
+
+        def warn(note: str) -> None:
+            console.announce(f"warning: {note}")
+
+        if named:
+            adapters = load_with_adapters(target, named, model, dtype, device, console.progress, warn)
+            loaded = adapters.use(adapters.current)
+        else:
+            loaded = api.load(target, model, dtype, device, progress=console.progress)
+            adapters = OneAdapter(loaded, target) if loaded.adapted else None
+    conversation = Conversation(loaded, system, sampling, adapters)
+    _show_system(conversation, given=system is not None)
     if prompt is not None:
         _say(conversation, prompt)
         return
@@ -97,6 +112,14 @@ def _take(conversation: Conversation, line: str) -> None:
         print(f"tunesmith: {error}", file=sys.stderr)
 
 
+def _show_system(conversation: Conversation, given: bool = False) -> None:
+    """A system message that nobody typed is said."""
+    from tunesmith.cli.console import Console
+
+    if conversation.opening and not given:
+        Console().announce(f"system message, from the training data: {conversation.opening[0].content}")
+
+
 def _say(conversation: Conversation, text: str) -> None:
     conversation.ask(text, lambda piece: print(piece, end="", flush=True))
     print()
@@ -111,8 +134,12 @@ def _command(conversation: Conversation, name: str, first: str = "", second: str
         case "/history":
             for message in [*conversation.opening, *conversation.history]:
                 print(f"{message.role}> {message.content}")
+        case "/adapter":
+            _adapter(conversation, first)
         case "/base":
-            _side_by_side(*conversation.base_answer())
+            tuned, base = conversation.base_answer()
+            assert conversation.adapters is not None  # else there was no base to ask
+            _side_by_side(conversation.adapters.current, tuned, base)
         case "/preset":
             conversation.sampling = sampling_of(first)
             print(conversation.sampling)
@@ -127,12 +154,30 @@ def _command(conversation: Conversation, name: str, first: str = "", second: str
             raise ConfigError(f"there is no command {name}: {', '.join(usage.split()[0] for usage in COMMANDS)}, /help")
 
 
-def _side_by_side(tuned: str, base: str) -> None:
+def _adapter(conversation: Conversation, name: str) -> None:
+    """Switch, and say to which; without a name, list them."""
+    from tunesmith.errors import ConfigError
+    from tunesmith.workflows.chat_adapters import NONE
+
+    if name:
+        before = conversation.opening
+        conversation.use(name)
+        print(f"{name} answers from here on" if name != NONE else "the base answers from here on")
+        if conversation.opening != before:
+            _show_system(conversation)
+        return
+    if conversation.adapters is None:
+        raise ConfigError("there is no adapter; --adapter NAME=PATH adds some")
+    for each, path in [*conversation.adapters.paths.items(), (NONE, "the base")]:
+        print(f"{'*' if each == conversation.adapters.current else ' '} {each:<16} {path}")
+
+
+def _side_by_side(name: str, answer: str, base: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     from tunesmith.cli.console import Console
 
-    table = Table("tuned", "base", show_lines=False)
-    table.add_row(escape(tuned), escape(base))
+    table = Table(escape(name), "base", show_lines=False)
+    table.add_row(escape(answer), escape(base))
     Console().table(table)

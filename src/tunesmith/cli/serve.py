@@ -26,6 +26,9 @@ def serve(
     api_key_env: Annotated[
         str | None, typer.Option("--api-key-env", help="Variable with the API key.", metavar="NAME")
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option("--allowed-host", help="A name that requests may use.", metavar="HOST")
+    ] = None,
     max_batch: Annotated[int | None, typer.Option("--max-batch", help="Requests at once.", min=1, metavar="N")] = None,
     limit: Annotated[
         list[str] | None, typer.Option("--limit", help="Other limits (docs/serving.md).", metavar="NAME=N")
@@ -37,14 +40,17 @@ def serve(
     from tunesmith.cli.console import Console
     from tunesmith.errors import ConfigError
     from tunesmith.workflows import serve as workflow
+    from tunesmith.workflows.serve_vllm import serve_with_vllm
 
     adapters = workflow.named_adapters(adapter or [])
     console = Console()
     if engine == "vllm":
-        ignored = {"--device": device != "auto", "--quantization": quantization, "--limit": limit, "--json": as_json}
+        if quantization is not None:
+            raise ConfigError("--engine vllm: vLLM 0.33 has no bitsandbytes; leave --quantization out, or the engine")
+        ignored = {"--device": device != "auto", "--limit": limit, "--allowed-host": allowed_host, "--json": as_json}
         if given := [option for option, value in ignored.items() if value]:
             raise ConfigError(f"--engine vllm: {', '.join(given)} would be ignored; leave it out")
-        workflow.serve_with_vllm(
+        serve_with_vllm(
             model,
             adapters,
             name=name,
@@ -54,6 +60,7 @@ def serve(
             max_batch=max_batch,
             api_key_env=api_key_env,
             on_command=console.announce,
+            on_note=lambda note: console.announce(f"warning: {note}"),
         )
         return
     if engine != "tunesmith":
@@ -80,6 +87,7 @@ def serve(
             dtype=dtype,
             quantization=quantization,
             api_key_env=api_key_env,
+            allowed_hosts=allowed_host or [],
             limits=workflow.limits_from(limit or [], max_batch),
             progress=console.progress,
             on_ready=ready,

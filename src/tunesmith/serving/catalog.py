@@ -20,6 +20,7 @@ from tunesmith.serving.adapter_bank import BASE
 from tunesmith.serving.adapter_files import AdapterWeights
 from tunesmith.serving.api_errors import ApiError
 from tunesmith.serving.engine import Engine
+from tunesmith.serving.templates import Templates
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
@@ -61,11 +62,17 @@ def check_name(name: str, base: str) -> None:
 
 
 class Catalog:
-    """`read(path)` reads and checks an adapter's folder, on another thread."""
+    """`read(path)` reads and checks an adapter's folder, on another thread, and takes hold of its chat in `templates`.
 
-    def __init__(self, engine: Engine, base: ServedModel, read: Callable[[str], ReadAdapter]):
+    `on_gone` is told a name behind its last request, when nobody is served under it any more.
+    """
+
+    def __init__(self, engine: Engine, base: ServedModel, read: Callable[[str], ReadAdapter], templates: Templates):
         self.engine, self.base = engine, base
+        self.on_gone: Callable[[str], None] = lambda name: None
         self.swap_seconds = 0.0
+        self._templates = templates
+        templates.hold(base.chat)
         self._read = read
         self._adapters: dict[str, ServedModel] = {}
         self._changing = asyncio.Lock()
@@ -79,7 +86,8 @@ class Catalog:
         """Load an adapter before the server runs. Raises ConfigError, ModelError or MachineError."""
         check_name(name, self.base.name)
         read = self._read(path)
-        number = self.engine.between_steps(lambda: self.engine.bank.add(read.weights)).result()
+        with self._held(read):
+            number = self.engine.between_steps(lambda: self.engine.bank.add(read.weights)).result()
         self._adapters[name] = ServedModel(name, read.tokenizer, read.chat, read.ends, number, path)
 
     async def put(self, name: str, path: str) -> bool:
@@ -92,8 +100,9 @@ class Catalog:
         async with self._changing:
             read = await asyncio.to_thread(self._read, path)
             start = time.perf_counter()
-            adding = self.engine.between_steps(lambda: self.engine.bank.add(read.weights))
-            number = await asyncio.wrap_future(adding)
+            with self._held(read):
+                adding = self.engine.between_steps(lambda: self.engine.bank.add(read.weights))
+                number = await asyncio.wrap_future(adding)
             old = self._adapters.get(name)
             self._adapters[name] = ServedModel(name, read.tokenizer, read.chat, read.ends, number, path)
             self.swap_seconds = time.perf_counter() - start
@@ -134,6 +143,17 @@ class Catalog:
             model.uses -= 1
             self._let_go(model)
 
+    @contextmanager
+    def _held(self, read: ReadAdapter) -> Iterator[None]:
+        """Let go of an adapter's chat where what follows fails: the engine has no room for it, or has stopped."""
+        taken = False
+        try:
+            yield
+            taken = True
+        finally:
+            if not taken:
+                self._templates.release(read.chat)
+
     def _retire(self, model: ServedModel | None, replaced: bool = False) -> None:
         if model is not None:
             model.retired, model.replaced = True, replaced
@@ -141,6 +161,9 @@ class Catalog:
 
     def _let_go(self, model: ServedModel) -> None:
         if model.retired and model.uses == 0:
+            self._templates.release(model.chat)
+            if model.name not in self._adapters:
+                self.on_gone(model.name)
             self.engine.between_steps(lambda: self._drop(model))
 
     def _drop(self, model: ServedModel) -> None:

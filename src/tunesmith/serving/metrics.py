@@ -11,7 +11,10 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class Metrics:
-    """Counters of one server, in a registry of their own. Labels are names that are served, never what a client wrote."""
+    """Counters of one server, in a registry of their own. Labels are names that are served, never what a client wrote.
+
+    What is counted by name goes with the name (`forget`): names that come and go would add up for ever.
+    """
 
     def __init__(self, catalog: Catalog):
         self.registry = CollectorRegistry()
@@ -48,6 +51,11 @@ class Metrics:
             ("tunesmith_steps", "Steps of the batch so far.", lambda: engine.steps),
         ):
             Gauge(name, text, registry=self.registry).set_function(value)
+
+    def forget(self, model: str) -> None:
+        """Leave out what was counted for a model that is not served any more."""
+        for counter in (self.requests, self.tokens):
+            counter.remove_by_labels({"model": model})
 
     def text(self) -> bytes:
         """The page that Prometheus scrapes."""

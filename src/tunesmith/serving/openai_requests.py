@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
 
 from tunesmith.serving.api_errors import ApiError
 from tunesmith.serving.sampling import Sampling
@@ -59,6 +67,40 @@ def _well_formed(text: str) -> str:
     return text
 
 
+def _stops(value: Any) -> tuple[str, ...]:
+    found = [value] if isinstance(value, str) else value
+    if not isinstance(found, list) or len(found) > MAX_STOPS or not all(isinstance(one, str) and one for one in found):
+        raise ValueError(f"expected at most {MAX_STOPS} strings, none of them empty")
+    return tuple(map(_well_formed, found))
+
+
+def _prompt(value: Any) -> str | list[Any]:
+    if isinstance(value, str):
+        return _well_formed(value)
+    if isinstance(value, list):
+        if all(isinstance(one, str) for one in value):
+            return [_well_formed(one) for one in value]
+        if _are_ids(value) or all(isinstance(one, list) and _are_ids(one) for one in value):
+            return value
+    raise ValueError("expected a text, a list of texts, a list of token ids, or a list of such lists")
+
+
+def _content(value: Any) -> str:
+    if isinstance(value, str):
+        return _well_formed(value)
+    if not isinstance(value, list):
+        raise ValueError('expected a text, or a list of parts {"type": "text", "text": "..."}')
+    for place, part in enumerate(value):
+        text = part.get("text") if isinstance(part, dict) and part.keys() == {"type", "text"} else None
+        if not isinstance(text, str) or part["type"] != "text":
+            raise ValueError(f'part {place}: expected {{"type": "text", "text": "..."}}; this server takes text alone')
+    return _well_formed("".join(part["text"] for part in value))
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return all(type(one) is int for one in value)
+
+
 Text = Annotated[str, AfterValidator(_well_formed)]
 
 
@@ -76,17 +118,9 @@ class _Common(_Strict):
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, ge=0, le=1)
     seed: int | None = None
-    stop: Text | list[Text] = []
+    stop: Annotated[tuple[str, ...], PlainValidator(_stops)] = ()
     stream: bool = False
     stream_options: _StreamOptions | None = None
-
-    @field_validator("stop")
-    @classmethod
-    def _few_and_not_empty(cls, value: str | list[str]) -> str | list[str]:
-        found = [value] if isinstance(value, str) else value
-        if len(found) > MAX_STOPS or "" in found:
-            raise ValueError(f"expected at most {MAX_STOPS} strings, none of them empty")
-        return value
 
     @property
     def sampling(self) -> Sampling:
@@ -94,35 +128,25 @@ class _Common(_Strict):
         return Sampling(self.temperature, self.top_p, self.seed)
 
     @property
-    def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings, none to four."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-    @property
     def include_usage(self) -> bool:
         """Whether a stream ends with a chunk that has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-class _TextPart(_Strict):
-    type: Literal["text"]
-    text: Text
-
-
 class _ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[_TextPart]
+    content: Annotated[str, PlainValidator(_content)]
 
     def message(self) -> Message:
         """The turn as templates see it; `developer` is OpenAI's newer word for `system`."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return Message("system" if self.role == "developer" else self.role, text)
+        return Message("system" if self.role == "developer" else self.role, self.content)
 
 
 class ChatRequest(_Common):
     """POST /v1/chat/completions."""
 
-    messages: list[_ChatMessage] = Field(min_length=1)
+    # FailFast: half a million errors of one body would take seconds, in which nobody is answered.
+    messages: Annotated[list[_ChatMessage], FailFast()] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
@@ -131,11 +155,16 @@ class ChatRequest(_Common):
         """The longest answer; None for as long as may be."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
+    @property
+    def fields(self) -> tuple[str, str]:
+        """What an error calls the prompt and the answer's length."""
+        return "messages", "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
 
 class CompletionRequest(_Common):
     """POST /v1/completions."""
 
-    prompt: Text | list[int] | list[Text] | list[list[int]]
+    prompt: Annotated[str | list[Any], PlainValidator(_prompt)]
     max_tokens: int = Field(16, ge=1)
 
     @property
@@ -154,6 +183,11 @@ class CompletionRequest(_Common):
     def answer_tokens(self) -> int:
         """The longest answer: OpenAI's default is 16."""
         return self.max_tokens
+
+    @property
+    def fields(self) -> tuple[str, str]:
+        """What an error calls the prompt and the answer's length."""
+        return "prompt", "max_tokens"
 
 
 class AdapterRequest(_Strict):
@@ -185,9 +219,10 @@ def checked(kind: type[Request], body: Any) -> Request:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        param = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("function-", "constrained-")))
+        param = ".".join(map(str, first["loc"]))
+        said = first["msg"].removeprefix("Value error, ")
         code = "unknown_parameter" if first["type"] == "extra_forbidden" else "invalid_value"
-        raise ApiError(400, f"{param[:200]}: {first['msg']}", code, param[:200]) from None
+        raise ApiError(400, f"{param[:200]}: {said}", code, param[:200]) from None
 
 
 def _refuse_ignored(key: str, value: Any) -> None:

@@ -16,7 +16,6 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tunesmith.errors import MachineError
-from tunesmith.serving.addresses import is_loopback as is_loopback
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.server import Server, make_app
 
@@ -90,14 +89,29 @@ class DrainingServer(uvicorn.Server):
 
 
 def _protocol(limits: Limits) -> type[H11Protocol]:
-    """uvicorn's protocol for connections that have to send a whole request head in time: it has no limit for that itself."""
+    """uvicorn's protocol for connections that have to send a whole request head in time, and to take what is written to them: it has no
+    limits for that itself. What is not taken keeps a closed connection open, so that only `abort` ends it."""
 
     class Timed(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
+        _unread: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            transport.set_write_buffer_limits(
+                high=0
+            )  # pause_writing is told of the first byte that the kernel does not take
             self._watch()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._unread = self.loop.call_later(limits.reading_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._unread is not None:
+                self._unread.cancel()
+                self._unread = None
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
@@ -105,6 +119,8 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_timer()
+            if self._unread is not None:
+                self._unread.cancel()
             super().connection_lost(exc)
 
         def _watch(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,35 +18,45 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tunesmith.errors import DataError, MachineError, TunesmithError
-from tunesmith.serving.answers import Answers, ClientGone, usage_of
+from tunesmith.serving.addresses import is_for
+from tunesmith.serving.answers import Answers, ClientGone
 from tunesmith.serving.api_errors import ApiError, draining
 from tunesmith.serving.catalog import Catalog, ServedModel
-from tunesmith.serving.engine import Engine
-from tunesmith.serving.generation import Finished, Generation, Piece
+from tunesmith.serving.engine import Engine, Stopped
+from tunesmith.serving.generation import Generation
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.metrics import CONTENT_TYPE, Metrics
 from tunesmith.serving.openai_requests import AdapterRequest, ChatRequest, CompletionRequest, checked
+from tunesmith.serving.responses import EventStream, whole
 from tunesmith.serving.shapes import Shape
-
-WRITE_SECONDS = 30.0
-"""What a client that reads slowly has beyond the time of its answer, which does not wait for it."""
+from tunesmith.serving.templates import Line, process_of
 
 DISCARDED = 8
 """A body that is too large is read and thrown away up to so many times the limit: else its sender would not see the answer."""
 
 
 class Server:
-    """The state behind the app. `changes` says whether adapters may come and go through the API."""
+    """The state behind the app. `changes` says whether adapters may come and go through the API; `hosts` are the names that requests
+    may be for (addresses.named_hosts), None where any will do."""
 
-    def __init__(self, catalog: Catalog, limits: Limits, api_key: str | None = None, changes: bool = True):
-        self.catalog, self.limits, self.changes = catalog, limits, changes
+    def __init__(
+        self,
+        catalog: Catalog,
+        limits: Limits,
+        api_key: str | None = None,
+        changes: bool = True,
+        hosts: frozenset[str] | None = None,
+    ):
+        self.catalog, self.limits, self.changes, self.hosts = catalog, limits, changes, hosts
         self.engine: Engine = catalog.engine
         self.metrics = Metrics(catalog)
+        catalog.on_gone = self.metrics.forget
         self.draining = False
         self.open = 0
         self._key = api_key.encode() if api_key else None
-        # Templates and tokenizers are not made for several threads at once; the event loop must not wait for long prompts.
-        self._prompts = ThreadPoolExecutor(1, thread_name_prefix="tunesmith-prompts")
+        # A tokenizer is not made for several threads at once; the event loop must not wait for long texts. Chats are encoded in
+        # their template's own thread (templates.py).
+        self._texts = Line("tunesmith-texts")
 
     @property
     def idle(self) -> bool:
@@ -56,10 +66,15 @@ class Server:
     # -- what a request has to pass -----------------------------------------------------------------------------------
 
     def authorize(self, request: Request) -> None:
-        """Raise ApiError 503 where more requests are open than may be, and 401 without the key, where there is one."""
+        """Raise ApiError 503 where more requests are open than may be, 403 for a request that is for another host than this server,
+        and 401 without the key, where there is one."""
         if self.open > self.limits.connections:
             said = f"{self.limits.connections:,} requests are open already, the most that this server holds; ask again later"
             raise ApiError(503, said, "too_many_connections", headers={"Retry-After": "1"})
+        host = request.headers.get("host", "")
+        if self.hosts is not None and not is_for(host, self.hosts):
+            said = f"Host is {host[:100]!r}, which is no name of this server; --allowed-host {host[:100]} makes it one"
+            raise ApiError(403, said, "host_not_allowed")
         if self._key is None:
             return
         given = request.headers.get("authorization", "").encode("latin-1")  # which is how its bytes were read
@@ -97,26 +112,27 @@ class Server:
             said = "nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
             raise ApiError(400, f"the body is not valid JSON: {said}", "invalid_json") from None
 
-    def _length(self, prompt: list[int], asked: int | None, default: int | None) -> int:
-        """How long an answer may be. Raises ApiError 400 for prompts and answers beyond the limits."""
+    def _length(self, prompt: list[int], asked: int | None, default: int | None, fields: tuple[str, str]) -> int:
+        """How long an answer may be. Raises ApiError 400 for prompts and answers beyond the limits; `fields` are their names."""
         limit, context = self.limits.answer_tokens, self._context
+        where, length = fields
         if not prompt:
-            raise ApiError(400, "the prompt has no tokens", "invalid_value", "prompt")
+            raise ApiError(400, "the prompt has no tokens", "invalid_value", where)
         most = self.limits.prompt_tokens
         if most is not None and len(prompt) > most:
             said = f"the prompt has {len(prompt):,} tokens, and this server takes at most {most:,}"
-            raise ApiError(400, said, "context_length_exceeded", "messages")
+            raise ApiError(400, said, "context_length_exceeded", where)
         if asked is not None and asked > limit:
-            said = f"max_tokens is {asked:,}: this server writes at most {limit:,}"
-            raise ApiError(400, said, "invalid_value", "max_tokens")
+            said = f"{length} is {_short(asked)}: this server writes at most {limit:,}"
+            raise ApiError(400, said, "invalid_value", length)
         wanted = asked if asked is not None else default
         if context is None:
             return wanted or limit
         left = context - len(prompt)
         if left < (wanted or 1):
-            said = f"the prompt has {len(prompt):,} tokens" + (f" and max_tokens is {wanted:,}" if wanted else "")
+            said = f"the prompt has {len(prompt):,} tokens" + (f" and {length} is {wanted:,}" if wanted else "")
             said += f"; together at most {context:,} fit this model on this machine"
-            raise ApiError(400, said, "context_length_exceeded", "messages")
+            raise ApiError(400, said, "context_length_exceeded", where)
         return wanted or min(limit, left)
 
     @property
@@ -144,9 +160,8 @@ class Server:
         rows = self.engine.vocabulary
         for prompt in prompts:
             if not isinstance(prompt, str) and (odd := [n for n in prompt if not 0 <= n < rows]):
-                raise ApiError(
-                    400, f"prompt: {odd[0]} is no token of this model (0 to {rows - 1})", "invalid_value", "prompt"
-                )
+                said = f"prompt: {_short(odd[0])} is no token of this model (0 to {rows - 1})"
+                raise ApiError(400, said, "invalid_value", "prompt")
         shape = Shape("completion", asked.model, asked.include_usage)
 
         def encode(model: ServedModel) -> list[list[int]]:
@@ -165,13 +180,13 @@ class Server:
             model = stack.enter_context(self.catalog.using(asked.model))
             answers = Answers(self.engine, self.metrics, model, stack.pop_all())
             stack.callback(answers.close)
-            loop = asyncio.get_running_loop()
+            start = time.monotonic()
             try:
-                prompts = await loop.run_in_executor(self._prompts, encode, model)
+                prompts = await self._encoded(asked, model, encode)
             except DataError as error:
-                raise ApiError(400, str(error), "invalid_value", "messages") from None
+                raise ApiError(400, str(error), "invalid_value", asked.fields[0]) from None
             default = 16 if isinstance(asked, CompletionRequest) else None
-            lengths = iter([self._length(prompt, asked.answer_tokens, default) for prompt in prompts])
+            lengths = iter([self._length(prompt, asked.answer_tokens, default, asked.fields) for prompt in prompts])
             if self.draining:
                 raise draining()
 
@@ -184,19 +199,43 @@ class Server:
                     next(lengths),
                     model.adapter,
                     asked.sampling,
-                    asked.stop_strings,
+                    asked.stop,
                     self.limits.answer_seconds,
+                    submitted=start,
                 )
 
             answers.ask(request, make, prompts)
             if not asked.stream:
-                return await _whole(answers, shape)
+                return await whole(answers, shape)
             try:
                 first = await answers.next()  # what goes wrong before it still has a status of its own
             except ClientGone:
                 return Response(status_code=499)
             stack.pop_all()
-            return EventStream(answers, shape, first, self.limits.answer_seconds + WRITE_SECONDS)
+            return EventStream(answers, shape, first, self.limits.answer_seconds + self.limits.reading_seconds)
+
+    async def _encoded(
+        self,
+        asked: ChatRequest | CompletionRequest,
+        model: ServedModel,
+        encode: Callable[[ServedModel], list[list[int]]],
+    ) -> list[list[int]]:
+        """The prompts' tokens, within the limits on waiting requests and on time. Raises ApiError, and DataError."""
+        line = self._texts if isinstance(asked, CompletionRequest) else process_of(model.chat).line
+        if line.waiting >= self.limits.queue:
+            said = f"{line.waiting} requests wait already to be read by {model.name}'s tokenizer; ask again later"
+            raise ApiError(429, said, "queue_full", headers={"Retry-After": "1"})
+        line.waiting += 1
+        try:
+            async with asyncio.timeout(self.limits.answer_seconds):
+                return await asyncio.get_running_loop().run_in_executor(line.thread, encode, model)
+        except TimeoutError:
+            said = (
+                f"no answer after {self.limits.answer_seconds:g} s: {model.name}'s chat template or tokenizer is busy"
+            )
+            raise ApiError(504, said, "timeout") from None
+        finally:
+            line.waiting -= 1
 
     # -- models and adapters ------------------------------------------------------------------------------------------
 
@@ -223,6 +262,8 @@ class Server:
         self._may_change()
         try:
             replaced = await self.catalog.put(asked.name, asked.path)
+        except Stopped:
+            raise draining() from None
         except MachineError as error:
             raise ApiError(503, str(error), "out_of_memory", "path") from None
         except TunesmithError as error:
@@ -260,69 +301,9 @@ class Server:
         return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
 
-async def _whole(answers: Answers, shape: Shape) -> Response:
-    texts, reasons = [""] * len(answers.generations), [""] * len(answers.generations)
-    try:
-        while not answers.over:
-            place, event = await answers.next()
-            if isinstance(event, Piece):
-                texts[place] += event.text
-            else:
-                reasons[place] = event.reason
-    except ClientGone:
-        return Response(status_code=499)
-    return JSONResponse(shape.whole(texts, reasons, usage_of(answers.generations)))
-
-
-class EventStream(Response):
-    """Server-sent events, one a chunk, and `[DONE]`. Frees the places when it is over, or when the client has gone."""
-
-    def __init__(self, answers: Answers, shape: Shape, first: tuple[int, Piece | Finished], seconds: float):
-        super().__init__(
-            media_type="text/event-stream", headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        )
-        del self.headers["content-length"]
-        self.answers, self.shape, self.first, self.seconds = answers, shape, first, seconds
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it all, as ASGI wants it."""
-        try:
-            async with asyncio.timeout(self.seconds):
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-                await self._events(send)
-        except (ClientGone, TimeoutError, OSError):
-            return
-        finally:
-            self.answers.close()
-
-    async def _events(self, send: Send) -> None:
-        async def tell(value: dict[str, Any] | str | None) -> None:
-            if value is not None:
-                text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-                await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
-
-        opened: set[int] = set()
-        place, event = self.first
-        while True:
-            if place not in opened:
-                opened.add(place)
-                await tell(self.shape.opening(place))
-            if isinstance(event, Finished):
-                await tell(self.shape.end(place, event.reason))
-            elif event.text:
-                await tell(self.shape.piece(place, event.text))
-            if self.answers.over:
-                break
-            try:
-                place, event = await self.answers.next()
-            except ApiError as error:
-                await tell(error.body)
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
-                return
-        if self.shape.include_usage:
-            await tell(self.shape.usage(usage_of(self.answers.generations)))
-        await tell("[DONE]")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+def _short(number: int) -> str:
+    """A number that a client wrote, of up to 4,300 digits."""
+    return f"{number:,}" if abs(number) < 10**15 else "a number of more than 15 digits"
 
 
 def make_app(server: Server) -> ASGIApp:

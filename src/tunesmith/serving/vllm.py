@@ -1,6 +1,7 @@
 """The same service by vLLM, as its command line: for more requests than this engine is made for.
 
-Options as in `vllm serve --help` (docs.vllm.ai, "LoRA adapters" and "vllm serve").
+Options, and what of adapters it takes, are those of vLLM 0.33.0: `vllm/entrypoints/common/cli_args.py`, `vllm/engine/arg_utils.py`,
+`vllm/config/lora.py`, `vllm/lora/peft_helper.py`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.models.adapters import find_adapter
 from tunesmith.serving.addresses import is_loopback
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What `--max-lora-rank` may be."""
+"""What `--max-lora-rank` may be (1 too, which 8 holds)."""
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+STARTS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+"""Texts that `init_lora_weights` may be; others began with weights that they took out of the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,47 +41,70 @@ class VllmCommand:
 def vllm_command(
     model: str,
     name: str,
-    adapters: Mapping[str, str],
-    templates: Mapping[str, Path],
+    adapters: Mapping[str, Path],
+    template: Path | None,
     host: str,
     port: int,
     dtype: str = "auto",
     max_batch: int = 256,
     api_key_env: str | None = None,
 ) -> VllmCommand:
-    """The command that serves `model` under `name` with `adapters` (name: folder). `templates` are those adapters' chat templates.
+    """The command that serves `model` under `name` with `adapters` (name: PEFT folder), all in the chat template of a file.
 
-    vLLM has one chat template for all models of a server: raises ConfigError where the adapters' differ.
+    Raises ModelError for adapters that vLLM would refuse when it is asked for them, and ConfigError for an unknown dtype.
     """
-    found = {adapter: find_adapter(Path(path)).resolve() for adapter, path in adapters.items()}
-    texts = {adapter: path.read_text(encoding="utf-8") for adapter, path in templates.items()}
-    if len(set(texts.values())) > 1:
-        raise ConfigError(
-            f"the chat templates of {' and '.join(texts)} differ, and vLLM has one for all models of a server; start one vLLM for each, "
-            "or serve them with tunesmith's own engine"
-        )
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}: expected {', '.join(DTYPES)}")
     arguments = ["vllm", "serve", model, "--served-model-name", name, "--host", host, "--port", str(port)]
-    arguments += ["--dtype", DTYPES[dtype], "--max-num-seqs", str(max_batch)]
-    if found:
-        arguments += ["--enable-lora", "--max-loras", str(len(found))]
-        arguments += ["--max-lora-rank", str(_rank_for(found))]
-        arguments += ["--lora-modules", *(f"{adapter}={folder}" for adapter, folder in found.items())]
-    if templates:
-        arguments += ["--chat-template", str(next(iter(templates.values())).resolve())]
-    # Whoever may load adapters names any folder: vLLM's own warning is against this where others reach the server.
-    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if found and is_loopback(host) else {}
+    # Else a model's generation_config.json gives temperature, top_p and penalties to requests that name none.
+    arguments += ["--generation-config", "vllm", "--dtype", DTYPES[dtype], "--max-num-seqs", str(max_batch)]
+    if adapters:
+        arguments += ["--enable-lora", "--max-loras", str(len(adapters))]
+        arguments += ["--max-lora-rank", str(_rank_for(adapters))]
+        arguments += ["--lora-modules", *(_module(adapter, folder) for adapter, folder in adapters.items())]
+    if template is not None:
+        arguments += ["--chat-template", str(template)]
+    environment = {}
+    if adapters and api_key_env and is_loopback(host):
+        # Whoever may load adapters names any folder: vLLM warns against it where others reach the server, and it looks at no Host,
+        # so that without a key any page in a browser here could be one of them.
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
     if api_key_env:
         environment["VLLM_API_KEY"] = f"${api_key_env}"
     return VllmCommand(tuple(arguments), environment)
 
 
+def refuse_base(name: str, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a base, by its config.json, that this vLLM cannot load."""
+    stored = config.get("quantization_config")
+    if isinstance(stored, dict) and stored.get("quant_method") == "bitsandbytes":
+        raise ModelError(
+            f"{name}: its weights are stored by bitsandbytes, which vLLM 0.33 no longer has; serve it with tunesmith's own engine, or "
+            "the 16-bit model with vLLM"
+        )
+
+
+def _module(name: str, folder: Path) -> str:
+    """NAME=PATH; vLLM takes what has a comma for JSON."""
+    plain = f"{name}={folder}"
+    return json.dumps({"name": name, "path": str(folder)}) if "," in plain else plain
+
+
 def _rank_for(folders: Mapping[str, Path]) -> int:
-    """The smallest rank that vLLM allows and that holds every adapter."""
+    """The smallest rank that vLLM allows and that holds every adapter: of each the largest of `r` and the ranks in its pattern."""
     most = 0
-    for folder in folders.values():
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        most = max([most, config["r"], *(config.get("rank_pattern") or {}).values()])
-    fitting = [rank for rank in RANKS if rank >= most]
-    if not fitting:
-        raise ModelError(f"an adapter has rank {most}, and vLLM holds at most {RANKS[-1]}; merge it and serve it alone")
-    return fitting[0]
+    for name, folder in folders.items():
+        path = folder / "adapter_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        start = config.get("init_lora_weights")
+        if isinstance(start, str) and start.lower() not in STARTS:
+            raise ModelError(f"{path}: init_lora_weights is {start!r}, with which vLLM refuses {name}; merge it")
+        ranks = [config["r"], *(config.get("rank_pattern") or {}).values()]
+        if not all(type(rank) is int and rank > 0 for rank in ranks):
+            raise ModelError(f"{path}: r and the values of rank_pattern must be whole numbers from 1")
+        if max(ranks) > RANKS[-1]:
+            raise ModelError(
+                f"{path}: rank {max(ranks)}, and vLLM holds at most {RANKS[-1]}; merge it and serve it alone"
+            )
+        most = max([most, *ranks])
+    return next(rank for rank in RANKS if rank >= most)

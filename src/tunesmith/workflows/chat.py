@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 
 from tunesmith.errors import ConfigError
 from tunesmith.types import Message
+from tunesmith.workflows.chat_adapters import Adapters
 from tunesmith.workflows.load import LoadedModel
 
 
@@ -52,33 +54,59 @@ PRESETS = {
 """Named samplings. `factual` is greedy, as evaluation is."""
 
 
-@dataclass(slots=True)
 class Conversation:
-    """A conversation with one model. `opening` are the messages that stay when it begins anew."""
+    """A conversation with one model, or with the adapters of one base in turn. What was said stays when another takes over.
 
-    loaded: LoadedModel
-    opening: tuple[Message, ...] = ()
-    sampling: Sampling = PRESETS["factual"]
-    history: list[Message] = field(default_factory=list)
+    `system` is the system message for all of them; with None each has the one that its training rows shared. An empty one is none.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        system: str | None = None,
+        sampling: Sampling = PRESETS["factual"],
+        adapters: Adapters | None = None,
+    ):
+        self.loaded, self.sampling = loaded, sampling
+        self.adapters = adapters
+        self.history: list[Message] = []
+        self._system = system
+
+    @property
+    def opening(self) -> tuple[Message, ...]:
+        """The messages that stay when the conversation begins anew: the system message."""
+        system = trained_system(self.loaded) if self._system is None else self._system
+        return (Message("system", system),) if system else ()
+
+    def use(self, adapter: str) -> None:
+        """Go on with another adapter, or with the base (`none`). Raises ConfigError for a name that is not here."""
+        self.loaded = self._some_adapters().use(adapter)
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda text: None) -> str:
         """The model's answer, which becomes part of the conversation. Raises DataError if the text cannot be rendered."""
-        said = self._reply([*self.history, Message("user", text)], on_text)
+        with self.adapters.at_work() if self.adapters else nullcontext():
+            said = self._reply([*self.history, Message("user", text)], on_text)
         self.history += [Message("user", text), Message("assistant", said)]
         return said
 
     def base_answer(self, on_text: Callable[[str], None] = lambda text: None) -> tuple[str, str]:
-        """(the tuned model's, the base's) answer to the last question. Raises ConfigError without one, or without a base."""
-        if not self.loaded.adapted:
-            raise ConfigError("this model has no adapter that could be switched off: there is no base to ask")
+        """(what was answered to the last question, the base's answer to it). Raises ConfigError without one, or without a base."""
+        adapters = self._some_adapters()
         if not self.history:
             raise ConfigError("there is no question yet")
-        with self.loaded.forward.model.disable_adapter():
+        with adapters.off():
             return self.history[-1].content, self._reply(self.history[:-1], on_text)
 
     def begin_anew(self) -> None:
         """Forget the conversation."""
         self.history.clear()
+
+    def _some_adapters(self) -> Adapters:
+        if self.adapters is None:
+            raise ConfigError(
+                "this model has no adapter that could be switched: there is no base to ask; --adapter NAME=PATH adds some"
+            )
+        return self.adapters
 
     def _reply(self, history: Sequence[Message], on_text: Callable[[str], None]) -> str:
         drawn = self.sampling

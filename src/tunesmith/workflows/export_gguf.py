@@ -17,6 +17,7 @@ from typing import Any
 
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, ModelError, RunError
+from tunesmith.export.beside import generation_values
 from tunesmith.export.gguf import Exportable, exportable, origin_of, require_packages, write_adapter, write_model
 from tunesmith.export.gguf_checks import (
     Reference,
@@ -35,7 +36,6 @@ from tunesmith.export.skeleton import Skeleton
 from tunesmith.export.tensors import Unstreamable
 from tunesmith.files import atomic_folder, disk_errors, remove_folder
 from tunesmith.models.load import weight_hash
-from tunesmith.registry.records import read_json
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.workflows.load import Found, LoadedModel, find, load
@@ -222,7 +222,6 @@ def _whole_source(
         # In fp32, so that weights are rounded once, to the file's type: bf16 first moved the logits of a tuned SmolLM2-135M by 5%.
         folder = work / "merged"
         merge(target, folder, model=model, dtype="fp32", device=device, progress=progress)
-    read_json(folder / "generation_config.json")
     try:
         skeleton = Skeleton(folder, found.hardware.device)
     except Unstreamable as why:
@@ -231,8 +230,8 @@ def _whole_source(
         raise ModelError(
             f"{folder / 'config.json'}: no model can be made of it: {str(error).splitlines()[0]}"
         ) from None
-    skeleton.model.generation_config = skeleton.generation_config
-    ends = _ends(skeleton.generation_config, folder)
+    ends = _ends(generation_values(folder, skeleton.model.config).get("eos_token_id"), folder)
+    skeleton.model.generation_config.eos_token_id = ends
     made = exportable(skeleton.model, found.tokenizer, found.chat.template, name, origin)
     progress("the source's probabilities", 0, 1)
     logits = skeleton.logits(prompts)
@@ -242,9 +241,8 @@ def _whole_source(
     return Source(found.chat, tuned or Reference(prompts, logits), made, skeleton.model, skeleton, ends)
 
 
-def _ends(settings: Any, folder: Path) -> list[int]:
-    """The ids that end an answer, by the generation config. Raises ModelError for what is no id."""
-    ends = getattr(settings, "eos_token_id", None)
+def _ends(ends: Any, folder: Path) -> list[int]:
+    """The ids that end an answer, of a generation config's `eos_token_id`. Raises ModelError for what is no id."""
     found = [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
     if not all(type(one) is int for one in found):
         names = ("generation_config.json", "config.json")

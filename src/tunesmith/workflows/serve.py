@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -12,16 +11,18 @@ from typing import Any
 
 from tunesmith.config import ModelConfig, QuantizationConfig
 from tunesmith.data.chat import ChatFormat
-from tunesmith.errors import ConfigError, MachineError, ModelError
-from tunesmith.hardware import compute_dtype, probe, torch_dtype
-from tunesmith.models.adapters import base_of_adapter, find_adapter
+from tunesmith.errors import ConfigError, MachineError
+from tunesmith.hardware import compute_dtype, probe
+from tunesmith.models.adapters import base_of_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.generate import end_tokens
 from tunesmith.models.load import fetch_weights, find_model, load_model, load_tokenizer
 from tunesmith.runs import RunFolder
+from tunesmith.serving.addresses import is_loopback, named_hosts
 from tunesmith.serving.limits import Limits
-from tunesmith.types import Message, Progress, no_progress
-from tunesmith.workflows.load import TEMPLATE_NAME, LoadedModel, chat_format, check_training, load, tokenizer_source
+from tunesmith.types import Progress, no_progress
+from tunesmith.workflows.load import LoadedModel, chat_format, load
+from tunesmith.workflows.serve_adapters import AdapterReader
 
 PACKAGES = ("uvicorn", "starlette", "prometheus_client")
 
@@ -37,13 +38,15 @@ def serve(
     dtype: str = "auto",
     quantization: str | None = None,
     api_key_env: str | None = None,
+    allowed_hosts: Sequence[str] = (),
     limits: Limits | None = None,
     progress: Progress = no_progress,
     on_ready: Callable[[dict[str, Any]], None] = lambda facts: None,
 ) -> None:
     """Answer OpenAI's API at `host`:`port` with the base `target` and `adapters` (name: folder), until SIGTERM or Ctrl-C.
 
-    `on_ready` is told url, model, adapters and notes when requests can come. Raises UserError (2) for a base, an adapter or a setting
+    `on_ready` is told url, model, adapters and notes when requests can come. `allowed_hosts` are further names that requests may be for
+    (serving/addresses.py). Raises UserError (2) for a base, an adapter or a setting
     that cannot be served, before the port answers; MachineError (3) for a missing package, a port that is taken, no memory.
     """
     limits = limits or Limits()
@@ -51,10 +54,11 @@ def serve(
         raise MachineError(f"serve needs {', '.join(missing)}; install with: pip install 'tunesmith[serve]'")
     from tunesmith.serving.catalog import Catalog, ServedModel, check_name
     from tunesmith.serving.engine import Engine
-    from tunesmith.serving.process import bind, is_loopback, run
+    from tunesmith.serving.process import bind, run
     from tunesmith.serving.server import Server
+    from tunesmith.serving.templates import Templates
 
-    key = _key(api_key_env)
+    key = key_of(api_key_env)
     called = name or name_of(target)
     for adapter in adapters:
         check_name(adapter, called)
@@ -64,8 +68,9 @@ def serve(
         ends = frozenset(end_tokens(forward.base, loaded.tokenizer))
         notes: list[str] = []
         engine = Engine(forward, limits.batch, limits.queue)
-        reader = AdapterReader(loaded, quantization)
-        catalog = Catalog(engine, ServedModel(called, loaded.tokenizer, loaded.chat, ends), reader.read)
+        templates = Templates(limits.template_seconds)
+        reader = AdapterReader(loaded, templates, quantization)
+        catalog = Catalog(engine, ServedModel(called, loaded.tokenizer, loaded.chat, ends), reader.read, templates)
         engine.start()
         try:
             for adapter, path in adapters.items():
@@ -73,7 +78,7 @@ def serve(
                 catalog.begin_with(adapter, path)
                 notes += reader.notes(path)
             changes = key is not None or is_loopback(host)
-            server = Server(catalog, limits, key, changes)
+            server = Server(catalog, limits, key, changes, named_hosts(host, key, allowed_hosts))
             shown = f"[{host}]" if ":" in host else host
             url = f"http://{shown}:{listening.getsockname()[1]}/v1"
             if not changes:
@@ -83,6 +88,7 @@ def serve(
             on_ready({"url": url, "model": called, "adapters": list(adapters), "notes": notes})
             run(server, listening)
         finally:
+            templates.close()
             engine.stop()
 
 
@@ -94,13 +100,7 @@ def load_base(
     progress: Progress = no_progress,
 ) -> LoadedModel:
     """The base, in 16 or 32 bits or quantized by bitsandbytes (`nf4`, `fp4`, `int8`). Raises ConfigError for an adapter."""
-    path = Path(target)
-    run = RunFolder.open(path) if RunFolder.is_run(path) else None
-    if (run and run.config.method != "full") or (run is None and (path / "adapter_config.json").is_file()):
-        base = run.config.model.name if run else base_of_adapter(path)
-        raise ConfigError(
-            f"{target} is an adapter: serve its base with it, `tunesmith serve {base} --adapter NAME={target}`"
-        )
+    run = run_of_base(target)
     if quantization is None:
         return load(target, dtype=dtype, device=device, progress=progress)
     schemes = ("nf4", "fp4", "int8")
@@ -126,63 +126,16 @@ def load_base(
     return LoadedModel(forward, tokenizer, chat, source, hardware, computes, False, run)
 
 
-class AdapterReader:
-    """Reads adapters for one base: a run, or a PEFT folder, with the chat template that it was trained with."""
-
-    def __init__(self, base: LoadedModel, quantization: str | None = None):
-        self.base, self.quantization = base, quantization
-
-    def read(self, path: str) -> Any:
-        """A `ReadAdapter`. Raises ModelError, RunError or DataError for one that cannot be served over this base.
-
-        Its base's hash is compared with what its run or its tunesmith.json says, and its template is tried on a question.
-        """
-        from tunesmith.serving.adapter_files import read_adapter
-        from tunesmith.serving.catalog import ReadAdapter
-
-        forward, source = self.base.forward, self.base.source
-        place = Path(path)
-        run = RunFolder.open(place) if RunFolder.is_run(place) else None
-        if run and run.config.method == "full":
-            raise ModelError(f"{path}: a full fine-tuning has a model of its own and no adapter; serve it as a base")
-        folder = find_adapter(place)
-        own = tokenizer_source(source, folder)
-        tokenizer = self.base.tokenizer if own is source else load_tokenizer(own, ModelConfig(name=str(folder)))
-        rows = forward.base.get_input_embeddings().num_embeddings
-        if len(tokenizer) > rows:
-            raise ModelError(
-                f"{folder}: its tokenizer has {len(tokenizer)} tokens and the base {rows}; merge it and serve it alone"
-            )
-        template = folder / TEMPLATE_NAME
-        if run:
-            chat = chat_format(tokenizer, run.config, run)
-        elif template.is_file():
-            chat = ChatFormat(tokenizer, str(template))
-        else:
-            chat = self.base.chat if own is source else ChatFormat(tokenizer)
-        check_training(run, folder, source, chat, None)
-        chat.encode_prompt([Message("user", "a")])
-        weights = read_adapter(folder, forward.base, forward.device, torch_dtype(forward.dtype))
-        return ReadAdapter(weights, tokenizer, chat, frozenset(end_tokens(forward.base, tokenizer)))
-
-    def notes(self, path: str) -> list[str]:
-        """What to say of an adapter that was trained on its base in another precision."""
-        if not RunFolder.is_run(path):
-            return []
-        run = RunFolder.open(path)
-        trained = run.config.quantization.scheme if run.config.method == "qlora" else None
-        found = []
-        if trained != self.quantization:
-            found.append(
-                f"{path}: trained over a base in {trained or '16 or 32 bits'}, served over one in {self.quantization or '16 or 32 bits'}"
-                + (f"; --quantization {trained} serves it as it was trained" if trained else "")
-            )
-        dtype = run.metadata.get("dtype")
-        if dtype and dtype != self.base.dtype:
-            found.append(
-                f"{path}: trained in {dtype}, served in {self.base.dtype}; --dtype {dtype} serves it as it was trained"
-            )
-        return found
+def run_of_base(target: str) -> RunFolder | None:
+    """The run whose model a base is: a full fine-tuning; None for any other model. Raises ConfigError for an adapter."""
+    path = Path(target)
+    run = RunFolder.open(path) if RunFolder.is_run(path) else None
+    if (run and run.config.method != "full") or (run is None and (path / "adapter_config.json").is_file()):
+        base = run.config.model.name if run else base_of_adapter(path)
+        raise ConfigError(
+            f"{target} is an adapter: serve its base with it, `tunesmith serve {base} --adapter NAME={target}`"
+        )
+    return run
 
 
 def name_of(target: str) -> str:
@@ -225,45 +178,8 @@ def limits_from(values: Sequence[str], batch: int | None = None) -> Limits:
     return Limits(**found)
 
 
-def serve_with_vllm(
-    target: str,
-    adapters: Mapping[str, str],
-    *,
-    name: str | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    dtype: str = "auto",
-    max_batch: int | None = None,
-    api_key_env: str | None = None,
-    on_command: Callable[[str], None] = lambda command: None,
-) -> None:
-    """Become `vllm serve` with the same base and adapters. Raises MachineError with the command where vLLM is not installed."""
-    from tunesmith.serving.vllm import vllm_command
-
-    key = _key(api_key_env)
-    path = Path(target)
-    run = RunFolder.open(path) if RunFolder.is_run(path) else None
-    model = str(run.model_path) if run and run.config.method == "full" else target
-    templates = {}
-    for adapter, folder in adapters.items():
-        place = Path(folder)
-        own = RunFolder(place).template_path if RunFolder.is_run(place) else find_adapter(place) / TEMPLATE_NAME
-        if own.is_file():
-            templates[adapter] = own
-    command = vllm_command(
-        model, name or name_of(target), adapters, templates, host, port, dtype, max_batch or 256, api_key_env
-    )
-    program = shutil.which("vllm")
-    if program is None:
-        raise MachineError(f"vLLM is not installed here (pip install vllm); the command is: {command}")
-    on_command(str(command))
-    environment = {**os.environ, **command.environment}
-    if key is not None:
-        environment["VLLM_API_KEY"] = key
-    os.execve(program, list(command.arguments), environment)
-
-
-def _key(variable: str | None) -> str | None:
+def key_of(variable: str | None) -> str | None:
+    """The API key in a variable of the environment. Raises ConfigError."""
     if variable is None:
         return None
     key = os.environ.get(variable)
