@@ -42,8 +42,9 @@ METHODS: tuple[Method, ...] = ("gptq", "awq")
 GROUPS = (128, 64)
 """Inputs that share a scale; the first is taken where every layer's width is a multiple of it."""
 
-LINEARIZED = ("qwen3_moe",)
-"""Mixtures whose experts llmcompressor makes linear layers of, and whose result transformers loads; Mixtral's names it does not know again."""
+LINEARIZED = ("deepseek_v2", "deepseek_v3", "olmoe", "qwen2_moe", "qwen3_moe")
+"""Mixtures whose experts come back: llmcompressor makes linear layers of them, and transformers 5.17 puts what it loads together again.
+Mixtral's and gpt-oss's come out under names that it does not find."""
 
 SHARD = "5GB"
 
@@ -120,13 +121,13 @@ def _widths(odd: Mapping[str, int], size: int) -> str:
 
 
 def _experts(model: torch.nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
-    """Parameters (experts, outputs, inputs) that hold a mixture's experts. Raises ModelError where they would come out wrong, or in 16 bits."""
+    """Parameters (experts, outputs, inputs) that hold a mixture's experts. Raises ModelError for those that would not load again."""
     base: Any = model
     experts = {path: model.get_parameter(path) for path in expert_paths(model)}
     if experts and base.config.model_type not in LINEARIZED:
         raise ModelError(
-            f"{name}: a mixture of experts of type {base.config.model_type}, which transformers {_version()} does not load when its experts "
-            f"are quantized (of mixtures it does: {', '.join(LINEARIZED)}); serve it in 16 bits, or with bitsandbytes"
+            f"{name}: a mixture of experts of type {base.config.model_type}, whose quantized experts transformers {_version()} does not "
+            f"load (of mixtures: {', '.join(LINEARIZED)}); leave it in 16 bits"
         )
     return experts
 
@@ -162,9 +163,17 @@ def left_over(model: torch.nn.Module, found: Plan) -> list[str]:
     return [path for path, p in model.named_parameters() if p.ndim >= 2 and path not in known]
 
 
+def refuse_awq(found: Plan, name: str) -> None:
+    """Raise ModelError for AWQ of a mixture of experts: transformers 5.17 does not load experts with zero points."""
+    if found.experts:
+        raise ModelError(
+            f"{name}: --to awq: a mixture of experts, and transformers {_version()} does not load experts with zero points; use --to gptq"
+        )
+
+
 def modifiers(method: Method, found: Plan) -> list[Any]:
     """llmcompressor's steps: GPTQ over symmetric groups, AWQ's scales and then rounding to asymmetric ones, as vLLM has kernels for."""
-    with _quiet(no_progress):
+    with quiet():
         from llmcompressor.modifiers.gptq import GPTQModifier
         from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -213,7 +222,7 @@ def calibrate(
         {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)} for row in rows
     ]
     loader: Any = DataLoader(data, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style data set
-    with _quiet(progress) as said:
+    with quiet(progress) as said:
         from llmcompressor import oneshot
 
         try:
@@ -230,7 +239,7 @@ def write(model: Any, found: Plan, folder: Path) -> None:
 
     Raises VerificationError where the files hold other bytes than the model, or a layer of the plan that is not packed.
     """
-    with _quiet(no_progress), warnings.catch_warnings():
+    with quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # it says that modules are offloaded, which they are not
         model.save_pretrained(folder, max_shard_size=SHARD)
     compare_tensors(folder, digests(model), found)
@@ -287,8 +296,8 @@ class _Bars(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _quiet(progress: Progress) -> Iterator[list[str]]:
-    """llmcompressor without its output, and without what it sets; yields a list that its warnings are put into."""
+def quiet(progress: Progress = no_progress) -> Iterator[list[str]]:
+    """llmcompressor and compressed-tensors without their output, and without what it sets; yields a list that its warnings are put into."""
     tracer = logging.getLogger("torch.fx._symbolic_trace")
     level, parallel = tracer.level, os.environ.get("TOKENIZERS_PARALLELISM")
     said: list[str] = []
@@ -297,7 +306,7 @@ def _quiet(progress: Progress) -> Iterator[list[str]]:
         from loguru import logger
 
         logger.remove()
-        sink = logger.add(lambda message: said.append(message.record["message"]), level="WARNING", filter=_worth_saying)
+        sink = logger.add(lambda message: said.append(_said(message.record)), level="WARNING", filter=_worth_saying)
         tracer.setLevel(logging.ERROR)
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it would say that it does so
         try:
@@ -311,6 +320,11 @@ def _quiet(progress: Progress) -> Iterator[list[str]]:
                 os.environ["TOKENIZERS_PARALLELISM"] = parallel
 
 
+def _said(record: Any) -> str:
+    return str(record["message"]).partition(". Set logging to DEBUG")[0]
+
+
 def _worth_saying(record: Any) -> bool:
-    """Not that there is no GPU, which the user knows, nor its own measurements (level METRIC, above WARNING)."""
-    return record["level"].name in ("WARNING", "ERROR", "CRITICAL") and record["function"] != "get_main_device"
+    """Not that there is no GPU, nor how experts are loaded (`linearize`), nor its own measurements (level METRIC, above WARNING)."""
+    expected = ("get_main_device", "linearize_moe", "apply_recipe_modifiers")
+    return record["level"].name in ("WARNING", "ERROR", "CRITICAL") and record["function"] not in expected

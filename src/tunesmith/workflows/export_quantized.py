@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tunesmith.config import DataConfig, ModelConfig
 from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError, DataError, ModelError, VerificationError
@@ -37,6 +39,8 @@ from tunesmith.export.compressed import (
     left_over,
     modifiers,
     plan,
+    quiet,
+    refuse_awq,
     refuse_device,
     require_packages,
     write,
@@ -131,6 +135,8 @@ def export_quantized(
         loaded = place.load(progress)
         _refuse_quantized(loaded)
         layers = plan(loaded.forward.model, found.source.name)
+        if "awq" in methods:
+            refuse_awq(layers, found.source.name)
         unquantized = left_over(loaded.forward.model, layers)
         notes = [*rows.notes, *_notes(layers, rows)]
         expected = agreement.reference(loaded.forward.model, rows.measured, progress)
@@ -273,16 +279,15 @@ def _write(
     loaded = place.load(progress)
     started = time.perf_counter()
     quantized: Any = loaded.forward.model
-    if loaded.source.config.get("model_type") in TEXT_TOWERS:
-        text = (
-            folder / "text"
-        )  # llmcompressor takes the config from where the model came from, which has a vision tower
-        quantized.config.save_pretrained(text)
-        quantized.config._name_or_path = quantized.name_or_path = str(text)
     progress(f"quantizing by {method}", 0, 1)
-    said = calibrate(quantized, modifiers(method, layers), rows.calibration, progress)
-    notes += [f"{method}: {text}" for text in said if text not in notes]
-    write(quantized, layers, folder)
+    with tempfile.TemporaryDirectory() as text:
+        if loaded.source.config.get("model_type") in TEXT_TOWERS:
+            # llmcompressor copies the config from where the model came from; there it is one with a vision tower.
+            quantized.config.save_pretrained(text)
+            quantized.config._name_or_path = quantized.name_or_path = text
+        said = calibrate(quantized, modifiers(method, layers), rows.calibration, progress)
+        write(quantized, layers, folder)
+    notes += [f"{method}: {each}" for each in dict.fromkeys(said)]
     generation = quantized.generation_config.to_dict()
     seconds = time.perf_counter() - started
     loaded.tokenizer.chat_template = loaded.chat.template  # what it was trained with
@@ -323,10 +328,13 @@ def _reloaded(
 ) -> tuple[agreement.Agreement, float]:
     """How the model in `folder` agrees with the source, and its speed. Raises VerificationError beyond the bounds."""
     try:
-        back = load_plain(folder, found.dtype, found.hardware)
+        with quiet():
+            back = load_plain(folder, found.dtype, found.hardware)
     except ModelError as error:
         raise VerificationError(f"{method}: the written model does not load back: {error}; nothing was kept") from error
     back.eval()
+    with quiet():
+        back(torch.tensor([[0]], device=back.device))  # weights are unpacked at the first forward
     agreed = agreement.compare(back, expected, progress)
     if not (agreed.kl <= MAX_KL[method] and agreed.perplexity <= MAX_PERPLEXITY * expected.perplexity):
         raise VerificationError(
