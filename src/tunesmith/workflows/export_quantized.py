@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,11 +127,9 @@ def export_quantized(
     found = find(target, model, "auto", device)
     refuse_device(found.hardware)
     rows = _rows(found, str(target), data, count)
-    parent = folders[0].parent
-    with disk_errors(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-export-", dir=parent) as temporary, ExitStack() as kept:
-        place, record = _source(found, target, model, Path(temporary), progress)
+    with ExitStack() as kept:
+        work = kept.enter_context(_work_folder(folders[0].parent))
+        place, record = _source(found, target, model, work, progress)
         loaded = place.load(progress)
         _refuse_quantized(loaded)
         layers = plan(loaded.forward.model, found.source.name)
@@ -162,6 +160,22 @@ def export_quantized(
         "unquantized": unquantized,
         "notes": notes,
     }
+
+
+@contextmanager
+def _work_folder(parent: Path) -> Iterator[Path]:
+    """A temporary folder on the disk where the results go; `parent`, where it was made for them, goes again if it stays empty."""
+    parent = parent.absolute()
+    new = not parent.exists()
+    anchor = next(folder for folder in (parent, *parent.parents) if folder.exists())
+    with disk_errors(parent):
+        temporary = tempfile.TemporaryDirectory(prefix=".tmp-export-", dir=anchor)
+    try:
+        with temporary as work:
+            yield Path(work)
+    finally:
+        if new and parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
 
 
 def _facts(rows: Sequence[Ids], where: str) -> dict[str, Any]:
