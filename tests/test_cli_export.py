@@ -66,7 +66,7 @@ def test_two_methods_in_the_same_table(wide: Path, data: Path, tmp_path: Path) -
         "note: group size 64: gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj: 64 inputs, no multiple of 128"
         in result.out
     )
-    assert "calibrating" in result.err
+    assert "calibrating: 3/3" in result.err
 
 
 def test_json_of_a_method_alone_on_stdout(wide: Path, data: Path, tmp_path: Path) -> None:

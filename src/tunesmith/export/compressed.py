@@ -284,14 +284,14 @@ class _Bars(io.TextIOBase):
     """Takes what llmcompressor writes to stderr, and turns its bars into a `Progress`."""
 
     def __init__(self, progress: Progress):
-        self.progress, self.real, self.shown = progress, sys.stderr, 0
+        self.progress, self.real, self.shown, self.parts = progress, sys.stderr, 0, 0
 
     def write(self, text: str) -> int:
         match = BAR.search(text)
         if match and (part := int(match[1])) > self.shown:
-            self.shown = part
+            self.shown, self.parts = part, int(match[2])
             with contextlib.redirect_stderr(self.real):
-                self.progress("calibrating", part - 1, int(match[2]))
+                self.progress("calibrating", part - 1, self.parts)
         return len(text)
 
 
@@ -301,7 +301,8 @@ def quiet(progress: Progress = no_progress) -> Iterator[list[str]]:
     tracer = logging.getLogger("torch.fx._symbolic_trace")
     level, parallel = tracer.level, os.environ.get("TOKENIZERS_PARALLELISM")
     said: list[str] = []
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(_Bars(progress)):
+    bars = _Bars(progress)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(bars):
         import llmcompressor  # noqa: F401  # which sets its sinks at the first import
         from loguru import logger
 
@@ -318,6 +319,8 @@ def quiet(progress: Progress = no_progress) -> Iterator[list[str]]:
                 del os.environ["TOKENIZERS_PARALLELISM"]
             else:
                 os.environ["TOKENIZERS_PARALLELISM"] = parallel
+    if bars.parts:
+        progress("calibrating", bars.parts, bars.parts)
 
 
 def _said(record: Any) -> str:
