@@ -66,6 +66,7 @@ def test_two_methods_in_the_same_table(wide: Path, data: Path, tmp_path: Path) -
         "note: group size 64: gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj: 64 inputs, no multiple of 128"
         in result.out
     )
+    assert "note: awq: 2 mappings were skipped due to incompatible shapes\n" in result.out
     assert "calibrating: 3/3" in result.err
 
 

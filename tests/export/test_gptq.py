@@ -121,7 +121,7 @@ def test_the_calibration_rows_decide_the_weights(model: Path, tmp_path: Path) ->
 
 
 def test_awq_scales_help_over_rounding_to_nearest(model: Path, data: Path, tmp_path: Path) -> None:
-    result = export(model, "awq", tmp_path / "awq", data=data, device="cpu")
+    result = export(model, "awq", tmp_path / "awq", data=data, calibration_rows=16, device="cpu")
     (row,) = result["files"]
     tensors = load(tmp_path / "awq")
     assert tensors["model.layers.0.mlp.up_proj.weight_zero_point"].dtype == torch.int32
@@ -411,7 +411,7 @@ def test_two_methods_are_kept_together_or_not_at_all(
 ) -> None:
     monkeypatch.setitem(workflow.MAX_KL, "awq", 0.0)
     with pytest.raises(VerificationError, match="awq: "):
-        export(model, "gptq,awq", tmp_path / "both", data=data, device="cpu")
+        export(model, "gptq,awq", tmp_path / "both", data=data, calibration_rows=8, device="cpu")
     assert list(tmp_path.iterdir()) == []
 
 

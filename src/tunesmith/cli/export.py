@@ -76,7 +76,7 @@ def _table(console: Any, result: Mapping[str, Any]) -> None:
     by_loss = "source_perplexity" in result
     where = f"in transformers, in {result['dtype']}" if by_loss else "in llama.cpp"
     table = Table(title=f"compared with the source {where}, on {rows[0]['tokens']} tokens")
-    speed = f"tokens/s ({result['device'] if by_loss else 'CPU'})"
+    speed = f"tokens/s ({'CPU' if result.get('device', 'cpu') == 'cpu' else 'GPU'})"
     for heading in ("type", "size", "KL", "allowed", "top-1", *(["perplexity", "allowed"] if by_loss else []), speed):
         table.add_column(heading, justify="left" if heading == "type" else "right")
     if by_loss:

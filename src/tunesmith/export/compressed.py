@@ -227,6 +227,10 @@ def calibrate(
 
         try:
             oneshot(model=model, dataset=loader, recipe=list(steps), num_calibration_samples=len(rows))
+        except torch.fx.proxy.TraceError as error:
+            raise ModelError(
+                f"llmcompressor cannot follow this model's forward ({error}); export it as GGUF, or leave it in 16 bits"
+            ) from error
         except torch.OutOfMemoryError as error:
             raise MachineError(
                 f"calibration ran out of memory ({error}); pass fewer --calibration-rows, or use a larger GPU"

@@ -126,17 +126,20 @@ def export_quantized(
     require_packages()
     found = find(target, model, "auto", device)
     refuse_device(found.hardware)
+    if found.adapter is None and "quantization_config" in found.source.config:
+        raise ModelError(
+            f"{found.source.name}: its weights are quantized already; export the 16-bit model that it was made from"
+        )
     rows = _rows(found, str(target), data, count)
     with ExitStack() as kept:
         work = kept.enter_context(_work_folder(folders[0].parent))
-        place, record = _source(found, target, model, work, progress)
+        place, record, merging = _source(found, target, model, work, progress)
         loaded = place.load(progress)
-        _refuse_quantized(loaded)
         layers = plan(loaded.forward.model, found.source.name)
         if "awq" in methods:
             refuse_awq(layers, found.source.name)
         unquantized = left_over(loaded.forward.model, layers)
-        notes = [*rows.notes, *_notes(layers, rows)]
+        notes = [*rows.notes, *merging, *_notes(layers, rows)]
         expected = agreement.reference(loaded.forward.model, rows.measured, progress)
         speed = agreement.tokens_per_second(loaded.forward.model, rows.measured[0])
         size = sum(p.numel() * p.element_size() for p in loaded.forward.model.parameters())
@@ -237,34 +240,18 @@ def _rows(found: Found, target: str, data: str | Path | None, count: int) -> Row
 
 def _source(
     found: Found, target: str | Path, model: str | Path | None, work: Path, progress: Progress
-) -> tuple[Place, dict[str, Any]]:
-    """The 16-bit model to quantize, an adapter merged into its base first, and what its own record says."""
+) -> tuple[Place, dict[str, Any], list[str]]:
+    """The 16-bit model to quantize, an adapter merged into its base first; what its own record says; and what merging noted."""
+    dtype, device = found.dtype, found.hardware.device
+    base = {"name": found.source.name, "weight_hash": weight_hash(found.source)}
     if found.adapter is None:
-        facts = {
-            "tunesmith": __version__,
-            "source": {"name": found.source.name, "weight_hash": weight_hash(found.source)},
-        }
-        return Place(str(target), found.dtype, found.hardware.device), facts
-    merged = merge(
-        target, work / "merged", model=model, dtype=found.dtype, device=found.hardware.device, progress=progress
-    )
-    folder = Path(merged["path"])
-    own = folder / RECORD_NAME
+        return Place(str(target), dtype, device), {"tunesmith": __version__, "source": base}, []
+    merged = merge(target, work / "merged", model=model, dtype=dtype, device=device, progress=progress)
+    place, own = Place(merged["path"], dtype, device), Path(merged["path"]) / RECORD_NAME
     if own.is_file():
-        return Place(str(folder), found.dtype, found.hardware.device), json.loads(own.read_text(encoding="utf-8"))
-    facts = {
-        "tunesmith": __version__,
-        "base": {"name": found.source.name, "weight_hash": weight_hash(found.source)},
-        "adapter_sha256": sha256_file(found.adapter / "adapter_model.safetensors"),
-    }
-    return Place(str(folder), found.dtype, found.hardware.device), facts
-
-
-def _refuse_quantized(loaded: LoadedModel) -> None:
-    if "quantization_config" in loaded.source.config:
-        raise ModelError(
-            f"{loaded.source.name}: its weights are quantized already; export the 16-bit model that it was made from"
-        )
+        return place, json.loads(own.read_text(encoding="utf-8")), merged["notes"]
+    adapter = sha256_file(found.adapter / "adapter_model.safetensors")
+    return place, {"tunesmith": __version__, "base": base, "adapter_sha256": adapter}, merged["notes"]
 
 
 def _notes(layers: Plan, rows: Rows) -> list[str]:
