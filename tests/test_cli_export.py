@@ -67,7 +67,7 @@ def test_two_methods_in_the_same_table(wide: Path, data: Path, tmp_path: Path) -
         in result.out
     )
     assert "note: awq: 2 mappings were skipped due to incompatible shapes\n" in result.out
-    assert "calibrating: 3/3" in result.err
+    assert "calibrating layers: 2/2" in result.err
 
 
 def test_json_of_a_method_alone_on_stdout(wide: Path, data: Path, tmp_path: Path) -> None:

@@ -510,7 +510,7 @@ def test_nothing_of_the_process_is_changed(
     compressed.write(source, found, tmp_path / "q")
     assert state() == before
     assert capsys.readouterr() == ("", "")
-    assert stages == [("calibrating", done, 3) for done in range(4)]
+    assert stages == [("calibrating layers", done, 2) for done in range(3)]
 
 
 def test_llmcompressor_takes_a_device_that_it_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:

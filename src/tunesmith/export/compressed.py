@@ -21,7 +21,6 @@ import importlib.util
 import io
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,9 +46,6 @@ LINEARIZED = ("deepseek_v2", "deepseek_v3", "olmoe", "qwen2_moe", "qwen3_moe")
 Mixtral's and gpt-oss's come out under names that it does not find."""
 
 SHARD = "5GB"
-
-BAR = re.compile(r"\((\d+)/(\d+)\): Calibrating")
-"""How llmcompressor's progress bars name the part of the model that is calibrated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +218,7 @@ def calibrate(
         {"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)} for row in rows
     ]
     loader: Any = DataLoader(data, batch_size=None)  # type: ignore[arg-type]  # a list is a map-style data set
-    with quiet(progress) as said:
+    with _watched(model, progress), quiet() as said:
         from llmcompressor import oneshot
 
         try:
@@ -284,29 +280,43 @@ def compare_tensors(folder: Path, expected: set[str], found: Plan) -> None:
         )
 
 
-class _Bars(io.TextIOBase):
-    """Takes what llmcompressor writes to stderr, and turns its bars into a `Progress`."""
+@contextlib.contextmanager
+def _watched(model: Any, progress: Progress) -> Iterator[None]:
+    """Tells `progress` which decoder layer is calibrated: llmcompressor is done with one before it calls the next."""
+    layers = max(
+        (module for module in model.modules() if isinstance(module, torch.nn.ModuleList)),
+        key=len,
+        default=torch.nn.ModuleList(),
+    )
+    shown = -1
 
-    def __init__(self, progress: Progress):
-        self.progress, self.real, self.shown, self.parts = progress, sys.stderr, 0, 0
+    def begins(number: int) -> Any:
+        def hook(*_: object) -> None:
+            nonlocal shown
+            if number > shown:
+                shown = number
+                with contextlib.redirect_stderr(real):
+                    progress("calibrating layers", number, len(layers))
 
-    def write(self, text: str) -> int:
-        match = BAR.search(text)
-        if match and (part := int(match[1])) > self.shown:
-            self.shown, self.parts = part, int(match[2])
-            with contextlib.redirect_stderr(self.real):
-                self.progress("calibrating", part - 1, self.parts)
-        return len(text)
+        return hook
+
+    real = sys.stderr
+    handles = [layer.register_forward_pre_hook(begins(number)) for number, layer in enumerate(layers)]
+    try:
+        yield
+        progress("calibrating layers", len(layers), len(layers))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextlib.contextmanager
-def quiet(progress: Progress = no_progress) -> Iterator[list[str]]:
+def quiet() -> Iterator[list[str]]:
     """llmcompressor and compressed-tensors without their output, and without what it sets; yields a list that its warnings are put into."""
     tracer = logging.getLogger("torch.fx._symbolic_trace")
     level, parallel = tracer.level, os.environ.get("TOKENIZERS_PARALLELISM")
     said: list[str] = []
-    bars = _Bars(progress)
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(bars):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         import llmcompressor  # noqa: F401  # which sets its sinks at the first import
         from loguru import logger
 
@@ -323,8 +333,6 @@ def quiet(progress: Progress = no_progress) -> Iterator[list[str]]:
                 del os.environ["TOKENIZERS_PARALLELISM"]
             else:
                 os.environ["TOKENIZERS_PARALLELISM"] = parallel
-    if bars.parts:
-        progress("calibrating", bars.parts, bars.parts)
 
 
 def _said(record: Any) -> str:
