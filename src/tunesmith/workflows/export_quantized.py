@@ -111,11 +111,11 @@ def export_quantized(
     """Write `target` (a run, a PEFT adapter, a model) by `gptq`, `awq` or both, `gptq,awq`, each as a folder that transformers and vLLM load.
 
     `out` is the folder (of several: of their folders); by default RUN/gptq, or NAME-gptq beside anything else. Calibration takes
-    `calibration_rows` rows (256) of `data`, by default the run's training data. Returns `{target, lora, files[{type, path, bytes, group_size,
-    kl, max_kl, top1, perplexity, max_perplexity, tokens, tokens_per_second, seconds}], source_perplexity,
-    source_bytes, source_tokens_per_second, dtype, device, calibration{rows, tokens,
-    from}, measured{rows, tokens, from}, unquantized, notes}`; `unquantized` are the matrices that stay in `dtype`. Raises ConfigError, DataError, ModelError, MachineError (a package is missing),
-    and VerificationError, which leaves nothing.
+    `calibration_rows` rows (256) of `data`, by default of the run's training data. Returns `{target, lora, files[{type, path, bytes,
+    group_size, kl, max_kl, top1, perplexity, max_perplexity, tokens, tokens_per_second, seconds}], source_perplexity, source_bytes,
+    source_tokens_per_second, dtype, device, calibration{rows, tokens, from}, measured{rows, tokens, from}, unquantized, notes}`;
+    `unquantized` are the matrices that stay in `dtype`, `seconds` those of quantizing. Raises ConfigError, DataError, ModelError,
+    MachineError (a package is missing), and VerificationError, which leaves nothing.
     """
     methods = parse(to)
     count = CALIBRATION_ROWS if calibration_rows is None else calibration_rows
@@ -208,12 +208,11 @@ def _rows(found: Found, target: str, data: str | Path | None, count: int) -> Row
     held: list[Any] = []
     train: list[Any] = []
     if run is not None:
-        config = run.config
         try:
-            own = read_rows(config)
+            own = read_rows(run.config)
             train, held = own.train, own.eval
             if own.facts["sha256"] != run.metadata["data"].get("sha256"):
-                notes.append(f"{config.data.path} has changed since the run was trained on it")
+                notes.append("the run's data has changed since it was trained on")
         except DataError as error:
             if data is None:
                 raise DataError([*error.problems, "pass --data FILE to calibrate on other rows"]) from error
@@ -334,7 +333,7 @@ def _reloaded(
     except ModelError as error:
         raise VerificationError(f"{method}: the written model does not load back: {error}; nothing was kept") from error
     back.eval()
-    with quiet():
+    with quiet(), torch.no_grad():
         back(torch.tensor([[0]], device=back.device))  # weights are unpacked at the first forward
     agreed = agreement.compare(back, expected, progress)
     if not (agreed.kl <= MAX_KL[method] and agreed.perplexity <= MAX_PERPLEXITY * expected.perplexity):
