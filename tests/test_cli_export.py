@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from command_line import tunesmith
 from gguf_models import family
 from tiny import chat_rows, make_tiny_model, write_jsonl
+from trained import copy_run, tiny_base, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,24 @@ def test_two_methods_in_the_same_table(wide: Path, data: Path, tmp_path: Path) -
     )
     assert "note: awq: 2 mappings were skipped due to incompatible shapes\n" in result.out
     assert "calibrating layers: 2/2" in result.err
+
+
+def test_the_commands_of_the_page_run(
+    wide: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "quantized.md").read_text(encoding="utf-8")
+    block = page.split("```console\n")[1].split("```")[0]
+    run = tiny_run(tmp_path_factory, "lora", **{"model.name": str(tiny_base(tmp_path_factory, 64))})
+    copy_run(run, tmp_path / "runs" / "support")
+    monkeypatch.chdir(tmp_path)
+    commands = [line.removeprefix("$ tunesmith ") for line in block.splitlines()]
+    assert len(commands) == 3
+    for command in commands:
+        named = command.replace("org/model", str(wide)).replace("rows.jsonl", str(data))
+        result = tunesmith(*shlex.split(named), "--device", "cpu")
+        assert (result.code, result.problems) == (0, []), command
+    for folder in ("runs/support/gptq", "exports/gptq", "exports/awq", "model-gptq"):
+        assert (tmp_path / folder / "model.safetensors").is_file()
 
 
 def test_json_of_a_method_alone_on_stdout(wide: Path, data: Path, tmp_path: Path) -> None:
