@@ -11,7 +11,7 @@ import pytest
 from gguf_models import byte_level, gemma_tokenizer, phi3_tokenizer, sentencepiece
 from tiny import CHATML, make_tiny_model, make_tokenizer
 from tunesmith.errors import ModelError, VerificationError
-from tunesmith.export.gguf_checks import DIFFICULT
+from tunesmith.export.beside import DIFFICULT
 from tunesmith.export.gguf_llama_cpp import LlamaCpp
 from tunesmith.export.gguf_tokenizer import model_name, pre_tokenizer, vocabulary
 from tunesmith.workflows import export_gguf as workflow

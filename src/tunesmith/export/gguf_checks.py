@@ -15,19 +15,12 @@ import torch
 
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import DataError, VerificationError
+from tunesmith.export.beside import DIFFICULT
 from tunesmith.export.gguf import Exportable
 from tunesmith.export.gguf_llama_cpp import Agreement, LlamaCpp, agreement
 from tunesmith.export.gguf_reading import Written
 from tunesmith.export.safetensors import PROMPTS, mean_kl
 from tunesmith.types import Message
-
-DIFFICULT = (
-    "I'll, we'VE and they're — “naïve” café №½; 3.14159 + 1,000,000 = 2026年11月27日?\n\n\n"
-    "\tdef f(x):\r\n        return x**2  # twice\t\t\n"
-    "오늘 날씨가 어때요? 你好，世界！ Привет, мир! שלום नमस्ते ไทย\n"  # noqa: RUF001
-    "🚀👩‍👩‍👧‍👦🏳️‍🌈 x\u00a0y\u200bz   end  "
-)
-"""Contractions in both cases, numbers, runs of spaces and line ends, scripts with and without spaces, joined emoji."""
 
 EXACT = 1e-6
 """Nats a token that llama.cpp may differ by where nothing is rounded: 2e-11 in SmolLM2-135M, 2e-8 in a Gemma, whose GELU is a table of f16."""
