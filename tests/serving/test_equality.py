@@ -22,6 +22,8 @@ from tunesmith.serving.adapter_files import read_adapter
 from tunesmith.serving.engine import Engine
 from tunesmith.workflows.quickstart import embedded_model
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 FIRST = 0x10000
 """Tokens as characters beyond the surrogates: the engine answers in text, and here tokens are compared."""
 
@@ -67,23 +69,27 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(folder, adapters, 16, [tokenizer(text)["input_ids"] for text in texts])
 
 
-def mixed(model: Model, dtype: ComputeDType) -> dict[str, list[list[int]]]:
-    """The answers by adapter, of one batch."""
-    forward = base_forward(model.folder, dtype=dtype)
+def mixed(model: Model, dtype: ComputeDType, fixed: bool) -> dict[str, list[list[int]]]:
+    """The answers by adapter, of one batch: the third that is asked, which on a GPU is graphs."""
+    forward = base_forward(model.folder, dtype=dtype, device=DEVICE)
     rows = [(name, place) for place in range(len(model.prompts)) for name in ("base", *model.adapters)]
-    engine = Engine(forward, max_batch=len(rows))
+    engine = Engine(forward, len(rows), 3 * len(rows), 512 * len(rows) if fixed else None, fixed)
     engine.start()
     try:
         kind = torch.bfloat16 if dtype == "bf16" else torch.float32
         numbers = {"base": BASE}
         for name, path in model.adapters.items():
-            weights = read_adapter(path, forward.base, "cpu", kind)
+            weights = read_adapter(path, forward.base, forward.device, kind)
             numbers[name] = engine.between_steps(lambda weights=weights: engine.bank.add(weights)).result(60)
         settings: dict[str, Any] = {"max_tokens": model.tokens, "ends": frozenset()}
-        asked = [Asked(engine, TokensAsText(), model.prompts[place], numbers[name], **settings) for name, place in rows]
+        for _ in range(3 if DEVICE == "cuda" else 1):
+            asked = [
+                Asked(engine, TokensAsText(), model.prompts[place], numbers[name], **settings) for name, place in rows
+            ]
+            ends = [one.answer() for one in asked]
         found: dict[str, list[list[int]]] = {name: [] for name in numbers}
-        for (name, _), one in zip(rows, asked, strict=True):
-            found[name].append([ord(character) - FIRST for character in one.answer()[0]])
+        for (name, _), (text, _) in zip(rows, ends, strict=True):
+            found[name].append([ord(character) - FIRST for character in text])
     finally:
         engine.stop()
     return found
@@ -91,7 +97,7 @@ def mixed(model: Model, dtype: ComputeDType) -> dict[str, list[list[int]]]:
 
 def generated(forward: ModelForward, prompt: list[int], tokens: int) -> list[int]:
     """transformers' own greedy decoding, of so many tokens whatever they are."""
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=forward.device)
     with torch.no_grad(), forward.autocast():
         out = forward.model.generate(
             input_ids=ids,
@@ -111,7 +117,7 @@ def generated(forward: ModelForward, prompt: list[int], tokens: int) -> list[int
 
 def next_logits(forward: ModelForward, ids: list[int]) -> torch.Tensor:
     with torch.no_grad(), forward.autocast():
-        logits: torch.Tensor = forward.model(input_ids=torch.tensor([ids])).logits[0, -1].float()
+        logits: torch.Tensor = forward.model(input_ids=torch.tensor([ids], device=forward.device)).logits[0, -1].float()
     return logits
 
 
@@ -120,8 +126,8 @@ def no_near_tie(
 ) -> str | None:
     """Where two answers part for another reason than rounding; None where they do not.
 
-    Rounding explains it where the two tokens' logits in fp32 are no further apart than twice what bf16 changes of this very position's
-    logits: then either computation may have put either token first.
+    Rounding explains it where the two tokens' logits in fp32 are no further apart than four times what bf16 changes of this very
+    position's logits: both tokens may move, and what another order of sums rounds may be twice what PEFT's does.
     """
     if found == expected:
         return None
@@ -130,16 +136,19 @@ def no_near_tie(
     true = next_logits(exact, ids)
     noise = float((next_logits(rounded, ids) - true).abs().max())
     gap = float((true[found[place]] - true[expected[place]]).abs())
-    return None if gap <= 2 * noise else f"token {place}: {gap:.4f} apart, bf16 moves logits by {noise:.4f} at most"
+    return None if gap <= 4 * noise else f"token {place}: {gap:.4f} apart, bf16 moves logits by {noise:.4f} at most"
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["a growing cache", "fixed places"])
 @pytest.mark.parametrize("name", ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
-def test_in_bf16_a_mixed_batch_is_generate_up_to_near_ties(name: str, request: pytest.FixtureRequest) -> None:
+def test_in_bf16_a_mixed_batch_is_generate_up_to_near_ties(
+    name: str, fixed: bool, request: pytest.FixtureRequest
+) -> None:
     model: Model = request.getfixturevalue(name)
-    found = mixed(model, "bf16")
+    found = mixed(model, "bf16", fixed)
     equal, mistaken = 0, []
     for adapter, path in {"base": None, **model.adapters}.items():
-        rounded, exact = base_forward(model.folder, path, "bf16"), base_forward(model.folder, path, "fp32")
+        rounded, exact = (base_forward(model.folder, path, dtype, DEVICE) for dtype in ("bf16", "fp32"))
         others = [answers for one, answers in found.items() if one != adapter]
         for place, prompt in enumerate(model.prompts):
             expected = generated(rounded, prompt, model.tokens)
@@ -152,8 +161,9 @@ def test_in_bf16_a_mixed_batch_is_generate_up_to_near_ties(name: str, request: p
     assert sum(mistaken) <= len(mistaken) / 4, "another adapter's answer would pass for a near-tie"
 
 
-def test_in_fp32_a_mixed_batch_is_generate(tiny: Model) -> None:
-    found = mixed(tiny, "fp32")
+@pytest.mark.parametrize("fixed", [False, True], ids=["a growing cache", "fixed places"])
+def test_in_fp32_a_mixed_batch_is_generate(fixed: bool, tiny: Model) -> None:
+    found = mixed(tiny, "fp32", fixed)
     for adapter, path in {"base": None, **tiny.adapters}.items():
-        forward = base_forward(tiny.folder, path)
+        forward = base_forward(tiny.folder, path, device=DEVICE)
         assert found[adapter] == [generated(forward, prompt, tiny.tokens) for prompt in tiny.prompts]
