@@ -437,6 +437,19 @@ def test_an_adapter_that_is_written_wrong_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["f16", "q2_k"])
+def test_rows_that_are_written_in_another_order_than_they_are_read_are_noticed(
+    kind: str, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp computes from the file what the source does with the weights that are read back: other ones than the source's."""
+    from tunesmith.export import gguf_architectures
+
+    monkeypatch.setattr(gguf_architectures, "pair_rows", lambda tensor, heads: tensor)
+    with pytest.raises(VerificationError, match=r"[qk]_proj.weight: the file does not hold the source's weights"):
+        export(models("llama"), f"gguf:{kind}", tmp_path / "a.gguf", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["f16", "q4_k_m", "q2_k"])
 @pytest.mark.parametrize("fault", ["order", "rotation", "epsilon"])
 def test_what_llama_cpp_would_compute_wrong_is_seen_in_every_type(
