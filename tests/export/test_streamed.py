@@ -169,7 +169,7 @@ def test_peak_memory_is_that_of_the_largest_shard(tmp_path: Path) -> None:
             "-c",
             MEASURE,
             *map(str, adapters),
-            str(tmp_path / f"{way}-{mapped}"),
+            str(next(places)),
             way,
             str(mapped),
         ]
