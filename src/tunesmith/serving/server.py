@@ -21,7 +21,8 @@ from tunesmith.errors import DataError, MachineError, TunesmithError
 from tunesmith.serving.answers import Answers, ClientGone, usage_of
 from tunesmith.serving.api_errors import ApiError, draining
 from tunesmith.serving.catalog import Catalog, ServedModel
-from tunesmith.serving.engine import Engine, Finished, Generation, Piece
+from tunesmith.serving.engine import Engine
+from tunesmith.serving.generation import Finished, Generation, Piece
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.metrics import CONTENT_TYPE, Metrics
 from tunesmith.serving.openai_requests import AdapterRequest, ChatRequest, CompletionRequest, checked
