@@ -171,6 +171,9 @@ def test_how_it_was_read_back_is_said(run: Path, way: str, monkeypatch: pytest.M
         monkeypatch.setattr(workflow, "WHOLE_SHARE", 0.0)
         said = tunesmith("merge", run, "--out", run / "again")
         assert said.code == 0
+        assert said.out.splitlines()[-1].startswith(
+            "the folder was read tensor by tensor; tokenizer, chat template and"
+        )
         assert "read back tensor by tensor, and not loaded whole through transformers: it has 0.0 GB" in said.err
         assert not merge(run, run / "third")["loaded_whole"]
 

@@ -80,6 +80,13 @@ def test_under_an_adapter(
         torch.testing.assert_close(one, skeleton.logits(prompts, adapter=on), rtol=1e-5, atol=1e-5)
 
 
+def test_a_heads_bias_is_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "ROWS_AT_ONCE", 16)
+    x, weight, bias = torch.randn(3, 8), torch.randn(21, 8).bfloat16(), torch.randn(21)
+    expected = torch.nn.functional.linear(x, weight.float(), bias)
+    torch.testing.assert_close(large.in_rows(x, weight, bias, torch.float32), expected)
+
+
 def test_tensors_are_rounded_part_by_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import load_file
 

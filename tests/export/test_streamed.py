@@ -122,6 +122,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 import torch
+from tunesmith.export import tensors
 from tunesmith.export.tensors import Unstreamable
 from tunesmith.workflows import merge as workflow
 
@@ -131,7 +132,8 @@ def now(key):
 def refuse(_):
     raise Unstreamable("for comparison")
 
-small, large, out, way = sys.argv[1:]
+small, large, out, way, mapped = sys.argv[1:]
+tensors.MAPPED = int(mapped)
 workflow.WHOLE_SHARE = 0.0  # as a model is merged that is too large to be loaded whole
 with mock.patch.object(workflow, "refuse_unstreamable", refuse if way == "memory" else workflow.refuse_unstreamable):
     workflow.merge(small, out + "-small", device="cpu", dtype="bf16")  # what it needs once: code, caches
@@ -159,8 +161,18 @@ def test_peak_memory_is_that_of_the_largest_shard(tmp_path: Path) -> None:
     assert len(shards) > 8
     adapters = [make_adapter(base, base.with_name(f"{base.name}-adapter"), kind) for base in (small, large)]
 
-    def growth(way: str) -> int:
-        command = [sys.executable, "-c", MEASURE, *map(str, adapters), str(tmp_path / way), way]
+    places = (tmp_path / f"out-{number}" for number in range(9))
+
+    def growth(way: str, mapped: int = 2**30) -> int:
+        command = [
+            sys.executable,
+            "-c",
+            MEASURE,
+            *map(str, adapters),
+            str(next(places)),
+            way,
+            str(mapped),
+        ]
         found = subprocess.run(command, capture_output=True, text=True, check=False)
         assert found.returncode == 0, found.stderr
         return int(found.stdout)
@@ -169,6 +181,13 @@ def test_peak_memory_is_that_of_the_largest_shard(tmp_path: Path) -> None:
     allowed = max(shards) + 64 * mb
     assert growth("streamed") < allowed
     assert growth("memory") > 2 * sum(shards) > 4 * allowed
+    # In one file: what of it was read is let go of after each 12 MB.
+    for file in large.glob("model*"):
+        file.unlink()
+    plain(made).to(torch.bfloat16).save_pretrained(large)
+    assert (large / "model.safetensors").stat().st_size > 2 * allowed
+    assert growth("streamed", 12 * mb) < allowed
+    assert growth("streamed") > (large / "model.safetensors").stat().st_size
 
 
 # -- files and names --------------------------------------------------------------------------------------------------

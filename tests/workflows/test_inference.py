@@ -78,7 +78,7 @@ def test_the_effect_is_that_of_two_loaded_models(
     effect = unlike.measure(model)
     assert effect.tokens == expected.tokens == 259
     # Rounding in bf16 depends on the attention's kernel too.
-    assert effect.kl == pytest.approx(expected.kl, rel=0.5 if case == "bf16 run in fp32" else 0.05)
+    assert effect.kl == pytest.approx(expected.kl, rel=0.3 if case == "bf16 run in fp32" else 0.05)
     assert effect.top1 == pytest.approx(expected.top1, abs=0.02)
     assert effect.kl > 1e-6
     assert unlike.known() == effect

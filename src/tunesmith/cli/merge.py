@@ -59,20 +59,24 @@ def merge(
     if as_json:
         console.result(result)
         return
-    how = (
-        "by transformers and tensor by tensor"
-        if result["loaded_whole"] and result["streamed"]
-        else ("tensor by tensor" if result["streamed"] else "by transformers")
-    )
     print(
-        f"{result['path']} ({result['dtype']}), read back {how} and compared with base + adapter on {result['tokens']} tokens: "
+        f"{result['path']} ({result['dtype']}), read back and compared with base + adapter on {result['tokens']} tokens: "
         f"logits differ by {result['difference']:.3%} (the adapter moves them by {result['effect']:.1%}), "
-        f"KL {result['kl']:.2e}, top-1 agreement {result['top1']:.1%}; tokenizer, template and generation config are those of training"
+        f"KL {result['kl']:.2e}, top-1 agreement {result['top1']:.1%}"
     )
     if "kl_of_trained" in result:
         print(_of_trained(result))
+    print(
+        f"the folder was read {_how_read(result)}; tokenizer, chat template and generation config are those of training"
+    )
     for note in result["notes"]:
         console.event({"event": "warning", "message": note})
+
+
+def _how_read(result: Mapping[str, Any]) -> str:
+    if not result["streamed"]:
+        return "by transformers"
+    return "tensor by tensor, and by transformers" if result["loaded_whole"] else "tensor by tensor"
 
 
 def _of_trained(result: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
     W' = round(W + s·B·A), in fp32, and whatever else PEFT's own `merge` makes of a module (DoRA, new tokens, experts, GPT-2's Conv1D)
 
 The written shards are the base's: the same tensors under the same names in each, but for a text model taken out of a multimodal one.
-Host memory: the pages of one mapped file, and what is made of one tensor in fp32 (four to six times its 16-bit size).
+Host memory: a GB of pages of the mapped file, and what is made of one tensor in fp32 (four to six times its 16-bit size).
 
 A head that shares its matrix with the embeddings stays so where both come out the same, else it is written beside them and the
 config says `tie_word_embeddings: false`. PEFT's own merge changes both there.

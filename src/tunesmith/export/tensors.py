@@ -1,7 +1,7 @@
 """Safetensors read and written one tensor at a time, and a model's parameters by the names that its files have them under.
 
-Reading maps one file into memory at a time, writing holds one tensor: whatever the size of the model, memory is bounded by its
-largest file (whose mapped pages count as the process's while it is read) and what is made of one tensor.
+Reading maps one file into memory at a time, and anew after each GB, writing holds one tensor: whatever the size of the model and of its files,
+memory is bounded by that GB (pages that were read count as the process's) and what is made of one tensor.
 
 Files need not name or cut tensors as the model's classes do (experts one by one, projections fused). transformers says how one becomes
 the other (`conversion_mapping`), and turns it back; here that is done for one group of tensors at a time.
@@ -27,6 +27,9 @@ TYPES: dict[torch.dtype, str] = {
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """Names of types in a safetensors header."""
+
+MAPPED = 2**30
+"""Bytes of a mapped file that are read before it is mapped anew: its pages count as the process's memory until then."""
 
 PART = 2**24
 """Values that are rounded and written at once."""
@@ -59,7 +62,9 @@ class TensorFiles:
         self.files = _files_of(folder)
         self.entries: dict[Path, list[Entry]] = {file: list(_entries(file)) for file in self.files}
         self._file_of = {entry.name: file for file, entries in self.entries.items() for entry in entries}
+        self._sizes = {entry.name: entry.size for entries in self.entries.values() for entry in entries}
         self._mapped: tuple[Path, Any] | None = None
+        self._touched = 0
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -72,9 +77,11 @@ class TensorFiles:
         from safetensors import safe_open
 
         file = self._file_of[name]
-        if self._mapped is None or self._mapped[0] != file:
+        if self._mapped is None or self._mapped[0] != file or self._touched > MAPPED:
             self._mapped = None  # unmapped before the next one is mapped
             self._mapped = (file, safe_open(file, "pt"))
+            self._touched = 0
+        self._touched += self._sizes[name]
         tensor: torch.Tensor = self._mapped[1].get_tensor(name)
         return tensor
 

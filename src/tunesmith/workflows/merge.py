@@ -31,7 +31,7 @@ from tunesmith.workflows.load import Found, find, load_plain
 
 ONTO = ("16bit", "quantized")
 
-WHOLE_GB, WHOLE_SHARE = 1.5, 0.5
+WHOLE_GB, WHOLE_SHARE = 1.0, 0.5
 """A merged model is loaded whole, to compare that too, where it has at most so many GB more than its largest shard (the merge promises to stay
 under 2), and at most this share of the host's free memory."""
 
