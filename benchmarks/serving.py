@@ -6,12 +6,13 @@
 The model has the shape of NAME (as in `tunesmith bench`) and random weights; the adapters are random files on every linear layer. Each
 request reads --prompt tokens and writes --new; no answer ends before. Rows of the table:
 
-base        no row wants an adapter: what a merged model costs
+base        no row wants an adapter, and none is loaded: what a merged model costs
 single      all rows want the same adapter, the others are loaded too
 mixed       rows want all adapters and the base in turn
 peft        as mixed, by PEFT's `adapter_names` (--peft: one step of the batch, beside ours)
 
-Tokens/s count written ones, medians of --repeats runs of two full batches. A swap is an adapter that takes another's name while a full
+Tokens/s count written ones, medians of --repeats runs of two full batches, behind two that are not counted: CUDA graphs are captured
+in the second. A swap is an adapter that takes another's name while a full
 batch runs: `read` from the files to the device beside the batch, `exchange` from then to the first step that may use it.
 """
 
@@ -35,8 +36,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import make_tokenizer
 from tunesmith.hardware import compute_dtype, probe, torch_dtype
 from tunesmith.models.forward import ModelForward
-from tunesmith.serving.adapter_bank import BASE, read_adapter
-from tunesmith.serving.engine import Engine, Failed, Finished, Generation
+from tunesmith.serving.adapter_bank import BASE
+from tunesmith.serving.adapter_files import read_adapter
+from tunesmith.serving.engine import Engine
+from tunesmith.serving.fixed_batch import FixedBatch
+from tunesmith.serving.generation import Failed, Finished, Generation
 from tunesmith.serving.running_batch import RunningBatch
 from tunesmith.types import GB
 from tunesmith.workflows.bench_step import random_model
@@ -70,7 +74,7 @@ class Bench:
 
     def __init__(self, forward: ModelForward, options: argparse.Namespace, folders: list[Path]):
         self.forward, self.options, self.folders = forward, options, folders
-        self.engine = Engine(forward, options.batch, 10 * options.batch)
+        self.engine = Engine(forward, options.batch, 10 * options.batch, warn=print)
         self.engine.start()
         self.numbers: list[int] = []
         self.generator = torch.Generator().manual_seed(0)
@@ -104,32 +108,33 @@ class Bench:
                     raise SystemExit(f"a request failed: {event.message}")
 
     def tokens_per_second(self, adapters: list[int]) -> float:
-        """Median over the repeats; a first run of few tokens is not counted."""
-        self.answers(self.ask(adapters, 4))
+        """Median over the repeats; two runs before them are not counted."""
         found = []
-        for _ in range(self.options.repeats):
+        for _ in range(2 + self.options.repeats):
             start = time.perf_counter()
             self.answers(self.ask(adapters, self.options.new))
             found.append(len(adapters) * self.options.new / (time.perf_counter() - start))
-        return statistics.median(found)
+        return statistics.median(found[2:])
 
     def milliseconds_per_token(self, adapter: int) -> float:
-        """Of one request alone, reading its prompt included."""
-        self.answers(self.ask([adapter], 4))
-        start = time.perf_counter()
-        self.answers(self.ask([adapter], self.options.new))
-        return 1000 * (time.perf_counter() - start) / self.options.new
+        """Of one request alone, reading its prompt included: the median of the repeats, behind two runs that are not counted."""
+        found = []
+        for _ in range(2 + self.options.repeats):
+            start = time.perf_counter()
+            self.answers(self.ask([adapter], self.options.new))
+            found.append(1000 * (time.perf_counter() - start) / self.options.new)
+        return statistics.median(found[2:])
 
     def swaps(self, count: int) -> dict[str, float]:
         """Replace the first adapter again and again while a full batch runs."""
-        running = self.ask([self.numbers[-1]] * self.options.batch, 20 * self.options.new)
+        running = self.ask([self.numbers[-1]] * self.options.batch, 100 * self.options.new)
         while not self.engine.running:
             time.sleep(0.001)
         reads, exchanges = [], []
         for place in range(count):
             number, read, exchange = self.add(self.folders[place % len(self.folders)])
             old, self.numbers[0] = self.numbers[0], number
-            self.engine.between_steps(lambda old=old: self.engine.bank.remove(old)).result()
+            self.engine.between_steps(lambda old=old: self.engine.bank.remove(old, replaced=True)).result()
             reads.append(read)
             exchanges.append(exchange)
             if not self.engine.running:
@@ -158,7 +163,7 @@ def allocated(forward: ModelForward) -> float | None:
 
 def step_milliseconds(forward: ModelForward, options: argparse.Namespace, before: Any) -> float:
     """Median of the steps of a full batch; `before` gives the context of each."""
-    rows = [SimpleNamespace(length=0) for _ in range(options.batch)]
+    rows = [SimpleNamespace(length=0, adapter=BASE, whole=0) for _ in range(options.batch)]
     batch: RunningBatch[Any] = RunningBatch(forward)
     found = []
     with torch.inference_mode(), forward.autocast():
@@ -267,6 +272,10 @@ def main() -> None:
             },
             "swap_seconds": bench.swaps(options.swaps),
         }
+    if isinstance(bench.engine._batch, FixedBatch):
+        places = bench.engine._batch.places
+        graphs = {"captured": places.captured, "replayed": places.replayed, "launched": places.launched}
+        result |= {"graphs": graphs, "places": [places.places, places.columns]}
     held = {
         "mixed_to_single": speed["mixed"] / speed["single"],
         "swap_seconds": result["swap_seconds"]["exchange_median"],

@@ -4,13 +4,14 @@
 
 Without --base, the tests' random model of two layers and two random adapters. Every answer is compared with what `generate` says one by
 one, in fp32. Reports requests by kind, lost ones, wrong ones, and the server's resident memory behind each tenth; fails if any is lost or
-wrong, or if the memory grew by more than 5% from the third tenth to the last.
+wrong, or if the memory grew by more than 5% from the third tenth to the last, or the GPU's by more than 1%.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -25,9 +26,16 @@ from serving_models import make_adapter, one_by_one
 from soak import Target, soak
 
 from tiny import make_tiny_model
+from tunesmith.hardware import probe
 
 BODY_LIMIT = 100_000
 TOKENS = 12
+
+
+def growth_of(memory: list[float]) -> float:
+    """From the third tenth to the last, as a share; 0 where nothing was measured."""
+    settled = memory[2:] or memory
+    return settled[-1] / settled[0] - 1 if settled else 0.0
 
 
 def main() -> None:
@@ -50,7 +58,7 @@ def main() -> None:
         questions = [f"{n} {'word ' * (n % 7)}?" for n in range(20)]
         prompts = [tokenizer(question)["input_ids"] for question in questions]
         answers = {
-            name: dict(zip(questions, one_by_one(base, path, tokenizer, prompts, TOKENS), strict=True))
+            name: dict(zip(questions, one_by_one(base, path, tokenizer, prompts, TOKENS, options.device), strict=True))
             for name, path in {"base": None, **adapters}.items()
         }
         command = [sys.executable, "-m", "tunesmith", "serve", str(base), "--name", "base", "--port", "0", "--json"]
@@ -67,16 +75,17 @@ def main() -> None:
                     break
             url = json.loads(said)["url"].removesuffix("/v1")
             folders = {name: str(path) for name, path in adapters.items()}
-            target = Target(url, answers, folders, TOKENS, server.pid, BODY_LIMIT)
+            target = Target(url, answers, folders, TOKENS, server.pid, BODY_LIMIT, options.device.startswith("cuda"))
             start = time.monotonic()
             outcome = asyncio.run(soak(target, options.requests, options.clients))
             seconds = time.monotonic() - start
         finally:
             server.terminate()
             code = server.wait(60)
-    settled = outcome.memory[2:] or outcome.memory
-    growth = settled[-1] / settled[0] - 1
+    growth, gpu_growth = growth_of(outcome.memory), growth_of(outcome.gpu_memory)
     result: dict[str, Any] = {
+        "hardware": probe(options.device).describe(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "uvicorn")},
         "requests": options.requests,
         "seconds": round(seconds, 1),
         "kinds": dict(outcome.kinds),
@@ -84,11 +93,13 @@ def main() -> None:
         "wrong": outcome.wrong,
         "memory_mb": [round(mb, 1) for mb in outcome.memory],
         "memory_growth": round(growth, 4),
+        "gpu_memory_mb": [round(mb, 1) for mb in outcome.gpu_memory],
+        "gpu_memory_growth": round(gpu_growth, 4),
         "exit_code": code,
     }
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
-    sys.exit(1 if outcome.lost or outcome.wrong or growth > 0.05 or code else 0)
+    sys.exit(1 if outcome.lost or outcome.wrong or growth > 0.05 or gpu_growth > 0.01 or code else 0)
 
 
 if __name__ == "__main__":

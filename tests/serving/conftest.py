@@ -24,10 +24,12 @@ def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     }
 
 
-@pytest.fixture
-def engine(tiny_model: Path) -> Iterator[Engine]:
-    """A running engine without adapters."""
-    engine = Engine(base_forward(tiny_model), max_batch=8, max_queue=64)
+@pytest.fixture(params=["a growing cache", "fixed places"])
+def engine(tiny_model: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
+    """A running engine without adapters, with either kind of batch."""
+    fixed = request.param == "fixed places"
+    tokens = 8 * 2048 if fixed else None
+    engine = Engine(base_forward(tiny_model), max_batch=8, max_queue=64, cache_tokens=tokens, fixed=fixed)
     engine.start()
     yield engine
     engine.stop()

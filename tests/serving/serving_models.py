@@ -14,8 +14,10 @@ from tunesmith.models.adapters import load_adapter
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.generate import end_tokens, generate_greedy
 from tunesmith.models.load import find_model, load_model
-from tunesmith.serving.adapter_bank import BASE, read_adapter
-from tunesmith.serving.engine import Engine, Event, Failed, Finished, Generation, Piece
+from tunesmith.serving.adapter_bank import BASE
+from tunesmith.serving.adapter_files import read_adapter
+from tunesmith.serving.engine import Engine
+from tunesmith.serving.generation import Event, Failed, Finished, Generation, Piece
 
 
 def make_adapter(base: Path, folder: Path, seed: int, scale: float = 0.15, **settings: Any) -> Path:
@@ -36,26 +38,31 @@ def make_adapter(base: Path, folder: Path, seed: int, scale: float = 0.15, **set
     return folder
 
 
-def base_forward(folder: Path, adapter: Path | None = None, dtype: ComputeDType = "fp32") -> ModelForward:
-    """The base on the CPU, with an adapter by PEFT."""
+def base_forward(
+    folder: Path, adapter: Path | None = None, dtype: ComputeDType = "fp32", device: str = "cpu"
+) -> ModelForward:
+    """The base, with an adapter by PEFT."""
     config = ModelConfig(name=str(folder))
-    model: Any = load_model(find_model(config), config, probe("cpu"), dtype)
+    hardware = probe(device)
+    model: Any = load_model(find_model(config), config, hardware, dtype)
     if adapter:
         model = load_adapter(model, adapter)
     model.eval()
-    return ModelForward(model, "cpu", dtype)
+    return ModelForward(model, hardware.device, dtype)
 
 
-def one_by_one(folder: Path, adapter: Path | None, tokenizer: Any, prompts: list[list[int]], limit: int) -> list[str]:
+def one_by_one(
+    folder: Path, adapter: Path | None, tokenizer: Any, prompts: list[list[int]], limit: int, device: str = "cpu"
+) -> list[str]:
     """The greedy answers, each prompt alone, the adapter on by PEFT."""
-    forward = base_forward(folder, adapter)
+    forward = base_forward(folder, adapter, device=device)
     found = [generate_greedy(forward, tokenizer, [prompt], limit, 1, decoding="growing")[0] for prompt in prompts]
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
 
 
 def add(engine: Engine, path: Path) -> int:
     """Load an adapter into a running engine."""
-    weights = read_adapter(path, engine.forward.base, "cpu", torch.float32)
+    weights = read_adapter(path, engine.forward.base, engine.forward.device, torch.float32)
     return engine.between_steps(lambda: engine.bank.add(weights)).result(20)
 
 

@@ -20,12 +20,15 @@ ANSWERED = "answered"
 
 @dataclass
 class Outcome:
-    """What happened: how many requests of each kind, which were lost or wrong, and the most memory behind each tenth."""
+    """What happened: how many requests of each kind, which were lost or wrong, and the memory behind each tenth, in MB: of the
+    server's process, and what is taken of the GPU.
+    """
 
     kinds: Counter[str] = field(default_factory=Counter)
     lost: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     memory: list[float] = field(default_factory=list)
+    gpu_memory: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Target:
     max_tokens: int
     pid: int | None = None
     body_limit: int = 2 << 20
+    on_gpu: bool = False
 
 
 async def soak(target: Target, requests: int, clients: int = 16, seed: int = 0) -> Outcome:
@@ -54,6 +58,8 @@ async def soak(target: Target, requests: int, clients: int = 16, seed: int = 0) 
                 await _one(http, target, rng, outcome, place)
                 if target.pid is not None and place % max(1, requests // 10) == requests // 10 - 1:
                     outcome.memory.append(resident_mb(target.pid))
+                    if target.on_gpu:
+                        outcome.gpu_memory.append(taken_mb())
 
         await asyncio.gather(*(client(number) for number in range(clients)))
     return outcome
@@ -123,6 +129,14 @@ def _judge(
     right = [target.answers[name][question] for name in ([model] if model != "moving" else target.folders)]
     if text not in right:
         outcome.wrong.append(f"request {place}: {model} said {text!r} to {question!r}")
+
+
+def taken_mb() -> float:
+    """What all processes together have taken of the GPU, in MB (2^20 bytes)."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / (1 << 20)
 
 
 def resident_mb(pid: int | str) -> float:

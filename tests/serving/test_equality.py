@@ -17,7 +17,8 @@ from tunesmith.config import ModelConfig
 from tunesmith.hardware import ComputeDType
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import find_model
-from tunesmith.serving.adapter_bank import BASE, read_adapter
+from tunesmith.serving.adapter_bank import BASE
+from tunesmith.serving.adapter_files import read_adapter
 from tunesmith.serving.engine import Engine
 from tunesmith.workflows.quickstart import embedded_model
 

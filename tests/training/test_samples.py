@@ -98,6 +98,32 @@ JUDGED = (
 )  # fmt: skip
 
 
+# -- a metric of one's own --------------------------------------------------------------------------------------------
+
+
+def test_a_function_that_fails_in_one_evaluation_does_not_end_the_run(configure: Configure, tmp_path: Path) -> None:
+    """It decides which checkpoint is best, too: the evaluation that lacks it is not the best."""
+    path = tmp_path / "own.py"
+    path.write_text(
+        "calls = []\n\ndef size(row):\n    calls.append(row)\n    if len(calls) == 1:\n        raise KeyError('what')\n    return 1.0\n"
+    )
+    config = configure(
+        "data.eval_path=HELD", "evaluation.generate=true", "evaluation.max_new_tokens=2", f"evaluation.metrics=[{path}:size]",
+        "training.max_steps=3", "training.eval_every=1", "training.early_stopping.metric=size",
+        "training.early_stopping.mode=max",
+    )  # fmt: skip
+    run = start(config, tmp_path / "run")
+    run.train()
+    events = run.run.events()
+    evaluations = [event["metrics"] for event in events if event["event"] == "eval"]
+    assert [values.get("size") for values in evaluations] == [None, 1.0, 1.0]
+    assert all("accuracy" in values for values in evaluations)
+    (said,) = [event["message"] for event in events if "evaluation.metrics" in str(event.get("message"))]
+    assert said.startswith("evaluation.metrics gave nothing at step 1: metric size: line ")
+    assert "KeyError: 'what'" in said
+    assert [event["step"] for event in events if event["event"] == "best"] == [2]
+
+
 # -- a judge ----------------------------------------------------------------------------------------------------------
 
 

@@ -298,16 +298,18 @@ def test_a_damaged_evaluation_is_named_and_left_out(tmp_path: Path) -> None:
     assert warning.endswith("it is left out")
 
 
-def of_texts(losses: list[float], **changes: Any) -> dict[str, Any]:
-    """An evaluation of texts of 10, 20, 30, ... tokens."""
+def of_texts(losses: list[float], sizes: bool = False, **changes: Any) -> dict[str, Any]:
+    """An evaluation of texts of 10, 20, 30, ... tokens, with 0.8 bytes a token if their sizes are kept."""
     rows = [
         {"line": number, "text": f"text {number}", "tokens": 10 * number, "loss": loss}
+        | ({"bytes": 8 * number} if sizes else {})
         for number, loss in enumerate(losses, 1)
     ]
     loss = sum(row["loss"] * row["tokens"] for row in rows) / sum(row["tokens"] for row in rows)
+    bits = 1.25 * loss / math.log(2) if sizes else 1.25 * loss
     metrics = {
         name: {"value": value, "stderr": 0.5, "n": len(rows), "higher_is_better": False, "share": False}
-        for name, value in (("loss", loss), ("perplexity", math.exp(loss)), ("bits_per_byte", 1.25 * loss))
+        for name, value in (("loss", loss), ("perplexity", math.exp(loss)), ("bits_per_byte", bits))
     }
     return (
         evaluation([True], task="texts", task_kind="perplexity", n=len(rows), metrics=metrics, examples=rows) | changes
@@ -396,6 +398,17 @@ def test_the_losses_of_texts_are_compared_text_by_text(tmp_path: Path) -> None:
     assert found["bits_per_byte"]["difference"] == pytest.approx(-0.0125)
 
 
+def test_bits_per_byte_is_compared_where_the_sizes_were_kept(tmp_path: Path) -> None:
+    before = [1.0, 2.0, 5.0, 3.0, 0.5, 4.0, 2.5, 1.5]
+    runs = [
+        run(tmp_path, name, evaluations={"texts.json": of_texts([loss - less for loss in before], sizes=True)})
+        for name, less in (("a", 0.0), ("b", 0.01))
+    ]
+    found = {each["metric"]: each for each in compare(runs)["comparisons"]}["bits_per_byte"]
+    assert found["difference"] == pytest.approx(-0.0125 / math.log(2))
+    assert (found["p"], found["verdict"]) == (pytest.approx(2 / 2**8), "better")
+
+
 def test_every_metric_that_the_rows_give_again_has_a_test(tmp_path: Path) -> None:
     """Of a sample, an answer may name a class of the file that is expected of no row: it counts as answered."""
     answers = {
@@ -447,12 +460,16 @@ def test_of_free_texts_what_is_kept_of_each_row_has_a_test(tmp_path: Path) -> No
                 "answer": "a bin",
                 "correct": False,
                 "rougeL": value,
+                "rouge2": value / 2,
+                "chrf": 100 * value,
             }
             for n, value in enumerate(overlap, 1)
         ]
         metrics = {
             "exact_match": {"value": 0.0, "stderr": 0.0, "n": 6, "share": True},
             "rougeL": {"value": sum(overlap) / 6, "stderr": 0.1, "n": 6, "share": True},
+            "rouge2": {"value": sum(overlap) / 12, "stderr": 0.1, "n": 6, "share": True},
+            "chrf": {"value": 100 * sum(overlap) / 6, "stderr": 9.0, "n": 6, "share": False},
             "bleu": {"value": 4.0, "stderr": 1.0, "n": 6, "share": False},
         }
         made = evaluation([True] * 6, task_kind="text", metrics=metrics, examples=rows)
@@ -461,9 +478,12 @@ def test_of_free_texts_what_is_kept_of_each_row_has_a_test(tmp_path: Path) -> No
     assert {name: each["test"] for name, each in found.items()} == {
         "exact_match": "McNemar",
         "rougeL": "sign flips",
+        "rouge2": "sign flips",
+        "chrf": "sign flips",
         "bleu": None,
     }
     assert (found["rougeL"]["difference"], found["rougeL"]["p"]) == (0.25, 2 / 2**6)
+    assert (found["chrf"]["difference"], found["chrf"]["share"]) == (25.0, False)
 
 
 def test_a_value_that_the_rows_do_not_give_has_no_test(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ positions end before."""
 EXCERPT = 300
 """Characters of a text that stand beside its loss."""
 
+SCORED_BY_ROW = ("rouge1", "rouge2", "rougeL", "chrf")
+"""Metrics of free texts that are means over rows: kept with each, so that runs can be compared without scoring again."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextLoss:
@@ -206,9 +209,18 @@ def _answer_rows(
     after: dict[str, Scores],
     before: dict[str, Scores] | None,
 ) -> list[dict[str, Any]]:
-    """Of free texts each with its ROUGE-L, as hardly one is right to the letter."""
-    overlap = after["rougeL"].rows if "rougeL" in after else None
-    of_base = before["rougeL"].rows if before is not None and "rougeL" in before else None
+    """Of free texts each with its scores, as hardly one is right to the letter."""
+    scored = {name: after[name].rows for name in SCORED_BY_ROW if name in after}
+    of_base = {name: before[name].rows for name in scored} if before is not None else {}
+
+    def scores_of(index: int) -> dict[str, float | None]:
+        """Of both models."""
+        found: dict[str, float | None] = {}
+        for name, rows in scored.items():
+            other = of_base.get(name)
+            found |= {name: rows[index] if rows else None, f"baseline_{name}": other[index] if other else None}
+        return found
+
     return [
         {
             "line": row.line,
@@ -218,7 +230,7 @@ def _answer_rows(
             "correct": row.correct,
             "baseline_answer": base[index].answer if base is not None else None,
             "baseline_correct": base[index].correct if base is not None else None,
-            **({"rougeL": overlap[index], "baseline_rougeL": of_base[index] if of_base else None} if overlap else {}),
+            **scores_of(index),
         }
         for index, row in enumerate(tuned)
     ]
@@ -230,6 +242,7 @@ def _loss_rows(tuned: Sequence[TextLoss], base: Sequence[TextLoss] | None) -> li
             "line": row.line,
             "text": row.text,
             "tokens": row.tokens,
+            "bytes": row.bytes,
             "loss": row.nats / row.tokens,
             "baseline_loss": base[index].nats / base[index].tokens if base is not None else None,
         }

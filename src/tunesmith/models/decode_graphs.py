@@ -96,7 +96,7 @@ def one_query_sdpa(
 
 
 @contextmanager
-def _one_query_attention(forward: ModelForward) -> Iterator[None]:
+def one_query_attention(forward: ModelForward) -> Iterator[None]:
     """The model's attention is `one_query_sdpa` for a while, if it was an sdpa; others stay."""
     config = forward.decoder.config
     before = config._attn_implementation
@@ -262,7 +262,7 @@ class StaticDecoder:
         most, ended, length = max(budgets), 0, 0
         alive = _Alive(self.forward.device)
         found = alive.note(places.alive)
-        with _one_query_attention(self.forward):
+        with one_query_attention(self.forward):
             for step in range(1, most):
                 going = len(rests) if found is None else found
                 if len(rests) - going > ended:

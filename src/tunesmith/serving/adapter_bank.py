@@ -21,205 +21,20 @@ Left out, and refused: what is more than B A on a linear layer (DoRA, whole modu
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from tunesmith.errors import ModelError
-from tunesmith.models.adapters import find_adapter
 from tunesmith.models.forward import ModelForward
+from tunesmith.serving.adapter_files import AdapterWeights
 
 BASE = -1
 """The number of no adapter."""
-
-ANY_VALUE = frozenset(
-    [
-        "alpha_pattern",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "exclude_modules",
-        "inference_mode",
-        "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
-        "lora_alpha",
-        "lora_dropout",
-        "loftq_config",
-        "peft_version",
-        "r",
-        "rank_pattern",
-        "revision",
-        "target_modules",
-        "task_type",
-        "use_rslora",
-        "ensure_weight_tying",
-    ]
-)
-"""Keys of an adapter's config that are read here, or that say nothing about its answers. Others must have PEFT's default."""
-
-TAKEN_FROM_THE_BASE = ("pissa", "olora", "loftq", "corda", "lora_ga")
-"""Values of `init_lora_weights` whose adapters, as training has them, count over weights of the base that they changed."""
-
-MAX_CONFIG_BYTES = 1 << 20
-KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterWeights:
-    """A and sB^T of each linear layer, (r, in) and (r, out), on the model's device in its compute type."""
-
-    layers: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-
-    @property
-    def bytes(self) -> int:
-        """What they take on the device."""
-        return sum(part.numel() * part.element_size() for pair in self.layers.values() for part in pair)
-
-
-def read_adapter(path: Path, base: torch.nn.Module, device: str, dtype: torch.dtype) -> AdapterWeights:
-    """Read a PEFT folder (or a run's) for `base`. Only safetensors and JSON are read; nothing of the folder is executed.
-
-    Raises ModelError for what is no plain LoRA on linear layers of the decoder, for weights that are not finite, and for those that
-    do not fit the base or are not what the config says: layers that lack, other ranks.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    folder = find_adapter(path)
-    config = _config(folder)
-    linear = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
-    found: dict[str, dict[str, torch.Tensor]] = {}
-    try:
-        with safe_open(folder / "adapter_model.safetensors", "pt", device=device) as file:
-            for key in file.keys():  # noqa: SIM118  # it is no dictionary
-                match = KEY.fullmatch(key)
-                if match is None or match[1] not in linear:
-                    raise ModelError(
-                        f"{folder}: {key} is no part of a LoRA adapter on a linear layer of this base; only those can share a "
-                        "base: merge this one (`tunesmith merge`) and serve it alone, or check that it was made for this base"
-                    )
-                found.setdefault(match[1], {})[match[2]] = file.get_tensor(key)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: adapter_model.safetensors cannot be read: {error}") from None
-    if not found:
-        raise ModelError(f"{folder}: adapter_model.safetensors holds no weights")
-    model: Any = base
-    head = model.get_output_embeddings()
-    for name in found:
-        if linear[name] is head:
-            raise ModelError(
-                f"{folder}: {name} gives the logits, and only layers below it can share a base; merge this adapter "
-                "(`tunesmith merge`) and serve it alone"
-            )
-    if lacking := sorted(
-        _targets(config, folder, [name for name in linear if linear[name] is not head]) - found.keys()
-    ):
-        raise ModelError(
-            f"{folder}: adapter_model.safetensors has no weights for {lacking[0]}"
-            + (f" and {len(lacking) - 1} more layers" if lacking[1:] else "")
-            + ", which adapter_config.json names; the file is damaged, or the config is another adapter's"
-        )
-    finite = []
-    layers: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for name, parts in found.items():
-        if len(parts) != 2:
-            raise ModelError(f"{folder}: {name} has lora_{next(iter(parts))} alone; the file is damaged")
-        a, b = parts["A"], parts["B"]
-        module: Any = linear[name]
-        shape = (module.in_features, module.out_features)
-        if a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or (a.shape[1], len(b)) != shape:
-            raise ModelError(
-                f"{folder}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}, and the base's layer goes from {shape[0]} to "
-                f"{shape[1]}; the adapter was made for another base"
-            )
-        if len(a) != (rank := _of_layer(config, "rank_pattern", name, config["r"])):
-            raise ModelError(
-                f"{folder}: {name} has rank {len(a)}, and adapter_config.json says {rank}; its weights would be scaled wrongly: "
-                "the file or the config is another adapter's"
-            )
-        b = b.float() * _scaling(config, name, len(a))
-        finite += [torch.isfinite(a).all(), torch.isfinite(b).all()]
-        layers[name] = (a.to(dtype), b.T.contiguous().to(dtype))
-    if not torch.stack(finite).all():
-        raise ModelError(f"{folder}: weights of this adapter are not finite (NaN or infinity); train it again")
-    return AdapterWeights(layers)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    """The adapter's config, if it is one whose adapter can share a base."""
-    from peft import LoraConfig
-
-    path = folder / "adapter_config.json"
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ModelError(f"{path}: {path.stat().st_size:,} bytes; an adapter's config has at most {MAX_CONFIG_BYTES:,}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ModelError(
-            f"{path}: peft_type is {kind!r}: only LORA adapters can share a base; merge it and serve it alone"
-        )
-    numbers = (config.get("r"), config.get("lora_alpha"))
-    patterns = [config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")]
-    if not all(isinstance(n, int | float) and n > 0 for n in numbers) or not all(isinstance(p, dict) for p in patterns):
-        raise ModelError(f"{path}: r and lora_alpha must be positive numbers, rank_pattern and alpha_pattern objects")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(TAKEN_FROM_THE_BASE):
-        raise ModelError(
-            f"{path}: an adapter that {start} began counts over weights that it changed; take the finished run's own adapter"
-        )
-    defaults = vars(LoraConfig())
-    odd = [
-        key for key, value in config.items() if key not in ANY_VALUE and value and value != _plain(defaults.get(key))
-    ]
-    if odd:
-        raise ModelError(
-            f"{path}: {odd[0]} is {config[odd[0]]!r}, which is more than LoRA on linear layers; adapters like this cannot share a "
-            "base: merge it (`tunesmith merge`) and serve it alone"
-        )
-    return config
-
-
-def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)  # an enumeration stands in JSON by its value
-
-
-def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732); a layer's own alpha comes first."""
-    alpha = float(_of_layer(config, "alpha_pattern", name, config["lora_alpha"]))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _of_layer(config: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
-    """A layer's own number in a pattern of the config, or the one for all."""
-    from peft.utils.other import get_pattern_key
-
-    pattern = config.get(key) or {}
-    return pattern.get(get_pattern_key(list(pattern), name), default)
-
-
-def _targets(config: Mapping[str, Any], folder: Path, linear: Sequence[str]) -> set[str]:
-    """The linear layers that a config names, by PEFT's own rules. Without `target_modules` it names none."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    wanted = config.get("target_modules")
-    if wanted is None or wanted == "all-linear":
-        return set() if wanted is None else set(linear)
-    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    try:
-        settings = LoraConfig(**{name: config[name] for name in names if config.get(name) is not None})
-        return {name for name in linear if check_target_module_exists(settings, name)}
-    except (ValueError, TypeError, re.error) as error:
-        raise ModelError(f"{folder}: adapter_config.json: PEFT cannot read which layers it names: {error}") from None
 
 
 def layers_without_rows(forward: ModelForward) -> dict[str, tuple[int, ...]]:
@@ -257,26 +72,38 @@ def _kind(name: str) -> str:
 
 @dataclass(slots=True)
 class _Layer:
-    """The stacked matrices of one linear layer. `owners` says which rows of them are whose: (adapter, start, stop)."""
+    """The stacked matrices of one linear layer. `owners` says which rows of them are whose: (place, start, stop)."""
 
     a: torch.Tensor
     b: torch.Tensor
     owners: tuple[tuple[int, int, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an adapter lies: `number` in the layers' `owners`, and the rank that it has room for in each layer."""
+
+    number: int
+    ranks: Mapping[str, int]
+
+
 class AdapterBank:
     """Holds adapters by number, and adds their products to the base's layers in every forward behind `select`.
 
-    `without_rows` are the layers that no adapter may have (layers_without_rows).
+    `without_rows` are the layers that no adapter may have (layers_without_rows). `version` changes when the adapters lie elsewhere
+    than they did: graphs that were captured read memory which is no longer theirs. An adapter that takes the place of another
+    leaves it as it is.
     """
 
     def __init__(self, base: torch.nn.Module, device: str, without_rows: Mapping[str, tuple[int, ...]] | None = None):
         self.device = device
+        self.version = 0
         self._without_rows = without_rows or {}
         self._modules = {name: module for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
         self._layers: dict[str, _Layer] = {}
         self._handles: dict[str, Any] = {}
-        self._adapters: dict[int, AdapterWeights] = {}
+        self._places: dict[int, _Place] = {}
+        self._spare: _Place | None = None
         self._next = 0
         self._only: int | None = BASE
         self._rows = torch.empty(0)
@@ -291,7 +118,7 @@ class AdapterBank:
     @property
     def numbers(self) -> list[int]:
         """The adapters that are here."""
-        return sorted(self._adapters)
+        return sorted(self._places)
 
     def add(self, weights: AdapterWeights) -> int:
         """Take an adapter in; returns its number, which no other ever has. The caller lets go of `weights`.
@@ -304,25 +131,52 @@ class AdapterBank:
                 "with several adapters cannot be told apart; merge this adapter (`tunesmith merge`) and serve it alone"
             )
         number, self._next = self._next, self._next + 1
-        self._columns = {}
-        for name, (a, b) in weights.layers.items():
-            layer = self._layers.get(name)
-            if layer is None:
-                self._layers[name] = _Layer(a, b, ((number, 0, len(a)),))
-                self._handles[name] = self._modules[name].register_forward_hook(self._hook(name))
-            else:
-                start = len(layer.a)
-                layer.a, layer.b = torch.cat([layer.a, a]), torch.cat([layer.b, b])
-                layer.owners = (*layer.owners, (number, start, start + len(a)))
-        self._adapters[number] = AdapterWeights({name: (a[:0], b[:0]) for name, (a, b) in weights.layers.items()})
+        ranks = {name: len(a) for name, (a, _) in weights.layers.items()}
+        if self._spare is not None and self._spare.ranks == ranks:
+            place, self._spare = self._spare, None
+            for name, (a, b) in weights.layers.items():
+                layer = self._layers[name]
+                ((start, stop),) = [(start, stop) for owner, start, stop in layer.owners if owner == place.number]
+                layer.a[start:stop], layer.b[start:stop] = a, b
+        else:
+            place = _Place(number, ranks)
+            self._append(place, weights)
+        self._places[number] = place
         return number
 
-    def remove(self, number: int) -> None:
-        """Let go of an adapter that no row of the next forwards wants."""
-        self._columns = {}
-        for name in self._adapters.pop(number).layers:
+    def _append(self, place: _Place, weights: AdapterWeights) -> None:
+        try:
+            for name, (a, b) in weights.layers.items():
+                layer = self._layers.get(name)
+                if layer is None:
+                    self._layers[name] = _Layer(a, b, ((place.number, 0, len(a)),))
+                    self._handles[name] = self._modules[name].register_forward_hook(self._hook(name))
+                else:
+                    start = len(layer.a)
+                    layer.a, layer.b = torch.cat([layer.a, a]), torch.cat([layer.b, b])
+                    layer.owners = (*layer.owners, (place.number, start, start + len(a)))
+        except (RuntimeError, MemoryError):  # out of memory: some layers have it, and others not
+            self._free(place)
+            raise
+        self._moved()
+
+    def remove(self, number: int, replaced: bool = False) -> None:
+        """Let go of an adapter that no row of the next forwards wants, and of its memory.
+
+        The place of one that was `replaced` stays for the next, until another is replaced or one is removed for good.
+        """
+        left, spare = self._places.pop(number), self._spare
+        self._spare = left if replaced else None
+        for place in (spare, None if replaced else left):
+            if place is not None:
+                self._free(place)
+
+    def _free(self, place: _Place) -> None:
+        for name in place.ranks.keys() & self._layers.keys():
             layer = self._layers[name]
-            kept = [owner for owner in layer.owners if owner[0] != number]
+            kept = [owner for owner in layer.owners if owner[0] != place.number]
+            if len(kept) == len(layer.owners):
+                continue
             if not kept:
                 self._handles.pop(name).remove()
                 del self._layers[name]
@@ -334,22 +188,41 @@ class AdapterBank:
                 owners.append((owner, at, at + stop - start))
                 at += stop - start
             layer.owners = tuple(owners)
+        self._moved()
+
+    def _moved(self) -> None:
+        """Adapters lie elsewhere: note whose each column is, for each arrangement of columns that layers have."""
+        self.version += 1
+        self._columns = {}
+        for owners in {layer.owners for layer in self._layers.values()}:
+            of_column = [place for place, start, stop in owners for _ in range(stop - start)]
+            self._columns[owners] = torch.tensor(of_column, device=self.device)
+
+    def place(self, number: int) -> int:
+        """What `select_places` calls an adapter, or BASE. Raises ValueError for one that is not here."""
+        if number == BASE:
+            return BASE
+        if number not in self._places:
+            raise ValueError(f"no adapter has the number {number}")
+        return self._places[number].number
 
     def select(self, rows: Sequence[int]) -> None:
         """Say whose each row of the next forwards is: the number of an adapter, or BASE. Raises ValueError for one not here."""
-        kinds = set(rows)
-        if unknown := kinds - self._adapters.keys() - {BASE}:
-            raise ValueError(f"no adapter has the number {min(unknown)}")
-        self._only = kinds.pop() if len(kinds) == 1 else None
+        places = [self.place(number) for number in rows]
+        self._only = places[0] if len(set(places)) == 1 else None
         self._others = {}
         if self._only is None:
-            self._rows = torch.tensor(rows, device=self.device)
+            self._rows = torch.tensor(places, device=self.device)
+
+    def select_places(self, rows: torch.Tensor) -> None:
+        """`select` by a tensor (B,) of places on the device, which a graph reads anew in every replay."""
+        self._only, self._others, self._rows = None, {}, rows
 
     def close(self) -> None:
         """Take the hooks off: the model is as it was."""
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._layers, self._adapters = {}, {}, {}
+        self._handles, self._layers, self._places, self._spare = {}, {}, {}, None
 
     def _hook(self, name: str) -> Any:
         def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -376,9 +249,6 @@ class AdapterBank:
     def _of_others(self, owners: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
         """(B, 1, R), true where a column is not of the row's adapter. Made once a forward for each arrangement of columns."""
         if owners not in self._others:
-            if owners not in self._columns:
-                of_column = [number for number, start, stop in owners for _ in range(stop - start)]
-                self._columns[owners] = torch.tensor(of_column, device=self.device)
             self._others[owners] = self._rows[:, None, None] != self._columns[owners]
         return self._others[owners]
 

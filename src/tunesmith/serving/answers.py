@@ -12,7 +12,8 @@ from starlette.requests import Request
 
 from tunesmith.serving.api_errors import ApiError, draining
 from tunesmith.serving.catalog import ServedModel
-from tunesmith.serving.engine import Engine, Event, Failed, Finished, Generation, Piece, QueueFull, Stopped
+from tunesmith.serving.engine import Engine, QueueFull, Stopped
+from tunesmith.serving.generation import Event, Failed, Finished, Generation, Piece
 from tunesmith.serving.metrics import Metrics
 
 

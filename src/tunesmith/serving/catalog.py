@@ -16,7 +16,8 @@ from typing import Any
 
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError
-from tunesmith.serving.adapter_bank import BASE, AdapterWeights
+from tunesmith.serving.adapter_bank import BASE
+from tunesmith.serving.adapter_files import AdapterWeights
 from tunesmith.serving.api_errors import ApiError
 from tunesmith.serving.engine import Engine
 from tunesmith.serving.templates import Templates
@@ -47,6 +48,7 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     uses: int = 0
     retired: bool = False
+    replaced: bool = False
 
 
 def check_name(name: str, base: str) -> None:
@@ -104,7 +106,7 @@ class Catalog:
             old = self._adapters.get(name)
             self._adapters[name] = ServedModel(name, read.tokenizer, read.chat, read.ends, number, path)
             self.swap_seconds = time.perf_counter() - start
-            self._retire(old)
+            self._retire(old, replaced=True)
             return old is not None
 
     async def remove(self, name: str) -> None:
@@ -152,9 +154,9 @@ class Catalog:
             if not taken:
                 self._templates.release(read.chat)
 
-    def _retire(self, model: ServedModel | None) -> None:
+    def _retire(self, model: ServedModel | None, replaced: bool = False) -> None:
         if model is not None:
-            model.retired = True
+            model.retired, model.replaced = True, replaced
             self._let_go(model)
 
     def _let_go(self, model: ServedModel) -> None:
@@ -162,11 +164,11 @@ class Catalog:
             self._templates.release(model.chat)
             if model.name not in self._adapters:
                 self.on_gone(model.name)
-            self.engine.between_steps(lambda: self._drop(model.adapter))
+            self.engine.between_steps(lambda: self._drop(model))
 
-    def _drop(self, number: int) -> None:
+    def _drop(self, model: ServedModel) -> None:
         """On the engine's thread. A row whose asker has gone may be in the batch until the next step begins: then once more later."""
-        if self.engine.wants(number):
-            self.engine.between_steps(lambda: self._drop(number))
+        if self.engine.wants(model.adapter):
+            self.engine.between_steps(lambda: self._drop(model))
             return
-        self.engine.bank.remove(number)
+        self.engine.bank.remove(model.adapter, model.replaced)

@@ -3,29 +3,30 @@
 Requests wait in a bounded queue. Every step reads the prompts of some that wait (if there is room), lets them join the batch, and
 decodes one token for every row of it, whichever adapters the rows want (adapter_bank.py). A row leaves when its answer ends, when its
 time is up, or when whoever asked has gone; its place is free in the next step. What changes the adapters runs between two steps.
+On a GPU rows have fixed places, and steps are CUDA graphs (fixed_batch.py); on the CPU, and for models that cannot, the cache of the
+batch grows and is copied (running_batch.py).
 
-Left out: paged keys and values (the cache is copied as it grows), CUDA graphs, and sharing the prefix of prompts.
+Left out: paged keys and values, and sharing the prefix of prompts.
 """
 
 from __future__ import annotations
 
-import random
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.generate import cache_bytes_per_token
 from tunesmith.out_of_memory import OutOfMemory, release_memory, within_memory
-from tunesmith.serving.adapter_bank import BASE, AdapterBank, layers_without_rows
-from tunesmith.serving.answer_text import AnswerText
-from tunesmith.serving.running_batch import RunningBatch, refuse_recurrent
-from tunesmith.serving.sampling import GREEDY, Sampling, choose
+from tunesmith.serving.adapter_bank import AdapterBank, layers_without_rows
+from tunesmith.serving.fixed_batch import FixedBatch, Places, why_not_fixed
+from tunesmith.serving.generation import Event, Failed, Finished, Generation, Piece
+from tunesmith.serving.running_batch import Batch, RunningBatch, longest_row, refuse_recurrent
+from tunesmith.serving.sampling import choose
 
 T = TypeVar("T")
 
@@ -47,87 +48,39 @@ class Stopped(Exception):
     """The engine takes no requests any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Text that the answer goes on with. `first` is set with the first token, whose text may be empty."""
-
-    text: str
-    first: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The answer is whole: ended by an end token or a stop string (`stop`), or by its length. `tokens` counts the end token too."""
-
-    reason: Literal["stop", "length"]
-    tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """No answer, or no more of it."""
-
-    reason: Literal["timeout", "memory", "error", "stopped"]
-    message: str
-
-
-Event = Piece | Finished | Failed
-
-
-@dataclass(eq=False)
-class Generation:
-    """One request: a prompt, how to answer it, and `on_event`, which the engine's thread calls. It must not block."""
-
-    prompt: Sequence[int]
-    tokenizer: Any
-    ends: frozenset[int]
-    on_event: Callable[[Event], None]
-    max_tokens: int
-    adapter: int = BASE
-    sampling: Sampling = GREEDY
-    stop: tuple[str, ...] = ()
-    seconds: float = float("inf")
-    length: int = 0
-    produced: int = 0
-    last: int = 0
-    cancelled: bool = False
-    submitted: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.text = AnswerText(self.tokenizer, self.stop)
-        self.random = random.Random(self.sampling.seed)
-
-    @property
-    def late(self) -> bool:
-        """Whether its time is up."""
-        return time.monotonic() - self.submitted > self.seconds
-
-    @property
-    def whole(self) -> int:
-        """Tokens that it may have in the cache."""
-        return len(self.prompt) + self.max_tokens
-
-
 class Engine:
     """Answers requests on a thread of its own, from `start` to `stop`.
 
     `max_batch` rows at once, `max_queue` more waiting. `cache_tokens` bounds rows x longest row: by default what fits 0.7 of the free
-    GPU memory, and on the CPU nothing.
+    GPU memory, and on the CPU nothing. `fixed` says whether rows have fixed places: by default on a GPU, where the model can
+    (`why_not_fixed`); `warn` is told where it cannot.
     """
 
     def __init__(
-        self, forward: ModelForward, max_batch: int = 32, max_queue: int = 256, cache_tokens: int | None = None
+        self,
+        forward: ModelForward,
+        max_batch: int = 32,
+        max_queue: int = 256,
+        cache_tokens: int | None = None,
+        fixed: bool | None = None,
+        warn: Callable[[str], None] = lambda text: None,
     ):
         refuse_recurrent(forward.base.config)
         self.forward = forward
         self.bank = AdapterBank(forward.base, forward.device, layers_without_rows(forward))
         self.max_batch, self.max_queue = max_batch, max_queue
-        self.cache_tokens = cache_tokens if cache_tokens is not None else _fitting_tokens(forward)
-        text = forward.base.config.get_text_config()
-        self.context_length: int | None = getattr(text, "max_position_embeddings", None)
+        self.cache_tokens = tokens = cache_tokens if cache_tokens is not None else _fitting_tokens(forward)
+        self.context_length = longest_row(forward.base.config)
         self.vocabulary: int = forward.base.get_input_embeddings().num_embeddings
         self.steps = 0
-        self._batch: RunningBatch[Generation] = RunningBatch(forward)
+        self._batch: Batch[Generation] = RunningBatch(forward, self.bank, tokens)
+        on_gpu = forward.device.startswith("cuda")
+        if tokens is not None and (on_gpu if fixed is None else fixed):
+            if (reason := why_not_fixed(forward)) is None:
+                places = Places(forward, self.bank, max_batch, tokens, self.context_length, on_gpu, warn)
+                self._batch = FixedBatch(places)
+            else:
+                warn(f"steps go launch by launch, without CUDA graphs: {reason}")
         self._waiting: deque[Generation] = deque()
         self._reading: list[Generation] = []  # off the queue, and not yet in the batch
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -227,7 +180,9 @@ class Engine:
                 self._open = False
                 left = list(dict.fromkeys([*self._batch.rows, *self._reading, *self._waiting]))
                 calls = list(self._calls)
-                self._batch = RunningBatch(self.forward)
+                self._batch = RunningBatch(
+                    self.forward
+                )  # what there was may not be touched any more: the device may have failed
                 self._reading = []
                 self._waiting.clear()
                 self._calls.clear()
@@ -278,7 +233,7 @@ class Engine:
             while self._waiting:
                 rows = [*self._batch.rows, *taken, self._waiting[0]]
                 reads = [len(row.prompt) for row in rows[len(self._batch.rows) :]]
-                fits = self.cache_tokens is None or len(rows) * max(row.whole for row in rows) <= self.cache_tokens
+                fits = self._batch.fits(len(rows), max(row.whole for row in rows))
                 if len(rows) > self.max_batch or not (fits or len(rows) == 1):
                     break
                 if taken and len(reads) * max(reads) > READ_TOKENS:
@@ -289,10 +244,9 @@ class Engine:
             self._reading = []
 
     def _read(self, taken: Sequence[Generation]) -> None:
-        joining: RunningBatch[Generation] = RunningBatch(self.forward)
+        joining = self._batch.beside()
 
         def read(rows: Sequence[Generation]) -> list[int | None]:
-            self.bank.select([row.adapter for row in rows])
             hidden = joining.read(rows, [row.prompt for row in rows])
             return self._choose(hidden, rows)
 
@@ -304,10 +258,13 @@ class Engine:
             joining.keep(self._take(taken, tokens))
             if not joining.rows:
                 return
-            failed = within_memory(self._batch.join, joining)
+            taken = joining.rows  # others of them had one token to say, and have ended
+            failed = self._guarded(lambda _: self._batch.join(joining), taken)
+            if isinstance(failed, _Broken):
+                self._fail(taken, failed)
             if not isinstance(failed, OutOfMemory):
                 return
-            tokens, taken = failed, joining.rows  # others of them had one token to say, and have ended
+            tokens = failed
         release_memory()
         for generation in taken:
             self._tell(generation, Failed("memory", f"no memory left to read this prompt: {tokens.reason}; shorten it"))
@@ -315,11 +272,7 @@ class Engine:
     def _step(self) -> None:
         """One token for every row. Where memory runs out, the last to join makes room for the others."""
 
-        def step(rows: Sequence[Generation]) -> Any:
-            self.bank.select([row.adapter for row in rows])
-            return self._batch.step([row.last for row in rows])
-
-        hidden = self._guarded(step, self._batch.rows)
+        hidden: Any = self._guarded(lambda rows: self._batch.step([row.last for row in rows]), self._batch.rows)
         if isinstance(hidden, _Broken):
             self._fail_batch(hidden)
             return
@@ -360,7 +313,7 @@ class Engine:
 
     def _fail_batch(self, broken: _Broken) -> None:
         rows = self._batch.rows
-        self._batch = RunningBatch(self.forward)  # some layers of its cache may have a token that others have not
+        self._batch.clear()  # some layers of its cache may have a token that others have not
         self._fail(rows, broken)
 
     def _fail(self, rows: Sequence[Generation], broken: _Broken) -> None:

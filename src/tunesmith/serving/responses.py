@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from tunesmith.serving.answers import Answers, ClientGone, usage_of
 from tunesmith.serving.api_errors import ApiError
-from tunesmith.serving.engine import Finished, Piece
+from tunesmith.serving.generation import Finished, Piece
 from tunesmith.serving.shapes import Shape
 
 

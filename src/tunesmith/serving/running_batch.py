@@ -7,13 +7,16 @@ leaves each row's own tokens next to each other, so that a window counts what it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch.nn import functional as F
 
 from tunesmith.errors import ModelError
 from tunesmith.models.forward import ModelForward
+
+if TYPE_CHECKING:
+    from tunesmith.serving.adapter_bank import AdapterBank
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -23,6 +26,12 @@ class Row(Protocol):
 
     length: int
     """Tokens of it in the cache."""
+    adapter: int
+    """The number of its adapter, or BASE."""
+
+    @property
+    def whole(self) -> int:
+        """Tokens that it may come to have there."""
 
 
 R = TypeVar("R", bound=Row)
@@ -39,11 +48,56 @@ def refuse_recurrent(config: Any) -> None:
         )
 
 
-class RunningBatch(Generic[R]):
-    """Rows with their cache. `rows[i]` is row i of every tensor."""
+def longest_row(config: Any) -> int | None:
+    """Tokens that a row can have; None where the model does not say.
 
-    def __init__(self, forward: ModelForward):
-        self.forward = forward
+    Rotations that depend on how long the longest row of a batch is (LongRoPE, dynamic NTK) would make a row's answer depend on the
+    others: such models answer within the length from which on they change, Phi-3's `original_max_position_embeddings`.
+    """
+    text = config.get_text_config()
+    longest: int | None = getattr(text, "max_position_embeddings", None)
+    given = getattr(text, "rope_parameters", None) or {}
+    for rope in [given, *(value for value in given.values() if isinstance(value, dict))]:  # by kind of layer, in some
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            first = rope.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            longest = min(one for one in (longest, first) if one is not None) if longest or first else None
+    return longest
+
+
+class Batch(Protocol[R]):
+    """What the engine asks of the rows that it answers: RunningBatch, whose cache grows, or FixedBatch (fixed_batch.py)."""
+
+    rows: list[R]
+
+    def fits(self, rows: int, longest: int) -> bool:
+        """Whether there is room for so many rows of up to `longest` tokens."""
+
+    def beside(self) -> Any:
+        """An empty batch of the same kind, for prompts that `join` will take in."""
+
+    def read(self, rows: Sequence[R], prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Start an empty batch: read the prompts. Returns the last hidden states (B, hidden)."""
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Read one more token of each row. Returns the hidden states (B, hidden). If it fails the batch is as before."""
+
+    def join(self, other: Any) -> None:
+        """Take in the rows of another batch, which is of no use afterwards. If it fails this batch is as before."""
+
+    def keep(self, places: Sequence[int]) -> None:
+        """Leave out all rows but these."""
+
+    def clear(self) -> None:
+        """Leave out all rows."""
+
+
+class RunningBatch(Generic[R]):
+    """Rows with their cache. `rows[i]` is row i of every tensor. `tokens` bounds rows x the longest of them."""
+
+    def __init__(self, forward: ModelForward, bank: AdapterBank | None = None, tokens: int | None = None):
+        self.forward, self.bank, self.tokens = forward, bank, tokens
         self.rows: list[R] = []
         self._cache: Any = None
         self._mask = torch.empty(0)
@@ -53,8 +107,21 @@ class RunningBatch(Generic[R]):
         """Places of the cache, padding included."""
         return 0 if self._cache is None else int(self._mask.shape[1])
 
+    def fits(self, rows: int, longest: int) -> bool:
+        """Whether there is room for so many rows of up to `longest` tokens."""
+        return self.tokens is None or rows * longest <= self.tokens
+
+    def beside(self) -> RunningBatch[R]:
+        """An empty batch for prompts that `join` will take in."""
+        return RunningBatch(self.forward, self.bank, self.tokens)
+
+    def clear(self) -> None:
+        """Leave out all rows."""
+        self.rows, self._cache, self._mask = [], None, torch.empty(0)
+
     def read(self, rows: Sequence[R], prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Start an empty batch: read the prompts. Returns the last hidden states (B, hidden)."""
+        self._select(rows)
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
         mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -67,6 +134,7 @@ class RunningBatch(Generic[R]):
 
     def step(self, tokens: Sequence[int]) -> torch.Tensor:
         """Read one more token of each row. Returns the hidden states (B, hidden). If it fails the batch is as before."""
+        self._select(self.rows)
         width = self.width
         positions = torch.tensor([[row.length] for row in self.rows])
         mask = F.pad(self._mask, (0, 1), value=1)
@@ -106,13 +174,17 @@ class RunningBatch(Generic[R]):
             return
         self.rows = [self.rows[place] for place in places]
         if not self.rows:
-            self._cache, self._mask = None, torch.empty(0)
+            self.clear()
             return
         index = torch.tensor(places, device=self.forward.device)
         start = self.width - max(row.length for row in self.rows)
         self._mask = self._mask[index, start:]
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[index, :, start:], layer.values[index, :, start:]
+
+    def _select(self, rows: Sequence[R]) -> None:
+        if self.bank is not None:
+            self.bank.select([row.adapter for row in rows])
 
     def _run(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Any) -> torch.Tensor:
         from transformers import DynamicCache

@@ -22,7 +22,8 @@ from tunesmith.serving.addresses import is_for
 from tunesmith.serving.answers import Answers, ClientGone
 from tunesmith.serving.api_errors import ApiError, draining
 from tunesmith.serving.catalog import Catalog, ServedModel
-from tunesmith.serving.engine import Engine, Generation, Stopped
+from tunesmith.serving.engine import Engine, Stopped
+from tunesmith.serving.generation import Generation
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.metrics import CONTENT_TYPE, Metrics
 from tunesmith.serving.openai_requests import AdapterRequest, ChatRequest, CompletionRequest, checked

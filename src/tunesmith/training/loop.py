@@ -39,7 +39,7 @@ CHECK_MOVEMENT_AT = 10
 """Steps after which trainable tensors that have not moved are reported; at the end of the run they are an error."""
 
 JUDGE_SCORE = "judge_score"
-"""The metric that an evaluation may fail to give: it comes from another machine."""
+"""The metric that comes from another machine."""
 
 
 def train_loop(
@@ -391,15 +391,21 @@ def _tracked(config: RunConfig) -> tuple[str, str]:
     return early.metric or "eval_loss", early.mode or "min"
 
 
+def _may_fail(metric: str, config: RunConfig) -> bool:
+    """Whether an evaluation may lack it: the judge's score, and what a function of the user gives (`FUNCTION`, `FUNCTION.NAME`)."""
+    functions = [reference.rpartition(":")[2] for reference in config.evaluation.metrics]
+    return metric == JUDGE_SCORE or metric.partition(".")[0] in functions
+
+
 def _is_best(state: TrainState, values: Mapping[str, float], config: RunConfig) -> bool:
     """Whether this evaluation is the best so far; keeps the count of evaluations without improvement.
 
-    Where the judge gave no score nothing is known: the evaluation is not the best, and spends no patience.
+    Where the judge or the user's own metric failed nothing is known: the evaluation is not the best, and spends no patience.
     """
     metric, mode = _tracked(config)
     if metric not in values and config.training.early_stopping.metric is None:
         return False  # general text alone is evaluated
-    if metric not in values and metric == JUDGE_SCORE:
+    if metric not in values and _may_fail(metric, config):
         state.eval_loss = values.get("eval_loss", state.eval_loss)
         return False
     if metric not in values:

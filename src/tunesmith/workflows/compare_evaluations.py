@@ -17,7 +17,7 @@ from typing import Any, cast
 from tunesmith.config import TaskName
 from tunesmith.evaluation.metrics import is_exact
 from tunesmith.evaluation.statistics import Difference, Scores
-from tunesmith.evaluation.task_part import TextLoss, text_loss_scores
+from tunesmith.evaluation.task_part import SCORED_BY_ROW, TextLoss, text_loss_scores
 from tunesmith.evaluation.tasks import Task, score_answers
 from tunesmith.report.text import as_number, as_text, shortened
 from tunesmith.types import Generation
@@ -166,10 +166,15 @@ def _scores(
     found: dict[str, Scores] = {}
     if kind == "perplexity":
         if rows and all(as_number(row.get("loss")) is not None and as_number(row.get("tokens")) for row in rows):
+            sizes = [as_number(row.get("bytes")) for row in rows]
             found = text_loss_scores(
-                [TextLoss(row["loss"] * row["tokens"], row["tokens"], 0, row.get("line", 0), "") for row in rows]
+                [
+                    TextLoss(row["loss"] * row["tokens"], row["tokens"], int(size or 0), row.get("line", 0), "")
+                    for row, size in zip(rows, sizes, strict=True)
+                ]
             )
-            del found["bits_per_byte"]  # the bytes are not kept
+            if not all(sizes):  # evaluations of before 2026-11-27 did not keep them
+                del found["bits_per_byte"]
     elif rows and all(_is_scored(row) for row in rows):
         answered = [
             Generation(row["prompt"], row["expected"], row["answer"], row["correct"], row.get("line", 0))
@@ -185,9 +190,12 @@ def _scores(
 def _text_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Scores]:
     """What is known of free texts without scoring each again, which takes 15 s for 3,080 texts of 30 words."""
     exact = tuple(float(is_exact(row["expected"], row["answer"])) for row in rows)
-    overlap = [value for row in rows if (value := as_number(row.get("rougeL"))) is not None]
     found = {"exact_match": Scores(len(rows), exact)}
-    return found | ({"rougeL": Scores(len(rows), tuple(overlap))} if len(overlap) == len(rows) else {})
+    for name in SCORED_BY_ROW:
+        of_rows = [value for row in rows if (value := as_number(row.get(name))) is not None]
+        if len(of_rows) == len(rows):
+            found[name] = Scores(len(rows), tuple(of_rows), share=name != "chrf")
+    return found
 
 
 def _is_scored(row: Mapping[str, Any]) -> bool:

@@ -38,7 +38,7 @@ class AdapterReader:
 
         Its base's hash is compared with what its run or its tunesmith.json says, and its template is tried on a question.
         """
-        from tunesmith.serving.adapter_bank import read_adapter
+        from tunesmith.serving.adapter_files import read_adapter
         from tunesmith.serving.catalog import ReadAdapter
 
         forward, source = self.base.forward, self.base.source

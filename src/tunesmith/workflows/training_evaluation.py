@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from tunesmith.config import EvaluationConfig, RunConfig
 from tunesmith.data.chat import ChatFormat
-from tunesmith.errors import MachineError, UserError, VerificationError
+from tunesmith.errors import ConfigError, MachineError, UserError, VerificationError
 from tunesmith.evaluation.answers import generate_answers, sample_rows
 from tunesmith.evaluation.tasks import Task, find_training_task, generated_metrics, judged, score_answers
 from tunesmith.models.forward import ModelForward
@@ -60,8 +60,8 @@ def perplexity(loss: float) -> float:
 class TrainingEvaluation:
     """Called at each evaluation with the step, it returns the metrics by name (types.Evaluate).
 
-    Where memory does not suffice, batches are halved, and then CUDA graphs dropped. A judge that fails costs its score of that
-    evaluation, not the run.
+    Where memory does not suffice, batches are halved, and then CUDA graphs dropped. A judge or a function of the user that fails
+    costs its score of that evaluation, not the run.
     """
 
     config: RunConfig
@@ -141,12 +141,21 @@ class TrainingEvaluation:
         )
         values: dict[str, float] = {}
         if self.task is not None:
-            values |= {name: one.value for name, one in score_answers(self.task, judged(self.task, rows)).items()}
+            values |= self._scores(self.task, judged(self.task, rows))
             if settings.judge.url:
                 values |= self._judge(rows)
         for row in rows[: settings.samples]:
             self.log({"event": "sample", "step": self.step, **asdict(row)})
         return values
+
+    def _scores(self, task: Task, rows: Sequence[Generation]) -> dict[str, float]:
+        """The task's metrics; those of the user's functions are left out, with a warning, where one failed."""
+        try:
+            scores = score_answers(task, rows)
+        except ConfigError as error:
+            self._warn(f"evaluation.metrics gave nothing at step {self.step}: {error}")
+            scores = score_answers(replace(task, user_metrics=()), rows)
+        return {name: one.value for name, one in scores.items()}
 
     def _judge(self, answers: Sequence[Generation]) -> dict[str, float]:
         """The judge's mean score; nothing, with a warning, where it failed."""
