@@ -187,6 +187,16 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(base: Path) -> Non
         assert openai.OpenAI(base_url=facts["url"], api_key="s3cret").models.list().data[0].id == facts["model"]
 
 
+def test_a_server_without_a_key_is_asked_by_its_own_names_and_those_it_was_given(base: Path) -> None:
+    with serving(base, "--allowed-host", "box.lan") as (_, facts):
+        url = facts["url"] + "/models"
+        found = {
+            host: httpx.get(url, headers={"host": host}).status_code
+            for host in ("localhost", "box.lan", "evil.example")
+        }
+    assert found == {"localhost": 200, "box.lan": 200, "evil.example": 403}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

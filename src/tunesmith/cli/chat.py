@@ -51,7 +51,7 @@ def chat(
     from tunesmith import api
     from tunesmith.cli.console import Console
     from tunesmith.workflows.chat import Conversation
-    from tunesmith.workflows.chat_adapters import Adapters, OneAdapter, load_with_adapters
+    from tunesmith.workflows.chat_adapters import Adapters, OneAdapter, SeveralAdapters, load_with_adapters
     from tunesmith.workflows.serve import named_adapters
 
     sampling = sampling_of(preset)
@@ -74,6 +74,15 @@ def chat(
             adapters = OneAdapter(loaded, target) if loaded.adapted else None
     conversation = Conversation(loaded, system, sampling, adapters)
     _show_system(conversation, given=system is not None)
+    try:
+        _talk(conversation, prompt)
+    finally:
+        if isinstance(adapters, SeveralAdapters):
+            adapters.close()
+
+
+def _talk(conversation: Conversation, prompt: str | None) -> None:
+    """Ask the one question, or what is typed until the end."""
     if prompt is not None:
         _say(conversation, prompt)
         return

@@ -46,8 +46,8 @@ def serve(
     """Answer OpenAI's API at `host`:`port` with the base `target` and `adapters` (name: folder), until SIGTERM or Ctrl-C.
 
     `on_ready` is told url, model, adapters and notes when requests can come. `allowed_hosts` are further names that requests may be for
-    (serving/addresses.py). Raises UserError (2) for a base, an adapter or a setting
-    that cannot be served, before the port answers; MachineError (3) for a missing package, a port that is taken, no memory.
+    (serving/addresses.py). Raises UserError (2) for a base, an adapter or a setting that cannot be served, before the port answers;
+    MachineError (3) for a missing package, a port that is taken, no memory.
     """
     limits = limits or Limits()
     if missing := [package for package in PACKAGES if importlib.util.find_spec(package) is None]:
