@@ -57,7 +57,7 @@ def test_two_methods_in_the_same_table(wide: Path, data: Path, tmp_path: Path) -
     assert float(size.split()[0]) < float(cells["bf16"][0].split()[0])
     assert 0 < float(kl) < float(allowed) == 0.3
     assert 0.5 < float(top1.rstrip("%")) / 100 <= 1
-    assert float(most) == pytest.approx(1.25 * float(cells["bf16"][4]), abs=2e-3)
+    assert float(most) == pytest.approx(1.4 * float(cells["bf16"][4]), abs=2e-3)
     assert float(perplexity) < float(most)
     assert float(speed) > 1
     assert f"{tmp_path / 'gptq'}\n{tmp_path / 'awq'}\n" in result.out
@@ -98,7 +98,7 @@ def test_json_of_a_method_alone_on_stdout(wide: Path, data: Path, tmp_path: Path
     (row,) = found["files"]
     assert (row["type"], row["path"], row["group_size"]) == ("gptq", str(tmp_path / "q"), 64)
     assert row["bytes"] == (tmp_path / "q" / "model.safetensors").stat().st_size
-    assert row["max_perplexity"] == 1.25 * found["source_perplexity"]
+    assert row["max_perplexity"] == 1.4 * found["source_perplexity"]
     assert found["calibration"]["from"] == str(data)
     assert found["measured"]["tokens"] == row["tokens"]
     assert found["unquantized"] == ["model.embed_tokens.weight", "lm_head.weight"]

@@ -498,7 +498,9 @@ def test_nothing_of_the_process_is_changed(
             dict(os.environ),
         ]
 
+    environment = dict(os.environ)
     quantized(model, tmp_path / "warm", rows_of(model, 4))  # imports
+    assert dict(os.environ) == environment
     before = state()
     source = plain(model)
     capsys.readouterr()

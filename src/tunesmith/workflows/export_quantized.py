@@ -59,10 +59,10 @@ from tunesmith.workflows.rows import question_of, read_rows
 CALIBRATION_ROWS = 256
 
 MAX_KL: dict[Method, float] = {"gptq": 0.3, "awq": 0.3}
-"""Nats a token (docs/quantized.md has what was measured)."""
+"""Nats a token: three times what GPTQ costs SmolLM2-135M, where rounding to the nearest costs 0.79 (docs/quantized.md)."""
 
-MAX_PERPLEXITY = 1.25
-"""The written model's perplexity, as a multiple of the source's."""
+MAX_PERPLEXITY = 1.4
+"""The written model's perplexity, as a multiple of the source's; 1.12 and 1.20 were measured on SmolLM2-135M, which is small for 4 bits."""
 
 
 @dataclass(frozen=True, slots=True)
