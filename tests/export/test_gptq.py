@@ -10,16 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from stub_hub import stub_hub
 from tiny import chat_rows, make_tiny_gemma3, make_tiny_model, write_jsonl
 from trained import tiny_base, tiny_run
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, DataError, ModelError, RunError, VerificationError
 from tunesmith.export import agreement, compressed
 from tunesmith.export.calibration import MEASURED_TOKENS, encode, leave_out, measurable
-from tunesmith.files import sha256_file
+from tunesmith.registry.records import adapter_hash, merged_from
 from tunesmith.types import Example, Message
 from tunesmith.workflows import export_quantized as workflow
 from tunesmith.workflows.export import export
+from tunesmith.workflows.push import push
 
 WIDE = {"hidden": 128, "vocab": 320}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -246,7 +248,7 @@ def test_a_run_is_merged_and_calibrated_on_its_training_rows(
     assert record["quantized"]["method"] == "gptq"
     assert record["quantized"]["calibration"]["rows"] == len(calibration)
     assert record["base"]["weight_hash"] == RunFolder.open(run).metadata["model"]["weight_hash"]
-    assert record["adapter_sha256"] == sha256_file(run / "adapter" / "adapter_model.safetensors")
+    assert record["adapters"][0]["sha256"] == adapter_hash(run / "adapter")
 
 
 def tiny_base_of(run: Path) -> Path:
@@ -270,7 +272,19 @@ def test_data_that_is_given_replaces_the_training_rows_alone(
 def test_an_adapter_folder_is_merged_too(run: Path, data: Path, tmp_path: Path) -> None:
     result = export(run / "adapter", "gptq", tmp_path / "q", data=data, calibration_rows=20, device="cpu")
     assert result["measured"]["from"] == f"rows of {data} that calibration left out"
-    assert json.loads((tmp_path / "q" / "tunesmith.json").read_text())["adapter_sha256"]
+    merged = merged_from(tmp_path / "q")
+    assert merged is not None
+    assert merged.adapters == (adapter_hash(run / "adapter"),)
+
+
+def test_what_was_exported_is_pushed_as_this_runs(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = export(run, "gptq", tmp_path / "q", device="cpu", calibration_rows=20)
+    with stub_hub(monkeypatch) as hub:
+        pushed = push(run, "ann/small", what=str(tmp_path / "q"), base_model="org/base")
+        card = hub.files("ann/small")["README.md"].decode()
+    assert pushed["what"] == "quantized"
+    row = exported["files"][0]
+    assert f"KL {row['kl']:.4g}, the same likeliest token in {row['top1']:.1%} of places, perplexity" in card
 
 
 def test_a_run_without_held_out_rows_says_what_it_is_measured_on(

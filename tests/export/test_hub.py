@@ -617,7 +617,9 @@ def quantize(run: Path, folder: Path, **measured: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "recipe.yaml").write_text("quant_stage: {}\n")
     record = json.loads((folder / "tunesmith.json").read_text())
-    (folder / "tunesmith.json").write_text(json.dumps({**record, **measured}))
+    (folder / "tunesmith.json").write_text(
+        json.dumps({**record, "quantized": {"method": "gptq", "verified": measured}})
+    )
     return folder
 
 
@@ -642,7 +644,7 @@ def test_a_quantized_folder_goes_up_with_what_was_measured(run: Path, hub: StubH
     assert f"vllm serve {NAME}" in lines
     assert "transformers needs the package `compressed-tensors` for these weights." in lines
     assert (
-        "Beside the model before it was quantized, on the text that was measured: KL 0.0125, the same first token in 97.5% of places, "
+        "Beside the model before it was quantized, on the text that was measured: KL 0.0125, the same likeliest token in 97.5% of places, "
         "perplexity 21.5 (before: 21)." in lines
     )
     assert "The numbers are those of the model as it was trained, before it was quantized." in lines
@@ -656,9 +658,9 @@ def test_a_quantized_folder_that_is_damaged_or_unmeasured(run: Path, hub: StubHu
     push(run, NAME, what=str(folder))
     assert b"Beside the model before" not in hub.files(NAME)["README.md"]
     record = json.loads((folder / "tunesmith.json").read_text())
-    (folder / "tunesmith.json").write_text(json.dumps({**record, "kl": "low"}))
+    (folder / "tunesmith.json").write_text(json.dumps({**record, "quantized": {"verified": {"kl": "low"}}}))
     with pytest.raises(
-        RunError, match=r"gptq/tunesmith.json: damaged: kl: input should be a valid number, found 'low'"
+        RunError, match=r"gptq/tunesmith.json: damaged: verified.kl: input should be a valid number, found 'low'"
     ):
         push(run, NAME, what=str(folder))
     (folder / "tunesmith.json").write_text(json.dumps(record))

@@ -85,7 +85,7 @@ def _table(console: Any, result: Mapping[str, Any]) -> None:
     for row in rows:
         loss = [f"{row['perplexity']:.3f}", f"{row['max_perplexity']:.3f}"] if by_loss else []
         size, pace = f"{row['bytes'] / 2**20:.1f} MB", f"{row['tokens_per_second']:.1f}"
-        table.add_row(row["type"], size, f"{row['kl']:.2e}", f"{row['max_kl']:g}", f"{row['top1']:.1%}", *loss, pace)
+        table.add_row(row["type"], size, f"{row['kl']:.2e}", f"{row['max_kl']:.2g}", f"{row['top1']:.1%}", *loss, pace)
     console.table(table)
 
 

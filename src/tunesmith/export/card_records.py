@@ -130,13 +130,17 @@ class Evaluation(_Record):
     data_sha256: str | None = None
 
 
-class Quantized(_Record):
-    """What tunesmith.json of a quantized model says of how near it is to the model that it was made of; all may be missing."""
-
+class _Verified(_Record):
     kl: float | None = None
     top1: float | None = None
     perplexity: float | None = None
     source_perplexity: float | None = None
+
+
+class QuantizedHow(_Record):
+    """What tunesmith.json of a quantized model says of how near it is to the model that it was made of; all may be missing."""
+
+    verified: _Verified = _Verified()
 
 
 def check_record(kind: type[_Record], path: Path, value: Mapping[str, Any], mend: str) -> None:

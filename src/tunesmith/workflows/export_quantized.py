@@ -46,7 +46,7 @@ from tunesmith.export.compressed import (
     require_packages,
     write,
 )
-from tunesmith.files import atomic_folder, disk_errors, sha256_file, write_json
+from tunesmith.files import atomic_folder, disk_errors, write_json
 from tunesmith.models.load import TEXT_TOWERS, find_model, load_tokenizer, weight_hash
 from tunesmith.out_of_memory import release_memory
 from tunesmith.runs import RunFolder
@@ -246,11 +246,8 @@ def _source(
     if found.adapter is None:
         return Place(str(target), dtype, device), {"tunesmith": __version__, "source": base}, []
     merged = merge(target, work / "merged", model=model, dtype=dtype, device=device, progress=progress)
-    place, own = Place(merged["path"], dtype, device), Path(merged["path"]) / RECORD_NAME
-    if own.is_file():
-        return place, json.loads(own.read_text(encoding="utf-8")), merged["notes"]
-    adapter = sha256_file(found.adapter / "adapter_model.safetensors")
-    return place, {"tunesmith": __version__, "base": base, "adapter_sha256": adapter}, merged["notes"]
+    record = json.loads((Path(merged["path"]) / RECORD_NAME).read_text(encoding="utf-8"))
+    return Place(merged["path"], dtype, device), record, merged["notes"]
 
 
 def _notes(layers: Plan, rows: Rows) -> list[str]:

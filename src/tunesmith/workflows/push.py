@@ -14,7 +14,7 @@ from typing import Any
 
 from tunesmith.errors import ConfigError, ModelError, RunError, UserError, VerificationError
 from tunesmith.export.card import HUB_ID, CardRequest, write_card
-from tunesmith.export.card_records import Evaluation, Metadata, Metrics, Quantized, check_record
+from tunesmith.export.card_records import Evaluation, Metadata, Metrics, QuantizedHow, check_record
 from tunesmith.export.gguf import gguf_adapter_hash, trained_hash
 from tunesmith.export.hub import CARD, check_names, push_package
 from tunesmith.export.package import (
@@ -209,6 +209,9 @@ def _gguf(run: RunFolder, path: Path, weights: str) -> _Made:
 def _refuse_foreign(run: RunFolder, folder: Path, weights: str, base_hash: str) -> None:
     """Raise VerificationError unless the model in `folder` was made of the run's present weights, and of nothing else."""
     again = f"remove it, and merge again: `tunesmith merge {run.path} --out {folder}`"
+    source = (read_json(folder / RECORD) or {}).get("source")
+    if isinstance(source, dict) and source.get("weight_hash") == weights:
+        return  # a full fine-tuning's own model, quantized
     merged = merged_from(folder)
     if merged is None:
         raise VerificationError(
@@ -235,8 +238,9 @@ def _refuse_foreign(run: RunFolder, folder: Path, weights: str, base_hash: str) 
 def _quantized(folder: Path) -> dict[str, Any]:
     """The method, and what the folder's record says of how near it is to the model before."""
     record = read_json(folder / RECORD) or {}
-    known = {key: record[key] for key in Quantized.model_fields if record.get(key) is not None}
-    check_record(Quantized, folder / RECORD, known, "export it again")
+    made = record.get("quantized") or {}
+    check_record(QuantizedHow, folder / RECORD, made, "export it again")
+    known = {key: value for key, value in made.get("verified", {}).items() if value is not None}
     return {"method": quantization_of(folder), **known}
 
 
