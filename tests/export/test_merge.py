@@ -29,7 +29,7 @@ from tunesmith.export.safetensors import (
 )
 from tunesmith.export.skeleton import PEFT_PARTS, Skeleton
 from tunesmith.export.tensors import Unstreamable
-from tunesmith.hardware import ComputeDType, probe
+from tunesmith.hardware import probe
 from tunesmith.models.adapters import add_adapter
 from tunesmith.models.load import find_model, load_model, load_tokenizer
 from tunesmith.runs import RunFolder
