@@ -247,24 +247,31 @@ def main() -> None:
             result["step"] = by_peft(forward, options, folders)
         bench = Bench(forward, options, folders)
         two = 2 * options.batch
-        speed = {"base": bench.tokens_per_second([BASE] * two)}
-        latency = {"base": bench.milliseconds_per_token(BASE)}
+        speed: dict[str, float] = {}
+        latency: dict[str, float] = {}
+        result |= {"tokens_per_second": speed, "milliseconds_per_token_alone": latency}
+
+        def measure(name: str, rows: list[int], alone: str | None = None) -> None:
+            """Kept at once: a run that is cut short has what it measured until then."""
+            speed[name] = bench.tokens_per_second(rows)
+            if alone:
+                latency[alone] = bench.milliseconds_per_token(rows[0])
+            options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+            print(f"{name}: {speed[name]:.0f} tokens/s", file=sys.stderr, flush=True)
+
+        measure("base", [BASE] * two, "base")
         before = allocated(forward)
         for folder in folders:
             bench.numbers.append(bench.add(folder)[0])
             if len(bench.numbers) == 1:
-                speed["single, one loaded"] = bench.tokens_per_second(bench.numbers * two)
-                latency["one loaded"] = bench.milliseconds_per_token(bench.numbers[0])
+                measure("single, one loaded", bench.numbers * two, "one loaded")
                 before = allocated(forward) if before is None else before
         after = allocated(forward)
         adapters_gb = after - before if after is not None and before is not None else bench.engine.bank.bytes / GB
-        speed["single"] = bench.tokens_per_second([bench.numbers[0]] * two)
-        latency["all loaded"] = bench.milliseconds_per_token(bench.numbers[0])
+        measure("single", [bench.numbers[0]] * two, "all loaded")
         wanted = [*bench.numbers, BASE]
-        speed["mixed"] = bench.tokens_per_second([wanted[row % len(wanted)] for row in range(two)])
+        measure("mixed", [wanted[row % len(wanted)] for row in range(two)])
         result |= {
-            "tokens_per_second": speed,
-            "milliseconds_per_token_alone": latency,
             "memory": {
                 "base_gb": sum(p.numel() * p.element_size() for p in model.parameters()) / GB,
                 "adapter_file_gb": file_gb,
