@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,39 @@ def test_a_qlora_adapter_merges_into_the_unquantized_base(
     config = json.loads((run / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
     assert {t.dtype for t in load_file(run / "merged" / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("lone", [False, True], ids=["run", "adapter folder"])
+def test_a_loftq_adapter_goes_into_the_16_bit_weights_only(
+    lone: bool, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """It is saved as its difference from its beginning, for W: over q(W) it misses all that quantization lost."""
+    from tunesmith.workflows.load import find
+
+    run = copy_run(tiny_run(tmp_path_factory, "qlora", **{"adapter.init_lora_weights": "loftq"}), tmp_path / "run")
+    target = run / "adapter" if lone else run
+    assert find(target, device="cpu").loftq == 1
+    with pytest.raises(ModelError, match=r"^--onto quantized: a LoftQ adapter is saved for the 16-bit weights"):
+        merge(target, tmp_path / "out", onto="quantized")
+    result = merge(target, tmp_path / "out", dtype="fp32")
+    assert "kl_of_trained" not in result, "what was trained is not what the files say quantized again"
+    tuned = logits(tiny_base(tmp_path_factory, 64), run / "adapter")
+    torch.testing.assert_close(logits(tmp_path / "out"), tuned, rtol=1e-4, atol=1e-4)
+
+
+def test_another_user_can_read_what_was_written(run: Path, way: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    merge(run)
+    umask = os.umask(0)
+    os.umask(umask)
+    made = tiny_run(tmp_path_factory)
+    files = [*made.rglob("*"), *(run / "merged").rglob("*")]
+    weights = [file for file in files if file.suffix == ".safetensors"]
+    assert {"adapter_model.safetensors", "model.safetensors", "optimizer.safetensors"} <= {
+        each.name for each in weights
+    }
+    assert {file: oct(file.stat().st_mode & 0o666) for file in files if file.is_file()} == {
+        file: oct(0o666 & ~umask) for file in files if file.is_file()
+    }
 
 
 def test_an_adapter_folder_merges_beside_itself(run: Path) -> None:
