@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.export.skeleton import LORA_STARTS
 from tunesmith.models.adapters import load_adapter
 
 Method = Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
@@ -51,7 +52,9 @@ def combination(
             )
         return None
     problems = []
-    if method not in METHODS:
+    if method is None:
+        problems.append(f"--method is missing: several adapters merge by one of {', '.join(METHODS)}")
+    elif method not in METHODS:
         problems.append(f"--method is {method}: several adapters merge by one of {', '.join(METHODS)}")
     if weights is not None and (len(weights) != count or not all(map(math.isfinite, weights)) or not any(weights)):
         problems.append(
@@ -69,7 +72,11 @@ def combination(
 
 
 def refuse_uncombined(folders: Sequence[Path]) -> None:
-    """Raise ModelError for adapters with parts that PEFT leaves out, without a word, when it makes one of several."""
+    """Raise ModelError for adapters with parts that PEFT leaves out, without a word, when it makes one of several.
+
+    So it does with what a beginning (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) took out of the base's weights: they stay changed by it under an
+    adapter of another, and the combination has the weights' share of B·A where the adapter alone adds B·A - B₀·A₀.
+    """
     kinds = {
         "use_dora": "DoRA's magnitudes",
         "modules_to_save": "modules that were trained in full",
@@ -83,6 +90,12 @@ def refuse_uncombined(folders: Sequence[Path]) -> None:
         parts = [what for key, what in kinds.items() if config.get(key)]
         if parts:
             problems.append(f"{folder} has {', '.join(parts)}, which PEFT does not combine; merge it alone")
+        begun = config.get("init_lora_weights")
+        if isinstance(begun, str) and begun not in LORA_STARTS:
+            problems.append(
+                f"{folder} began with {begun}, which took its beginning out of the base's weights, and counts over these: convert it to a plain "
+                "adapter (PEFT's save_pretrained with path_initial_model_for_weight_conversion; a finished run's adapter/ is one), or merge it alone"
+            )
     if problems:
         raise ModelError("; ".join(problems))
 
