@@ -14,6 +14,7 @@ from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, probe
 from tunesmith.models import loftq
 from tunesmith.models.adapters import base_of_adapter, load_adapter
+from tunesmith.models.base_config import config_differences
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
 from tunesmith.registry.fields import check_config, check_metadata, check_record
@@ -27,6 +28,7 @@ from tunesmith.registry.records import (
     refuse_code,
     short_settings,
 )
+from tunesmith.registry.unchanged import changes, computed
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
@@ -257,7 +259,11 @@ def adapter_record(run: RunFolder, folder: Path) -> dict[str, Any]:
     own = tokenizer_source(ModelSource("", Path()), folder)
     return {
         "tunesmith": __version__,
-        "base": {"name": portable_name(known["model"]["name"]), "weight_hash": known["model"]["weight_hash"]},
+        "base": {
+            "name": portable_name(known["model"]["name"]),
+            "weight_hash": known["model"]["weight_hash"],
+            "config": known["model"].get("config"),
+        },
         "tokenizer": known["tokenizer"],
         "adapter_tokenizer": {"hash": tokenizer_hash(own)} if own.path == folder else None,
         "chat_template": {"hash": known["chat_template"]["hash"]},
@@ -267,6 +273,7 @@ def adapter_record(run: RunFolder, folder: Path) -> dict[str, Any]:
         "quantization": config.quantization.model_dump() if config.method == "qlora" else None,
         "parent": recorded_parent(known["parent"], run.adapter_path),
         "adapter_sha256": adapter_hash(folder),
+        "adapter_config": computed(read_json(folder / CONFIG) or {}),
     }
 
 
@@ -280,10 +287,12 @@ def read_record(adapter: Path) -> dict[str, Any]:
     return record
 
 
-def differences(run: RunFolder | None, adapter: Path | None, source: ModelSource, chat: ChatFormat) -> list[str]:
+def differences(
+    run: RunFolder | None, adapter: Path | None, source: ModelSource, chat: ChatFormat, reread: bool = False
+) -> list[str]:
     """What base, tokenizer and template are other than those that a run, or a lone adapter's record, was trained with.
 
-    What neither says is not compared. An adapter's own tokenizer and template count instead of the base's, and are compared with what was saved; a run's own template was
+    What neither says is not compared. With `reread` the bytes of the base are read, and no remembered hash is taken. An adapter's own tokenizer and template count instead of the base's, and are compared with what was saved; a run's own template was
     compared when it was read.
     """
     place: Path | None = run.path if run else adapter
@@ -291,22 +300,29 @@ def differences(run: RunFolder | None, adapter: Path | None, source: ModelSource
     own = tokenizer_source(source, adapter)
     beside = read_record(adapter).get("adapter_tokenizer") or {} if adapter and own is not source else {}
     compared = [
-        ("its weights", "are not those", "on", record.get("base", {}), "weight_hash", weight_hash),
+        ("its weights", "are not those", "on", record.get("base", {}), "weight_hash", lambda base: weight_hash(base, reread)),
         ("its tokenizer", "is not the one", "with", record.get("tokenizer") or {} if own is source else {}, "hash", tokenizer_hash),
         ("the tokenizer beside the adapter", "is not the one", "with", beside, "hash", lambda _: tokenizer_hash(own)),
         ("the chat template", "is not the one", "with", record.get("chat_template") or {}, "hash", lambda _: chat.hash),
     ]  # fmt: skip
-    return [
+    found = [
         f"{source.name}: {what} (sha256 {now[:12]}) {is_not} that {place} was trained {how} ({trained[:12]})"
         for what, is_not, how, known, key, current in compared
         if (trained := known.get(key)) is not None and trained != (now := current(source))
     ]
+    if values := config_differences(record.get("base", {}).get("config"), source):
+        found.append(f"{source.name}: its config.json is not the one that {place} was trained on: {', '.join(values)}")
+    return found
 
 
 def check_training(
     run: RunFolder | None, adapter: Path | None, source: ModelSource, chat: ChatFormat, forced: Progress | None
 ) -> None:
-    """Raise ModelError for a base, tokenizer or template other than training's; with `forced`, tell it instead."""
+    """Raise ModelError for a base, tokenizer or template other than training's, and for an adapter that was changed since; with `forced`, tell
+    it instead.
+    """
+    if adapter:
+        refuse_changed_adapter(run, adapter, forced)
     found = differences(run, adapter, source, chat)
     if not found:
         return
@@ -314,5 +330,18 @@ def check_training(
     if forced is None:
         raise ModelError(
             f"{said}; pass the right base with --model (`tunesmith eval --force` measures this one all the same)"
+        )
+    forced(f"{said}; forced", 0, 1)
+
+
+def refuse_changed_adapter(run: RunFolder | None, adapter: Path, forced: Progress | None = None) -> None:
+    """Raise ModelError where the adapter's files are not those that its record says were saved; with `forced`, tell it instead."""
+    changed = changes(adapter, read_record(adapter), run.config if run else None)
+    if not changed:
+        return
+    said = "; ".join(changed)
+    if forced is None:
+        raise ModelError(
+            f"{said}; restore it, or train again (`tunesmith adapters verify` compares all that was recorded)"
         )
     forced(f"{said}; forced", 0, 1)
