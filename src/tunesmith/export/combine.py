@@ -71,6 +71,21 @@ def combination(
     return Combination(method, tuple(weights or [1 / count] * count), density)  # type: ignore[arg-type]  # it is one of METHODS
 
 
+def refuse_unmergeable(folders: Sequence[Path]) -> None:
+    """Raise ModelError for adapters of which no weights of the base's shapes compute the same."""
+    kinds = {
+        "alora_invocation_tokens": "acts only from its invocation tokens on (aLoRA), which merged weights cannot; use it unmerged, through PEFT",
+        "layer_replication": "repeats layers of the base (layer_replication), and the merged model would be another architecture; use it unmerged, "
+        "through PEFT",
+    }
+    problems = []
+    for folder in folders:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        problems += [f"{folder} {what}" for key, what in kinds.items() if config.get(key)]
+    if problems:
+        raise ModelError("; ".join(problems))
+
+
 def refuse_uncombined(folders: Sequence[Path]) -> None:
     """Raise ModelError for adapters with parts that PEFT leaves out, without a word, when it makes one of several.
 
@@ -90,6 +105,10 @@ def refuse_uncombined(folders: Sequence[Path]) -> None:
         parts = [what for key, what in kinds.items() if config.get(key)]
         if parts:
             problems.append(f"{folder} has {', '.join(parts)}, which PEFT does not combine; merge it alone")
+        if config.get("bias") not in (None, "none"):
+            problems.append(
+                f"{folder} has biases of the base (bias: {config['bias']}), of which a model has one set; merge it alone"
+            )
         begun = config.get("init_lora_weights")
         if isinstance(begun, str) and begun not in LORA_STARTS:
             problems.append(
