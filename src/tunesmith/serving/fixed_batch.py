@@ -38,7 +38,7 @@ GRAPHED_PROMPTS = 2048
 """Tokens of prompts, padding included, up to which a graph reads them: beyond, the GPU is busy for longer than Python."""
 
 MAX_GRAPHS = 256
-"""Graphs that are kept; the one that was made first goes."""
+"""Graphs that are kept; the one that was used longest ago goes."""
 
 CAUSAL = "sdpa_causal"
 """The name under which transformers knows attention over prompts padded on the right: causal, and without any mask."""
@@ -192,12 +192,12 @@ class Places:
         """See the memory as so many places. What lies in it is in none."""
         self.places, self.columns = places, columns
         used = places * columns * self._groups * self._size
-        self.states = self._memory[:, :, :used].view(-1, 2, places, self._groups, columns, self._size)
+        self.states = self._memory[:, :, :used].view(len(self._memory), 2, places, self._groups, columns, self._size)
 
     def make_room(self, rows: int, longest: int) -> dict[int, int]:
         """Have places for `rows` rows of up to `longest` tokens. Returns where each place that was taken is now.
 
-        Raises torch.OutOfMemoryError where there is no room.
+        Raises torch.OutOfMemoryError where there is no room, or none to move the rows: then all is as before.
         """
         shape = self.shape_for(rows, longest)
         if shape is None:
@@ -208,11 +208,19 @@ class Places:
         before, old = list(self.taken), self.states
         if (self.places, self.columns) == shape or (enough and before):
             return {place: place for place in before}
+        width = max(self.taken.values(), default=0)
+        # Layer by layer, as all would need the memory twice, by way of a copy, as old and new places overlap. Nothing is asked of the
+        # allocator once rows have begun to move: it might refuse.
+        aside = old.new_empty(2, len(before), self._groups, width, self._size)
         self._shape(*shape)
         if before:
-            index, width = torch.tensor(before, device=old.device), max(self.taken.values())
-            for was, now in zip(old, self.states, strict=True):  # layer by layer: all would need the memory twice
-                now[:, : len(before), :, :width] = was[:, index, :, :width]
+            for was, now in zip(old, self.states, strict=True):
+                for row, place in enumerate(before):
+                    aside[:, row].copy_(was[:, place, :, :width])
+                was.zero_()  # what is not finite may not stay where others come to lie (`clear`)
+                now[:, : len(before), :, :width] = aside
+        else:
+            old[:, :, :, :, :1] = 0  # where steps wrote for nobody
         moved = dict(zip(before, range(len(before)), strict=True))
         self.taken = {moved[place]: columns for place, columns in self.taken.items()}
         return moved
@@ -333,8 +341,10 @@ class Places:
         if found is None:
             self.launched += 1
             output = work()
-            self._ran.add(key)
+            if graphed and self.captures:
+                self._ran.add(key)
             return output
+        self._graphs[key] = self._graphs.pop(key)  # the last that was used, of MAX_GRAPHS
         self.replayed += 1
         found.graph.replay()
         return found.output
