@@ -224,7 +224,10 @@ def test_memory_that_runs_out_while_an_adapter_leaves_costs_memory_alone(
     weights = [read_adapter(adapters[name], engine.forward.base, "cpu", torch.float32) for name in ("cs", "hr", "cs")]
     first, second, third = (bank.add(one) for one in weights)
     expected = logits_of(engine, [second, BASE, third])
-    bytes_of = {name: sum(a.numel() + b.numel() for a, b in weights[place].layers.values()) * 4 for place, name in ((0, "cs"), (1, "hr"))}
+    bytes_of = {
+        name: sum(a.numel() + b.numel() for a, b in weights[place].layers.values()) * 4
+        for place, name in ((0, "cs"), (1, "hr"))
+    }
     joined, calls = torch.cat, itertools.count()
 
     def runs_out(parts: Any) -> torch.Tensor:
@@ -277,7 +280,9 @@ def test_memory_that_stays_away_when_an_adapter_did_not_fit_costs_memory_alone(
 # -- the engine's thread ----------------------------------------------------------------------------------------------
 
 
-def test_whoever_waits_for_a_call_that_broke_the_engine_is_told(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_waits_for_a_call_that_broke_the_engine_is_told(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     engine = engine_of(tiny_model, fixed=False)
     engine.start()
