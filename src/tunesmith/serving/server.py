@@ -270,7 +270,7 @@ class Server:
         asked = checked(AdapterRequest, await self.body_of(request))
         self._may_change()
         try:
-            replaced = await self.catalog.put(asked.name, asked.path)
+            replaced, notes = await self.catalog.put(asked.name, asked.path)
         except Stopped:
             raise draining() from None
         except MachineError as error:
@@ -284,6 +284,7 @@ class Server:
             "path": asked.path,
             "replaced": replaced,
             "swap_seconds": self.catalog.swap_seconds,
+            "notes": list(notes),
         }
         return JSONResponse(facts, 200 if replaced else 201)
 
