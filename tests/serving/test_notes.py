@@ -110,7 +110,8 @@ def test_chat_says_it_too(qlora: tuple[Path, Path]) -> None:
     (note,) = notes
     assert note.startswith(f"{trained}: trained in fp32 over a base in nf4, used here in bf16: KL ")
     assert note.endswith(" tokens of fixed prompts)"), "chat has no --quantization"
-    assert numbers_in(note)[0] > 1e-5
+    effect = measured(trained, Setting("bf16"))
+    assert numbers_in(note)[0] == pytest.approx(effect.kl, rel=0.3)
 
 
 def test_an_adapter_that_comes_later_is_said_in_the_answer_and_measured_by_nobody(
