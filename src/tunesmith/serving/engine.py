@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.models.forward import ModelForward
-from tunesmith.models.generate import cache_bytes_per_token
 from tunesmith.out_of_memory import OutOfMemory, release_memory, within_memory
 from tunesmith.serving.adapter_bank import AdapterBank, layers_without_rows
+from tunesmith.serving.cache_budget import fitting_tokens
 from tunesmith.serving.fixed_batch import FixedBatch, Places, why_not_fixed
 from tunesmith.serving.generation import Event, Failed, Finished, Generation, Piece
 from tunesmith.serving.running_batch import Batch, RunningBatch, longest_row, refuse_recurrent
@@ -32,9 +32,6 @@ T = TypeVar("T")
 
 READ_TOKENS = 8_192
 """Prompt tokens read between two steps, padding included: the running rows wait for no more. One longer prompt is read alone."""
-
-SHARE_OF_FREE_MEMORY = 0.7
-"""What keys and values may take of the GPU memory that is free when the base is loaded: the rest is for the steps and adapters."""
 
 FORWARD_ERRORS = (TunesmithError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 """What a forward may raise over the rows that it was given."""
@@ -69,7 +66,7 @@ class Engine:
         self.forward = forward
         self.bank = AdapterBank(forward.base, forward.device, layers_without_rows(forward))
         self.max_batch, self.max_queue = max_batch, max_queue
-        self.cache_tokens = tokens = cache_tokens if cache_tokens is not None else _fitting_tokens(forward)
+        self.cache_tokens = tokens = cache_tokens if cache_tokens is not None else fitting_tokens(forward)
         self.context_length = longest_row(forward.base.config)
         self.vocabulary: int = forward.base.get_input_embeddings().num_embeddings
         self.steps = 0
@@ -405,15 +402,3 @@ def _attempt(call: Callable[[], Any]) -> _Outcome:
         return _Outcome(call())
     except TunesmithError as error:
         return _Outcome(error=error)
-
-
-def _fitting_tokens(forward: ModelForward) -> int | None:
-    """Tokens whose keys and values fit 0.7 of what is free on the GPU now; None on the CPU."""
-    import torch
-
-    if not forward.device.startswith("cuda"):
-        return None
-    free, _ = torch.cuda.mem_get_info(forward.device)
-    free += torch.cuda.memory_reserved(forward.device) - torch.cuda.memory_allocated(forward.device)
-    width = 2 if forward.dtype == "fp32" else 1
-    return int(SHARE_OF_FREE_MEMORY * free / (cache_bytes_per_token(forward.base.config) * width))

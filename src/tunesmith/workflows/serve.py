@@ -83,9 +83,8 @@ def serve(
             for adapter, path in adapters.items():
                 progress(f"loading the adapter {adapter}", 0, 1)
                 served = catalog.begin_with(adapter, path)
-                engine.bank.select(
-                    [served.adapter]
-                )  # its own thread does so in every step, and sleeps until somebody asks
+                # The engine's thread selects anew in every step, and sleeps until somebody asks.
+                engine.bank.select([served.adapter])
                 if note := reader.note(path, served.chat, forward.base, progress):
                     notes.append(note)
             changes = key is not None or is_loopback(host)
