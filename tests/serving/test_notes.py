@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from tunesmith.errors import ModelError
 from tunesmith.serving import engine, process
 from tunesmith.workflows.adapters import verify_adapter
 from tunesmith.workflows.chat_adapters import load_with_adapters
-from tunesmith.workflows.inference import Effect, Inference, Setting
+from tunesmith.workflows.inference import Effect, Inference, Setting, Unmeasured
 from tunesmith.workflows.load import find
 from tunesmith.workflows.serve import serve
 
@@ -101,6 +102,37 @@ def test_what_is_measured_is_the_adapter_that_is_meant(
         effect = measured(path, Setting("bf16"))
         assert numbers_in(note)[0] == pytest.approx(effect.kl, rel=0.3)
         assert numbers_in(note)[0] < 0.1
+
+
+def test_what_cannot_be_measured_or_remembered_is_said_all_the_same(
+    run: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(tmp_path_factory)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "file" / "below"))
+    (note,) = notes_of_serve(monkeypatch, base, {"one": run}, dtype="bf16")
+    assert numbers_in(note)[0] > 0, "a cache that cannot be written costs time alone"
+
+    def cannot(*_: Any) -> Any:
+        raise Unmeasured("its weights are elsewhere")
+
+    monkeypatch.setattr(Inference, "measure", cannot)
+    (note,) = notes_of_serve(monkeypatch, base, {"one": run}, dtype="bf16")
+    assert "what that changes is not measured: its weights are elsewhere; --dtype fp32 would" in note
+
+
+def test_a_record_of_rubbish_is_refused_and_holds_no_template(
+    run: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "alone"))
+    record = json.loads((folder / "tunesmith.json").read_text())
+    with LiveServer(tiny_base(tmp_path_factory), {}) as live:
+        for quantization in ({"scheme": "int3"}, {"colour": 1}, {"scheme": []}):
+            (folder / "tunesmith.json").write_text(json.dumps({**record, "quantization": quantization}))
+            response = live.post("/v1/adapters", json={"name": "bad", "path": str(folder)})
+            assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_adapter")
+            assert "quantization" in response.json()["error"]["message"]
+        assert list(live.templates._users.values()) == [1]
 
 
 def test_chat_says_it_too(qlora: tuple[Path, Path]) -> None:

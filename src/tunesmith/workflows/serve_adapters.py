@@ -17,7 +17,7 @@ from tunesmith.models.load import load_tokenizer
 from tunesmith.registry.records import refuse_code
 from tunesmith.runs import RunFolder
 from tunesmith.types import Message, Progress, no_progress
-from tunesmith.workflows.inference import Inference, Setting, Unmeasured
+from tunesmith.workflows.inference import Effect, Inference, Setting, Unmeasured
 from tunesmith.workflows.load import (
     TEMPLATE_NAME,
     LoadedModel,
@@ -88,8 +88,8 @@ class AdapterReader:
             undo.callback(self.templates.release, chat)
             weights = read_adapter(folder, forward.base, forward.device, torch_dtype(forward.dtype))
             chat.encode_prompt([Message("user", "a")])
+            said = self.known_note(path, chat)
             undo.pop_all()
-        said = self.known_note(path, chat)
         ends = frozenset(end_tokens(forward.base, tokenizer))
         return ReadAdapter(weights, tokenizer, chat, ends, (said,) if said else ())
 
@@ -99,25 +99,24 @@ class AdapterReader:
         Nothing is measured: it would take a pass over the base's files on the device that answers. None where nothing differs.
         """
         unlike = self._unlike(path, chat)
-        return None if unlike is None else self._noted(path, unlike, self._how(path, unlike))
+        return None if unlike is None else self._noted(path, unlike, unlike.known(), self._how(path, unlike))
 
     def note(self, path: str, chat: ChatFormat, loaded: Any, progress: Progress = no_progress) -> str | None:
         """`known_note`, measured with `loaded` where it was not before: the base with this adapter at work, while nobody else uses it."""
         unlike = self._unlike(path, chat)
         if unlike is None:
             return None
-        why = self._how(path, unlike)
-        if unlike.known() is None:
+        effect, why = unlike.known(), ""
+        if effect is None:
             progress(f"measuring {unlike.used} against {unlike.trained}, as {path} was trained", 0, 1)
             try:
-                unlike.measure(loaded)
+                effect = unlike.measure(loaded)
             except Unmeasured as reason:
-                why = f"{reason}; {why}"
-        return self._noted(path, unlike, why)
+                why = str(reason)
+        return self._noted(path, unlike, effect, why)
 
-    def _noted(self, path: str, unlike: Inference, why: str) -> str:
-        effect = unlike.known()
-        said = f"{path}: {unlike.said(effect, '' if effect else why)}"
+    def _noted(self, path: str, unlike: Inference, effect: Effect | None, why: str) -> str:
+        said = f"{path}: {unlike.said(effect, why)}"
         asked = []
         trained, used = unlike.trained, unlike.used
         if trained.dtype != used.dtype and "--dtype" in self.options:
@@ -135,10 +134,8 @@ class AdapterReader:
 
     def _how(self, path: str, unlike: Inference) -> str:
         """How an effect comes to be measured."""
-        if unlike.used.quantization not in (
-            None,
-            unlike.trained.quantization,
-        ):  # which `adapters verify` does not look at
+        looked_at = (None, unlike.trained.quantization)  # by `adapters verify`
+        if unlike.used.quantization not in looked_at:
             return "with `--adapter` at the start of `serve` it is measured"
         base = self.base
         return f"`tunesmith adapters verify {path} --model {base.source.name} --dtype {base.dtype}` measures it"
