@@ -13,16 +13,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from command_line import tunesmith
-from trained import ROWS, copy_run, tiny_base, tiny_data, tiny_run
+from trained import copy_run, record_again, tiny_base, tiny_data, tiny_run
 from tunesmith import api
 from tunesmith.config import load_config
 from tunesmith.errors import ModelError, RunError
 from tunesmith.models.base_config import computed, config_differences
 from tunesmith.models.load import ModelSource, weight_hash
 from tunesmith.registry.records import read_json
+from tunesmith.serving.templates import Templates
 from tunesmith.workflows.adapters import verify_adapter
 from tunesmith.workflows.load import load
 from tunesmith.workflows.merge import merge
+from tunesmith.workflows.serve_adapters import AdapterReader
 
 
 @pytest.fixture
@@ -141,7 +143,12 @@ def test_changed_weights_are_used_by_nothing(
     }  # fmt: skip
     with pytest.raises(ModelError, match=said):
         api.train(load_config(values=values), tmp_path / "next")
-    assert ROWS
+    templates = Templates()
+    reader = AdapterReader(load(tiny_base(tmp_path_factory), dtype="fp32"), templates)
+    with pytest.raises(ModelError, match=said):
+        reader.read(str(run))
+    record_again(run)
+    templates.release(reader.read(str(run)).chat)
 
 
 def test_a_run_that_lost_its_record_is_unverifiable(run: Path) -> None:

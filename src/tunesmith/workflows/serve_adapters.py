@@ -24,6 +24,7 @@ from tunesmith.workflows.load import (
     chat_format,
     differences,
     read_record,
+    refuse_changed_adapter,
     tokenizer_source,
 )
 
@@ -78,6 +79,7 @@ class AdapterReader:
             chat = ChatFormat(tokenizer, str(template))
         else:
             chat = self.base.chat if own is source else ChatFormat(tokenizer)
+        refuse_changed_adapter(run, folder)
         if found := differences(run, folder, source, chat):
             trained_on = _base_of(run, folder) or "that base"
             raise ModelError(
