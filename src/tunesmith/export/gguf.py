@@ -19,6 +19,7 @@ from tunesmith.errors import MachineError, ModelError
 from tunesmith.export.gguf_architectures import Description, as_stored, describe, tensor_names, tensors, translate
 from tunesmith.export.gguf_tokenizer import Vocabulary, model_name, vocabulary
 from tunesmith.export.gguf_types import NEEDS_GGUF, ExportType, block_of, block_width, quantize
+from tunesmith.export.skeleton import has_own_start
 from tunesmith.files import disk_errors, sha256_file
 from tunesmith.models.load import ModelSource, weight_hash
 from tunesmith.version import __version__
@@ -128,8 +129,8 @@ def write_adapter(path: Path, folder: Path, made: Exportable, block: str = "F16"
     from safetensors.torch import load_file
 
     description = made.description
+    refuse_adapter(folder, description)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    _refuse_beyond_lora(settings)
     state = load_file(folder / "adapter_model.safetensors")
     names = tensor_names(description)
     alpha = float(settings["lora_alpha"])
@@ -141,10 +142,6 @@ def write_adapter(path: Path, folder: Path, made: Exportable, block: str = "F16"
         target = translate(f"{module}.weight", names, description)
         b = as_stored(f"{module}.weight", b, description) * (scale * a.shape[0] / alpha)
         pairs[target] = (a, b)
-    if state:
-        raise ModelError(
-            f"{folder}: {min(state)} is not part of a LoRA pair, and a LoRA GGUF holds nothing else; export the merged model instead"
-        )
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[description.architecture]])
     writer.add_type("adapter")
     writer.add_name(made.name)
@@ -166,6 +163,38 @@ def require_packages() -> None:
 
     if any(importlib.util.find_spec(name) is None for name in ("gguf", "xllamacpp")):
         raise MachineError(NEEDS_GGUF)
+
+
+def refuse_adapter(folder: Path, description: Description) -> None:
+    """Raise ModelError for an adapter in `folder` that is more than LoRA pairs over the base's own weights, which is all that a LoRA GGUF holds.
+
+    PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train over a base that their beginning was taken out of; a GGUF of the base has it in. An adapter of
+    these that was converted on saving says nothing of it any more, and is a plain one.
+    """
+    from safetensors import safe_open
+
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    merged = "export the merged model instead (without --lora)"
+    _refuse_beyond_lora(settings)
+    if has_own_start(settings):
+        raise ModelError(
+            f"{folder}: init_lora_weights is {settings['init_lora_weights']!r}: the adapter was trained over a base without its own beginning, "
+            f"and llama.cpp would put it on the whole base; {merged}, or save the adapter converted to plain LoRA (PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    with safe_open(folder / "adapter_model.safetensors", "np") as file:
+        names = set(file.keys())
+    pairs = {name.replace("lora_B", "lora_A") for name in names if name.endswith(".lora_B.weight")}
+    pairs &= {name for name in names if name.endswith(".lora_A.weight")}
+    if alone := names - pairs - {name.replace("lora_A", "lora_B") for name in pairs}:
+        raise ModelError(
+            f"{folder}: {min(alone)} is not part of a LoRA pair, and a LoRA GGUF holds nothing else; {merged}"
+        )
+    if description.tied and (heads := [name for name in pairs if name.endswith("lm_head.lora_A.weight")]):
+        raise ModelError(
+            f"{folder}: {heads[0]} changes the head, which in this base is one matrix with the embeddings: a GGUF of the base has no head of "
+            f"its own that llama.cpp could put the adapter on; {merged}"
+        )
 
 
 def _refuse_beyond_lora(settings: dict[str, Any]) -> None:
