@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import warnings
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from adapters_of import Kind, make_adapter, plain
 from gguf_models import family, keys, read, write
 from tiny import chat_rows, make_tiny_model, write_jsonl
 from tunesmith.errors import ModelError, RunError, VerificationError
-from tunesmith.export.gguf import gguf_adapter_hash
+from tunesmith.export.gguf import gguf_adapter_hash, gguf_seal
 from tunesmith.export.gguf_checks import Reference, warning_of
 from tunesmith.export.gguf_llama_cpp import LlamaCpp, agreement
 from tunesmith.files import sha256_file
@@ -75,7 +77,11 @@ def test_a_file_says_what_it_was_written_from(gguf_run: Path, models: Any, tmp_p
             "tunesmith.version": __version__,
             "tunesmith.adapter_hash": adapter,
             "tunesmith.base_hash": base,
+            "tunesmith.sha256": sha256(
+                path.read_bytes().replace(found["tunesmith.sha256"].encode(), b"0" * 64)
+            ).hexdigest(),
         }
+        assert gguf_seal(path) == (found["tunesmith.sha256"], found["tunesmith.sha256"])
         assert gguf_adapter_hash(path) == adapter
     export(gguf_run / "adapter", "gguf:f16", tmp_path / "alone.gguf", device="cpu")
     assert gguf_adapter_hash(tmp_path / "alone.gguf") == adapter
@@ -188,6 +194,21 @@ def test_both_ways_out_of_a_pissa_adapter(models: Any, tmp_path: Path) -> None:
     with LlamaCpp(tmp_path / "base.gguf", adapter=tmp_path / "a.gguf") as opened:
         assert agreement([tuned], [opened.log_probabilities(ids[0].tolist())]).kl < 1e-4
     assert alone["effect"] == pytest.approx(result["effect"], rel=1e-2)
+
+
+@pytest.mark.parametrize("which", ["pissa", "head"])
+def test_peft_does_not_warn_of_what_is_compared(which: str, models: Any, tmp_path: Path) -> None:
+    """On the command line a warning is a line of a library's source."""
+    if which == "pissa":
+        folder = started(models("llama"), tmp_path / "adapter", "pissa")
+    else:
+        base = make_tiny_model(tmp_path / "base", **{**family("llama"), "tie_word_embeddings": True})
+        folder = make_adapter(base, tmp_path / "adapter", Kind({"target_modules": ["q_proj", "lm_head"]}))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        result = export(folder, "gguf:f32", tmp_path / "out", device="cpu")
+    assert [str(one.message) for one in said if "/peft/" in one.filename] == []
+    assert result["files"][0]["kl"] < 1e-6
 
 
 # -- what is known before any work ------------------------------------------------------------------------------------

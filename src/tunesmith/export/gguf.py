@@ -6,7 +6,9 @@ model itself one tensor is in memory. What stands in which key: gguf_architectur
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,12 @@ from tunesmith.models.load import ModelSource, weight_hash
 from tunesmith.version import __version__
 
 ORIGIN = "tunesmith."
-"""Before the file's own keys: `tunesmith.version`, `.adapter_hash` and `.base_hash`. Readers of GGUF pass over keys that they do not know."""
+"""Before the file's own keys: `tunesmith.version`, `.adapter_hash`, `.base_hash` and `.sha256`. Readers of GGUF pass over keys that they do not know."""
+
+SEAL = f"{ORIGIN}sha256"
+"""Of the file's own SHA-256, in hex, taken with `UNSEALED` in its place: what is verified afterwards are the bytes that it is of."""
+
+UNSEALED = "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +88,58 @@ def gguf_adapter_hash(path: Path) -> str | None:
     None where it does not say: it was written by others, or from a model that nothing was trained on. Raises ModelError for a file that is no
     whole GGUF, MachineError without the `gguf` package.
     """
+    field = _fields(path).get(f"{ORIGIN}adapter_hash")
+    found = field.contents() if field else None
+    return found if isinstance(found, str) else None
+
+
+def gguf_seal(path: Path) -> tuple[str, str] | None:
+    """The SHA-256 that a GGUF file says it had when it was written, and what it is now; None where it does not say. Errors as above."""
+    field = _fields(path).get(SEAL)
+    place = _place(field) if field else None
+    if field is None or place is None:
+        return None
+    return str(field.contents()), _unsealed_hash(path, place)
+
+
+def seal(path: Path) -> None:
+    """Put the file's SHA-256 into a GGUF file that was written with `UNSEALED` under `SEAL`."""
+    place = _place(_fields(path)[SEAL])
+    assert place is not None
+    digest = _unsealed_hash(path, place)
+    with disk_errors(path), path.open("r+b") as file:
+        file.seek(place)
+        file.write(digest.encode())
+
+
+def _fields(path: Path) -> Mapping[str, Any]:
+    """The metadata of a GGUF file, by key."""
     try:
         import gguf
     except ImportError as error:
         raise MachineError(NEEDS_GGUF) from error
     try:
-        field = gguf.GGUFReader(path).fields.get(f"{ORIGIN}adapter_hash")
-        found = field.contents() if field else None
+        return gguf.GGUFReader(path).fields
     except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise ModelError(f"{path}: not a whole GGUF file ({error or type(error).__name__}); export it again") from None
-    return found if isinstance(found, str) else None
+
+
+def _place(field: Any) -> int | None:
+    """Where the characters of a key's value begin in the file; None unless it is a string as long as a hash."""
+    if not isinstance(field.contents(), str) or len(field.parts[-1]) != len(UNSEALED):
+        return None
+    return int(field.offset + sum(part.nbytes for part in field.parts[:-1]))
+
+
+def _unsealed_hash(path: Path, place: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(place))
+        digest.update(UNSEALED.encode())
+        file.seek(len(UNSEALED), os.SEEK_CUR)
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def write_model(path: Path, state: Mapping[str, torch.Tensor], made: Exportable, kind: ExportType) -> None:
@@ -241,11 +290,13 @@ def _write(path: Path, writer: Any, weights: Callable[[], Iterator[tuple[str, to
         for _, tensor, block in weights():
             writer.write_tensor_data(quantize(tensor.detach().float().cpu().numpy(), block))
         writer.close()
+    seal(path)
 
 
 def _add_origin(writer: Any, origin: Mapping[str, str]) -> None:
     for key, value in origin.items():
         writer.add_string(f"{ORIGIN}{key}", value)
+    writer.add_string(SEAL, UNSEALED)
 
 
 def _add_keys(writer: Any, found: Description) -> None:
