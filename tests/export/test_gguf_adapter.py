@@ -165,21 +165,23 @@ def test_an_adapter_over_a_changed_base_is_refused_as_a_file_of_its_own(
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("how", ["pissa", "olora"])
 def test_a_lora_file_is_verified_over_the_bases_own_weights(
-    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Were the refusal not there, what llama.cpp computes over the base as others have it would tell."""
     from tunesmith.export import gguf as writer
 
-    folder = started(models("llama"), tmp_path / "adapter", "pissa")
+    folder = started(models("llama"), tmp_path / "adapter", how)
     monkeypatch.setattr(writer, "has_own_start", lambda config: False)
     with pytest.raises(VerificationError, match=r"base and adapter in llama.cpp do not compute what the source does"):
         export(folder, "gguf:f16", tmp_path / "a.gguf", lora=True, device="cpu")
 
 
-def test_both_ways_out_of_a_pissa_adapter(models: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["pissa", "olora"])
+def test_both_ways_out_of_such_an_adapter(how: str, models: Any, tmp_path: Path) -> None:
     """Merged, and converted: llama.cpp over the base's own file computes what PEFT does; the effect is counted from the base itself."""
-    folder = started(models("llama"), tmp_path / "adapter", "pissa")
+    folder = started(models("llama"), tmp_path / "adapter", how)
     with torch.no_grad():
         ids = torch.tensor([list(range(300, 340))])
         tuned = PeftModel.from_pretrained(plain(models("llama")), folder).eval()(input_ids=ids).logits[0]
@@ -188,7 +190,7 @@ def test_both_ways_out_of_a_pissa_adapter(models: Any, tmp_path: Path) -> None:
     with LlamaCpp(tmp_path / "merged.gguf") as opened:
         found = opened.log_probabilities(ids[0].tolist())
     assert agreement([tuned], [found]).kl < 1e-6 < 1e-3 < agreement([base], [found]).kl
-    converted = started(models("llama"), tmp_path / "converted", "pissa", converted=True)
+    converted = started(models("llama"), tmp_path / "converted", how, converted=True)
     alone = export(converted, "gguf:f32", tmp_path / "a.gguf", lora=True, device="cpu")
     write(models("llama"), tmp_path / "base.gguf", "f32")
     with LlamaCpp(tmp_path / "base.gguf", adapter=tmp_path / "a.gguf") as opened:

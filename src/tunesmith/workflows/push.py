@@ -205,13 +205,13 @@ def _refuse_other_text(adapter: Path, record: Mapping[str, Any], template_hash: 
         )
     if "adapter_tokenizer" not in record:
         return
-    known = record["adapter_tokenizer"]
-    recorded = str(known.get("hash")) if isinstance(known, dict) else "none"
-    own = any((adapter / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
-    found = tokenizer_hash(ModelSource("", adapter)) if own else "none"
+    known, nothing = record["adapter_tokenizer"], sha256_text([])
+    recorded = str(known.get("hash")) if isinstance(known, dict) else nothing
+    found = tokenizer_hash(ModelSource("", adapter))
     if found != recorded:
+        then, now = ("none" if one == nothing else one[:12] for one in (recorded, found))
         raise VerificationError(
-            f"{adapter}: the tokenizer in it is not the one that training wrote (recorded {recorded[:12]}, found {found[:12]}); nothing was "
+            f"{adapter}: the tokenizer in it is not the one that training wrote (recorded {then}, found {now}); nothing was "
             "uploaded; restore it"
         )
 
