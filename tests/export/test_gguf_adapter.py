@@ -15,7 +15,9 @@ from peft import PeftModel
 
 from adapters_of import Kind, make_adapter, plain
 from gguf_models import family, keys, read, write
+from stub_hub import StubHub
 from tiny import chat_rows, make_tiny_model, write_jsonl
+from trained import copy_run
 from tunesmith.errors import ModelError, RunError, VerificationError
 from tunesmith.export.gguf import gguf_adapter_hash, gguf_seal
 from tunesmith.export.gguf_checks import Reference, warning_of
@@ -23,6 +25,7 @@ from tunesmith.export.gguf_llama_cpp import LlamaCpp, agreement
 from tunesmith.files import sha256_file
 from tunesmith.workflows import export_gguf as workflow
 from tunesmith.workflows.export import export
+from tunesmith.workflows.push import push
 
 # -- an adapter --------------------------------------------------------------------------------------------------------
 
@@ -91,6 +94,31 @@ def test_a_file_says_what_it_was_written_from(gguf_run: Path, models: Any, tmp_p
         (tmp_path / "d.gguf").write_bytes(damaged)
         with pytest.raises(ModelError, match=r"d\.gguf: not a whole GGUF file .*export it again"):
             gguf_adapter_hash(tmp_path / "d.gguf")
+
+
+def test_what_was_exported_is_pushed_unless_it_changed(gguf_run: Path, hub: StubHub, tmp_path: Path) -> None:
+    """By the commands of docs/hub.md. Changed: weights, and one letter of the chat template."""
+    run = copy_run(gguf_run, tmp_path / "support")
+    for lora, name in ((False, "support-q8_0.gguf"), (True, "support-lora-q8_0.gguf")):
+        export(run, "gguf:q8_0", lora=lora, device="cpu")
+        file = run / "gguf" / name
+        whole = file.read_bytes()
+        changed = [whole[:-3000] + b"\xff" + whole[-2999:]]
+        changed += [] if lora else [whole.replace(b"<|im_start|>' +", b"<|im_start|>_ +")]
+        for content in changed:
+            assert content != whole
+            file.write_bytes(content)
+            with pytest.raises(
+                VerificationError, match=rf"{name}: its weights or metadata are damaged, not those that"
+            ):
+                push(run, f"me/{name}", what=str(file))
+            assert hub.requests == []
+        file.write_bytes(whole)
+        push(run, f"me/{name}", what=str(file))
+        assert hub.files(f"me/{name}")[name] == whole
+        hub.requests.clear()
+    page = (Path(__file__).parents[2] / "docs" / "hub.md").read_text()
+    assert "--what RUN/gguf/NAME-q8_0.gguf" in page
 
 
 def test_a_full_fine_tuning_says_its_weights(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
@@ -238,6 +266,17 @@ def test_a_tokenizer_without_a_name_is_refused_before_the_merge(lora: bool, tmp_
     folder = make_adapter(base, tmp_path / "adapter", Kind({"target_modules": ["q_proj"]}))
     with pytest.raises(ModelError, match=r"no known name in llama.cpp"):
         export(folder, "gguf:f16", tmp_path / "a.gguf", lora=lora, device="cpu")
+
+
+def test_an_adapter_that_llama_cpp_does_not_load_says_what_to_do(models: Any, tmp_path: Path, gguf_run: Path) -> None:
+    """On another family's base some of its matrices have no place, or another shape."""
+    export(gguf_run, "gguf:f16", tmp_path / "lora.gguf", lora=True, device="cpu")
+    write(models("gemma2"), tmp_path / "base.gguf", "f16")
+    with pytest.raises(
+        VerificationError,
+        match=r"cannot load base.gguf, a GGUF of the base, with lora.gguf on it \(.*\); nothing was kept; export the merged model inst",
+    ):
+        LlamaCpp(tmp_path / "base.gguf", adapter=tmp_path / "lora.gguf")
 
 
 def test_a_type_that_is_named_twice_is_written_once(models: Any, tmp_path: Path) -> None:
