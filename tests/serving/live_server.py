@@ -42,8 +42,9 @@ class LiveServer:
         never_ends: bool = False,
         changes: bool = True,
         hosts: frozenset[str] | None = None,
+        dtype: str = "fp32",
     ):
-        loaded = load_base(str(base), "fp32", "cpu")
+        loaded = load_base(str(base), dtype, "cpu")
         limits = limits or Limits(answer_tokens=1000)
         self.engine = Engine(loaded.forward, limits.batch, limits.queue)
         ends = frozenset() if never_ends else frozenset(end_tokens(loaded.forward.base, loaded.tokenizer))

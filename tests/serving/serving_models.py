@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import random
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ def make_adapter(base: Path, folder: Path, seed: int, scale: float = 0.15, **set
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
     adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
+
+
+def prompts(count: int, seed: int = 0, least: int = 1, most: int = 60) -> list[list[int]]:
+    """Random prompts of unequal length."""
+    rng = random.Random(seed)
+    return [[rng.randrange(256) for _ in range(rng.randrange(least, most))] for _ in range(count)]
 
 
 def base_forward(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import threading
 import time
@@ -14,7 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
-from serving_models import Asked, add, base_forward, make_adapter, one_by_one
+from serving_models import Asked, add, base_forward, make_adapter, one_by_one, prompts
 
 from tiny import GEMMA3_LAYERS, make_tiny_model, make_tokenizer
 from tunesmith.errors import ModelError
@@ -30,12 +29,6 @@ from tunesmith.serving.sampling import GREEDY, Sampling, choose
 
 LIMIT = 24
 NEVER = {"ends": frozenset()}
-
-
-def prompts(count: int, seed: int = 0) -> list[list[int]]:
-    """Random prompts of unequal length."""
-    rng = random.Random(seed)
-    return [[rng.randrange(256) for _ in range(rng.randrange(1, 60))] for _ in range(count)]
 
 
 def wait_until(condition: Any, seconds: float = 10) -> None:
@@ -95,27 +88,6 @@ def test_families_with_windows_and_norms_answer_as_alone(family: str, settings: 
     assert found == [alone[place % 2][place] for place in range(len(asked))]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_rslora": True, "lora_alpha": 3},
-        {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7}, "alpha_pattern": {"v_proj": 20}},
-        {"layers_to_transform": [1]},
-        {"target_modules": ["q_proj"]},
-    ],
-)
-def test_every_form_of_plain_lora_is_read_as_peft_reads_it(
-    settings: dict[str, Any], tiny_model: Path, tmp_path: Path, tiny_tokenizer: Any, engine: Engine, numbers: Any
-) -> None:
-    path = make_adapter(tiny_model, tmp_path / "adapter", 5, **settings)
-    number = add(engine, path)
-    asked = prompts(4, seed=6)
-    running = [Asked(engine, tiny_tokenizer, prompt, number, max_tokens=LIMIT) for prompt in asked]
-    running += [Asked(engine, tiny_tokenizer, prompt, numbers["cs"], max_tokens=LIMIT) for prompt in asked]
-    found = [one.answer()[0] for one in running]
-    assert found[:4] == one_by_one(tiny_model, path, tiny_tokenizer, asked, LIMIT)
-
-
 def test_in_16_bits_a_mixed_batch_is_as_exact_as_peft(tiny_model: Path, adapters: dict[str, Path]) -> None:
     """Error against fp32 at most twice that of PEFT in the same type, each adapter alone."""
     (prompt,) = prompts(1, seed=21)
@@ -140,78 +112,6 @@ def test_in_16_bits_a_mixed_batch_is_as_exact_as_peft(tiny_model: Path, adapters
     for row in range(3):
         theirs = (by_peft[row] - exact[row]).norm()
         assert 0 < (ours[row] - exact[row]).norm() <= 2 * theirs
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"use_dora": True}, "use_dora is True"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices is"),
-        ({"target_modules": ["embed_tokens"]}, "no part of a LoRA adapter on a linear layer"),
-        ({"lora_bias": True}, "lora_bias is True"),
-    ],
-)
-def test_what_cannot_share_a_base_is_refused(
-    settings: dict[str, Any], said: str, tiny_model: Path, tmp_path: Path
-) -> None:
-    path = make_adapter(tiny_model, tmp_path / "adapter", 5, **settings)
-    with pytest.raises(ModelError, match=said):
-        read_adapter(path, base_forward(tiny_model).base, "cpu", torch.float32)
-
-
-def test_an_adapter_of_another_base_or_with_nan_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    other = make_adapter(make_tiny_model(tmp_path / "wide", hidden=64), tmp_path / "other", 1)
-    base = base_forward(tiny_model).base
-    with pytest.raises(ModelError, match="goes from 64 to 32; the adapter was made for another base"):
-        read_adapter(other, base, "cpu", torch.float32)
-    path = make_adapter(tiny_model, tmp_path / "nan", 1)
-    tensors = load_file(path / "adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    save_file(tensors, path / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match="not finite"):
-        read_adapter(path, base, "cpu", torch.float32)
-
-
-def test_an_adapter_that_is_not_what_its_config_says_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    base = base_forward(tiny_model).base
-    path = make_adapter(tiny_model, tmp_path / "adapter", 1)
-    config = json.loads((path / "adapter_config.json").read_text())
-    (path / "adapter_config.json").write_text(json.dumps({**config, "r": 8}))
-    with pytest.raises(ModelError, match=r"_proj has rank 4, and adapter_config.json says 8"):
-        read_adapter(path, base, "cpu", torch.float32)
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    tensors = load_file(path / "adapter_model.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
-    assert 0 < len(kept) < len(tensors)
-    save_file(kept, path / "adapter_model.safetensors")
-    with pytest.raises(ModelError, match=r"no weights for model\.layers\.1\.mlp\.down_proj and 6 more layers"):
-        read_adapter(path, base, "cpu", torch.float32)
-    (path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": "("}))
-    with pytest.raises(ModelError, match="PEFT cannot read which layers"):
-        read_adapter(path, base, "cpu", torch.float32)
-
-
-def test_an_adapter_on_the_head_or_on_a_layer_that_sees_no_rows_is_refused(
-    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    forward = base_forward(tiny_model)
-    path = make_adapter(tiny_model, tmp_path / "head", 1, target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ModelError, match="lm_head gives the logits"):
-        read_adapter(path, forward.base, "cpu", torch.float32)
-    mlp = forward.decoder.layers[1].mlp
-    inner = mlp.forward
-    monkeypatch.setattr(mlp, "forward", lambda x: inner(x.flatten(0, 1)).view(x.shape))
-    engine = Engine(forward)
-    assert set(engine.bank._without_rows) == {f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
-    weights = read_adapter(adapters["cs"], forward.base, "cpu", torch.float32)
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.\w+_proj: this layer of the base sees \(6, \d+\)"):
-        engine.bank.add(weights)
-    assert (engine.bank.numbers, engine.bank.bytes) == ([], 0)
 
 
 def test_an_adapter_that_overflows_leaves_the_others_alone(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving_models import Asked, add, base_forward, make_adapter, one_by_one
+from serving_models import Asked, add, base_forward, make_adapter, one_by_one, prompts
 
 from tiny import GEMMA3_LAYERS, make_tiny_model, make_tokenizer
 from tunesmith.errors import ModelError
@@ -28,11 +27,6 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")),
 ]
-
-
-def prompts(count: int, seed: int, least: int = 1, most: int = 60) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(256) for _ in range(rng.randrange(least, most))] for _ in range(count)]
 
 
 def places_of(engine: Engine) -> Places:

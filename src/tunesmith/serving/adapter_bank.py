@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 from tunesmith.errors import ModelError
 from tunesmith.models.forward import ModelForward
+from tunesmith.out_of_memory import is_out_of_memory
 from tunesmith.serving.adapter_files import AdapterWeights
 
 BASE = -1
@@ -104,6 +105,7 @@ class AdapterBank:
         self._handles: dict[str, Any] = {}
         self._places: dict[int, _Place] = {}
         self._spare: _Place | None = None
+        self._left: set[int] = set()
         self._next = 0
         self._only: int | None = BASE
         self._rows = torch.empty(0)
@@ -133,11 +135,12 @@ class AdapterBank:
         number, self._next = self._next, self._next + 1
         ranks = {name: len(a) for name, (a, _) in weights.layers.items()}
         if self._spare is not None and self._spare.ranks == ranks:
-            place, self._spare = self._spare, None
+            place = self._spare
             for name, (a, b) in weights.layers.items():
                 layer = self._layers[name]
                 ((start, stop),) = [(start, stop) for owner, start, stop in layer.owners if owner == place.number]
                 layer.a[start:stop], layer.b[start:stop] = a, b
+            self._spare = None
         else:
             place = _Place(number, ranks)
             self._append(place, weights)
@@ -172,31 +175,49 @@ class AdapterBank:
                 self._free(place)
 
     def _free(self, place: _Place) -> None:
-        for name in place.ranks.keys() & self._layers.keys():
-            layer = self._layers[name]
-            kept = [owner for owner in layer.owners if owner[0] != place.number]
-            if len(kept) == len(layer.owners):
-                continue
-            if not kept:
-                self._handles.pop(name).remove()
-                del self._layers[name]
-                continue
-            layer.a = torch.cat([layer.a[start:stop] for _, start, stop in kept])
-            layer.b = torch.cat([layer.b[start:stop] for _, start, stop in kept])
-            owners, at = [], 0
-            for owner, start, stop in kept:
-                owners.append((owner, at, at + stop - start))
-                at += stop - start
-            layer.owners = tuple(owners)
+        """Take a place out of every layer, and what was left of others before. It takes memory to give some back: a layer for which there
+        is none keeps the place's columns, which are nobody's, until the next time.
+        """
+        self._left.add(place.number)
+        for name in list(self._layers):
+            try:
+                self._shrink(name)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+        self._left &= {number for layer in self._layers.values() for number, _, _ in layer.owners}
         self._moved()
+
+    def _shrink(self, name: str) -> None:
+        layer = self._layers[name]
+        kept = [owner for owner in layer.owners if owner[0] not in self._left]
+        if len(kept) == len(layer.owners):
+            return
+        if not kept:
+            self._handles.pop(name).remove()
+            del self._layers[name]
+            return
+        a = torch.cat([layer.a[start:stop] for _, start, stop in kept])
+        layer.a, layer.b = a, torch.cat([layer.b[start:stop] for _, start, stop in kept])
+        owners, at = [], 0
+        for owner, start, stop in kept:
+            owners.append((owner, at, at + stop - start))
+            at += stop - start
+        layer.owners = tuple(owners)
 
     def _moved(self) -> None:
         """Adapters lie elsewhere: note whose each column is, for each arrangement of columns that layers have."""
         self.version += 1
         self._columns = {}
-        for owners in {layer.owners for layer in self._layers.values()}:
+        for layer in self._layers.values():
+            self._columns_of(layer.owners)
+
+    def _columns_of(self, owners: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
+        """(R,): the place that each column belongs to. Made before graphs are captured, which cannot copy it to the device."""
+        if owners not in self._columns:
             of_column = [place for place, start, stop in owners for _ in range(stop - start)]
             self._columns[owners] = torch.tensor(of_column, device=self.device)
+        return self._columns[owners]
 
     def place(self, number: int) -> int:
         """What `select_places` calls an adapter, or BASE. Raises ValueError for one that is not here."""
@@ -222,7 +243,7 @@ class AdapterBank:
         """Take the hooks off: the model is as it was."""
         for handle in self._handles.values():
             handle.remove()
-        self._handles, self._layers, self._places, self._spare = {}, {}, {}, None
+        self._handles, self._layers, self._places, self._spare, self._left = {}, {}, {}, None, set()
 
     def _hook(self, name: str) -> Any:
         def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
@@ -249,7 +270,7 @@ class AdapterBank:
     def _of_others(self, owners: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
         """(B, 1, R), true where a column is not of the row's adapter. Made once a forward for each arrangement of columns."""
         if owners not in self._others:
-            self._others[owners] = self._rows[:, None, None] != self._columns[owners]
+            self._others[owners] = self._rows[:, None, None] != self._columns_of(owners)
         return self._others[owners]
 
 

@@ -27,12 +27,13 @@ NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 @dataclass(frozen=True, slots=True)
 class ReadAdapter:
-    """An adapter that was read and checked, with what it takes to talk to it."""
+    """An adapter that was read and checked, with what it takes to talk to it. `notes` are for people."""
 
     weights: AdapterWeights
     tokenizer: Any
     chat: ChatFormat
     ends: frozenset[int]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -82,16 +83,19 @@ class Catalog:
         """The adapters, in the order in which their names came."""
         return list(self._adapters.values())
 
-    def begin_with(self, name: str, path: str) -> None:
-        """Load an adapter before the server runs. Raises ConfigError, ModelError or MachineError."""
+    def begin_with(self, name: str, path: str) -> ServedModel:
+        """Load an adapter before the server runs, and return it. Raises ConfigError, ModelError or MachineError."""
         check_name(name, self.base.name)
         read = self._read(path)
         with self._held(read):
             number = self.engine.between_steps(lambda: self.engine.bank.add(read.weights)).result()
-        self._adapters[name] = ServedModel(name, read.tokenizer, read.chat, read.ends, number, path)
+        model = ServedModel(name, read.tokenizer, read.chat, read.ends, number, path)
+        self._adapters[name] = model
+        return model
 
-    async def put(self, name: str, path: str) -> bool:
-        """Load an adapter, or replace the one of this name; whether there was one. Requests that run end on what they began with.
+    async def put(self, name: str, path: str) -> tuple[bool, tuple[str, ...]]:
+        """Load an adapter, or replace the one of this name: whether there was one, and what is to be said of the new one. Requests that run
+        end on what they began with.
 
         Raises what `begin_with` does. `swap_seconds` is how long the exchange took behind the reading of the files, the step of the
         batch that was under way included.
@@ -107,7 +111,7 @@ class Catalog:
             self._adapters[name] = ServedModel(name, read.tokenizer, read.chat, read.ends, number, path)
             self.swap_seconds = time.perf_counter() - start
             self._retire(old, replaced=True)
-            return old is not None
+            return old is not None, read.notes
 
     async def remove(self, name: str) -> None:
         """Take a name away. Raises ApiError 404."""

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 
 from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.models.forward import ModelForward
-from tunesmith.models.generate import cache_bytes_per_token
 from tunesmith.out_of_memory import OutOfMemory, release_memory, within_memory
 from tunesmith.serving.adapter_bank import AdapterBank, layers_without_rows
+from tunesmith.serving.cache_budget import fitting_tokens
 from tunesmith.serving.fixed_batch import FixedBatch, Places, why_not_fixed
 from tunesmith.serving.generation import Event, Failed, Finished, Generation, Piece
 from tunesmith.serving.running_batch import Batch, RunningBatch, longest_row, refuse_recurrent
@@ -32,9 +32,6 @@ T = TypeVar("T")
 
 READ_TOKENS = 8_192
 """Prompt tokens read between two steps, padding included: the running rows wait for no more. One longer prompt is read alone."""
-
-SHARE_OF_FREE_MEMORY = 0.7
-"""What keys and values may take of the GPU memory that is free when the base is loaded: the rest is for the steps and adapters."""
 
 FORWARD_ERRORS = (TunesmithError, RuntimeError, ValueError, TypeError, LookupError, ArithmeticError)
 """What a forward may raise over the rows that it was given."""
@@ -69,7 +66,7 @@ class Engine:
         self.forward = forward
         self.bank = AdapterBank(forward.base, forward.device, layers_without_rows(forward))
         self.max_batch, self.max_queue = max_batch, max_queue
-        self.cache_tokens = tokens = cache_tokens if cache_tokens is not None else _fitting_tokens(forward)
+        self.cache_tokens = tokens = cache_tokens if cache_tokens is not None else fitting_tokens(forward)
         self.context_length = longest_row(forward.base.config)
         self.vocabulary: int = forward.base.get_input_embeddings().num_embeddings
         self.steps = 0
@@ -189,7 +186,8 @@ class Engine:
             for generation in left:
                 self._tell(generation, Failed("stopped", "the server stopped before this answer was whole"))
             for _, future in calls:
-                future.set_exception(Stopped())
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Stopped())
             self.bank.close()
 
     def _wait(self) -> bool:
@@ -202,7 +200,13 @@ class Engine:
     def _run_calls(self) -> None:
         for _ in range(len(self._calls)):  # what these queue themselves waits for the next step
             call, future = self._calls.popleft()
-            result = within_memory(_attempt, call)
+            if not future.set_running_or_notify_cancel():  # nobody waits for it any more
+                continue
+            try:
+                result = within_memory(_attempt, call)
+            except BaseException:  # the engine ends with it, and whoever waits for it may not wait for ever
+                future.set_exception(Stopped())
+                raise
             if isinstance(result, OutOfMemory):
                 release_memory()
                 future.set_exception(MachineError(f"no memory left for this adapter: {result.reason}"))
@@ -215,7 +219,7 @@ class Engine:
         """Leave out rows whose asker has gone or whose time is up, and take such requests off the queue."""
         gone = [generation for generation in self._batch.rows if generation.cancelled or generation.late]
         if gone:
-            self._batch.keep([place for place, row in enumerate(self._batch.rows) if row not in gone])
+            self._keep([place for place, row in enumerate(self._batch.rows) if row not in gone])
         with self._changed:
             out = [generation for generation in self._waiting if generation.cancelled or generation.late]
             for generation in out:
@@ -252,19 +256,27 @@ class Engine:
 
         tokens = self._guarded(read, taken)
         if isinstance(tokens, _Broken):
+            joining.clear()
             self._fail(taken, tokens)
             return
         if not isinstance(tokens, OutOfMemory):
-            joining.keep(self._take(taken, tokens))
-            if not joining.rows:
+            going = self._take(taken, tokens)
+
+            def join(_: object) -> None:
+                joining.keep(going)
+                if joining.rows:
+                    self._batch.join(joining)
+
+            failed = self._guarded(join, ())
+            if failed is None:
                 return
             taken = joining.rows  # others of them had one token to say, and have ended
-            failed = self._guarded(lambda _: self._batch.join(joining), taken)
             if isinstance(failed, _Broken):
+                joining.clear()
                 self._fail(taken, failed)
-            if not isinstance(failed, OutOfMemory):
                 return
             tokens = failed
+        joining.clear()  # its rows may have places already
         release_memory()
         for generation in taken:
             self._tell(generation, Failed("memory", f"no memory left to read this prompt: {tokens.reason}; shorten it"))
@@ -287,15 +299,32 @@ class Engine:
                 self._fail_batch(tokens)
                 return
             if not isinstance(tokens, OutOfMemory):
-                self._batch.keep(self._take(rows, tokens))
+                self._keep(self._take(rows, tokens))
                 return
             self._give_up_last(tokens.reason)
 
     def _give_up_last(self, reason: str) -> None:
         row = self._batch.rows[-1]
-        self._batch.keep(range(len(self._batch.rows) - 1))
+        self._keep(range(len(self._batch.rows) - 1))
         release_memory()
-        self._tell(row, Failed("memory", f"no memory left for this answer: {reason}; ask again later"))
+        self._out_of_memory([row], reason)
+
+    def _keep(self, places: Sequence[int]) -> None:
+        """Leave out all rows but these. Where there is no memory for that all end, as some layers of the cache have others than the rest."""
+        failed = self._guarded(lambda _: self._batch.keep(places), ())
+        if failed is None:
+            return
+        rows = self._batch.rows
+        self._batch.clear()
+        if isinstance(failed, _Broken):
+            self._fail(rows, failed)
+            return
+        release_memory()
+        self._out_of_memory(rows, failed.reason)
+
+    def _out_of_memory(self, rows: Sequence[Generation], reason: str) -> None:
+        for row in rows:
+            self._tell(row, Failed("memory", f"no memory left for this answer: {reason}; ask again later"))
 
     def _guarded(
         self, work: Callable[[Sequence[Generation]], T], rows: Sequence[Generation]
@@ -373,15 +402,3 @@ def _attempt(call: Callable[[], Any]) -> _Outcome:
         return _Outcome(call())
     except TunesmithError as error:
         return _Outcome(error=error)
-
-
-def _fitting_tokens(forward: ModelForward) -> int | None:
-    """Tokens whose keys and values fit 0.7 of what is free on the GPU now; None on the CPU."""
-    import torch
-
-    if not forward.device.startswith("cuda"):
-        return None
-    free, _ = torch.cuda.mem_get_info(forward.device)
-    free += torch.cuda.memory_reserved(forward.device) - torch.cuda.memory_allocated(forward.device)
-    width = 2 if forward.dtype == "fp32" else 1
-    return int(SHARE_OF_FREE_MEMORY * free / (cache_bytes_per_token(forward.base.config) * width))

@@ -17,31 +17,26 @@ Legend: P places, C columns, B rows of a step, T tokens of a prompt, G groups of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
 import torch
-from transformers import AttentionInterface, Cache, DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, DynamicCache
 
 from tunesmith.hardware import torch_dtype
-from tunesmith.models.attention import REPEATED, repeated_sdpa
 from tunesmith.models.decode_graphs import one_query_attention, rounded_up, why_not_static
 from tunesmith.models.forward import ModelForward
 from tunesmith.out_of_memory import is_out_of_memory, release_memory
 from tunesmith.serving.adapter_bank import BASE, AdapterBank
+from tunesmith.serving.place_layers import PlaceLayer, PromptLayer, StepLayer, causal_attention
 from tunesmith.serving.running_batch import R
 
 GRAPHED_PROMPTS = 2048
 """Tokens of prompts, padding included, up to which a graph reads them: beyond, the GPU is busy for longer than Python."""
 
 MAX_GRAPHS = 256
-"""Graphs that are kept; the one that was made first goes."""
-
-CAUSAL = "sdpa_causal"
-"""The name under which transformers knows attention over prompts padded on the right: causal, and without any mask."""
+"""Graphs that are kept; the one that was used longest ago goes."""
 
 
 def why_not_fixed(forward: ModelForward) -> str | None:
@@ -59,76 +54,6 @@ def _probe(forward: ModelForward) -> Any:
     with torch.inference_mode(), forward.autocast():
         ids = torch.zeros(1, 1, dtype=torch.long, device=forward.device)
         return forward.decoder(input_ids=ids, use_cache=True, past_key_values=DynamicCache()).past_key_values
-
-
-class _Layer(CacheLayerMixin):
-    """What the places of one layer show of themselves to a forward: keys and values (B, G, C, d)."""
-
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor):
-        super().__init__()
-        self.keys, self.values, self.at = keys, values, at
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the tensors came with the layer."""
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Columns, and the first of them."""
-        return self.keys.shape[2], 0
-
-    def get_seq_length(self) -> int:
-        """What the forward would count positions from; they are given."""
-        return 0
-
-    def get_max_length(self) -> int:
-        """Columns."""
-        return self.keys.shape[2]
-
-
-class PromptLayer(_Layer):
-    """Prompts are written into the places `at` (B,), from column 0; attention sees them alone."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (B, G, T, d); returns it."""
-        for room, states in ((self.keys, key_states), (self.values, value_states)):
-            room[:, :, : states.shape[2]].index_copy_(0, self.at, states.to(room.dtype))
-        return key_states, value_states
-
-
-class StepLayer(_Layer):
-    """One token for each row, written into its column `at` (B, 1)."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (B, G, 1, d); returns all columns."""
-        for room, states in ((self.keys, key_states), (self.values, value_states)):
-            room.scatter_(2, self.at[:, :, None, None].expand_as(states), states.to(room.dtype))
-        return self.keys, self.values
-
-
-def _causal(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **options: Any
-) -> tuple[torch.Tensor, None]:
-    return repeated_sdpa(module, query, key, value, None, **options)
-
-
-@contextmanager
-def _causal_attention(forward: ModelForward) -> Iterator[None]:
-    """While prompts are read. transformers makes no mask for a name that has no function for it: not in a capture either."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    config = forward.decoder.config
-    before = config._attn_implementation
-    AttentionInterface.register(CAUSAL, sdpa_attention_forward)
-    AttentionInterface.register(f"{CAUSAL}_{REPEATED}", _causal)
-    config._attn_implementation = f"{CAUSAL}_{REPEATED}" if before == REPEATED else CAUSAL
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 @dataclass(slots=True)
@@ -192,12 +117,12 @@ class Places:
         """See the memory as so many places. What lies in it is in none."""
         self.places, self.columns = places, columns
         used = places * columns * self._groups * self._size
-        self.states = self._memory[:, :, :used].view(-1, 2, places, self._groups, columns, self._size)
+        self.states = self._memory[:, :, :used].view(len(self._memory), 2, places, self._groups, columns, self._size)
 
     def make_room(self, rows: int, longest: int) -> dict[int, int]:
         """Have places for `rows` rows of up to `longest` tokens. Returns where each place that was taken is now.
 
-        Raises torch.OutOfMemoryError where there is no room.
+        Raises torch.OutOfMemoryError where there is no room, or none to move the rows: then all is as before.
         """
         shape = self.shape_for(rows, longest)
         if shape is None:
@@ -208,11 +133,19 @@ class Places:
         before, old = list(self.taken), self.states
         if (self.places, self.columns) == shape or (enough and before):
             return {place: place for place in before}
+        width = max(self.taken.values(), default=0)
+        # Layer by layer, as all would need the memory twice, by way of a copy, as old and new places overlap. Nothing is asked of the
+        # allocator once rows have begun to move: it might refuse.
+        aside = old.new_empty(2, len(before), self._groups, width, self._size)
         self._shape(*shape)
         if before:
-            index, width = torch.tensor(before, device=old.device), max(self.taken.values())
-            for was, now in zip(old, self.states, strict=True):  # layer by layer: all would need the memory twice
-                now[:, : len(before), :, :width] = was[:, index, :, :width]
+            for was, now in zip(old, self.states, strict=True):
+                for row, place in enumerate(before):
+                    aside[:, row].copy_(was[:, place, :, :width])
+                was.zero_()  # what is not finite may not stay where others come to lie (`clear`)
+                now[:, : len(before), :, :width] = aside
+        else:
+            old[:, :, :, :, :1] = 0  # where steps wrote for nobody
         moved = dict(zip(before, range(len(before)), strict=True))
         self.taken = {moved[place]: columns for place, columns in self.taken.items()}
         return moved
@@ -274,7 +207,7 @@ class Places:
             ids = self._prompts[count, width].copy_(ids)
         self.taken |= dict.fromkeys(places, width)
         key = ("prompts", self.places, self.columns, count, width, adapted)
-        with _causal_attention(self.forward):
+        with causal_attention(self.forward):
             return self._run(key, graphed, lambda: self._read(ids, adapted))[: len(prompts)]
 
     @staticmethod
@@ -308,7 +241,7 @@ class Places:
         return hidden[torch.arange(len(ids), device=ids.device), last]
 
     def _decode(
-        self, ids: torch.Tensor, positions: torch.Tensor, layers: Sequence[_Layer], mask: torch.Tensor | None
+        self, ids: torch.Tensor, positions: torch.Tensor, layers: Sequence[PlaceLayer], mask: torch.Tensor | None
     ) -> torch.Tensor:
         output = self.forward.decoder(
             input_ids=ids,
@@ -333,8 +266,10 @@ class Places:
         if found is None:
             self.launched += 1
             output = work()
-            self._ran.add(key)
+            if graphed and self.captures:
+                self._ran.add(key)
             return output
+        self._graphs[key] = self._graphs.pop(key)  # the last that was used, of MAX_GRAPHS
         self.replayed += 1
         found.graph.replay()
         return found.output

@@ -1,7 +1,7 @@
 """The server as a process: a socket, uvicorn, and what SIGTERM means.
 
-The first SIGTERM (or Ctrl-C) ends nothing that runs: new requests get 503, /health too, so that a balancer looks elsewhere; when the last
-answer is whole, or after `drain_seconds`, the process ends with 0. The second one ends what runs with an error.
+The first SIGTERM (or Ctrl-C) ends nothing that has begun, if only its body has: new requests get 503, /health too, so that a balancer looks
+elsewhere; when the last answer is whole, or after `drain_seconds`, the process ends with 0. The second one ends what runs with an error.
 """
 
 from __future__ import annotations

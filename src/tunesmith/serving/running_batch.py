@@ -87,7 +87,7 @@ class Batch(Protocol[R]):
         """Take in the rows of another batch, which is of no use afterwards. If it fails this batch is as before."""
 
     def keep(self, places: Sequence[int]) -> None:
-        """Leave out all rows but these."""
+        """Leave out all rows but these. If it fails `rows` are those that were to stay, and only `clear` may follow."""
 
     def clear(self) -> None:
         """Leave out all rows."""
@@ -176,8 +176,9 @@ class RunningBatch(Generic[R]):
         if not self.rows:
             self.clear()
             return
-        index = torch.tensor(places, device=self.forward.device)
         start = self.width - max(row.length for row in self.rows)
+        first = list(places) == list(range(len(places)))  # then it takes no memory: whoever ran out leaves so
+        index = slice(len(places)) if first else torch.tensor(places, device=self.forward.device)
         self._mask = self._mask[index, start:]
         for layer in self._cache.layers:
             layer.keys, layer.values = layer.keys[index, :, start:], layer.values[index, :, start:]

@@ -6,8 +6,8 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from starlette.applications import Starlette
@@ -53,6 +53,7 @@ class Server:
         catalog.on_gone = self.metrics.forget
         self.draining = False
         self.open = 0
+        self._handled = 0
         self._key = api_key.encode() if api_key else None
         # A tokenizer is not made for several threads at once; the event loop must not wait for long texts. Chats are encoded in
         # their template's own thread (templates.py).
@@ -60,8 +61,18 @@ class Server:
 
     @property
     def idle(self) -> bool:
-        """Whether no request is in the engine."""
-        return self.engine.idle
+        """Whether no request is here: none in the engine, none whose body arrives, whose prompt is rendered or tokenized, or whose answer
+        is not begun."""
+        return self._handled == 0 and self.engine.idle
+
+    @contextmanager
+    def handling(self) -> Iterator[None]:
+        """While a request has no response yet."""
+        self._handled += 1
+        try:
+            yield
+        finally:
+            self._handled -= 1
 
     # -- what a request has to pass -----------------------------------------------------------------------------------
 
@@ -187,8 +198,6 @@ class Server:
                 raise ApiError(400, str(error), "invalid_value", asked.fields[0]) from None
             default = 16 if isinstance(asked, CompletionRequest) else None
             lengths = iter([self._length(prompt, asked.answer_tokens, default, asked.fields) for prompt in prompts])
-            if self.draining:
-                raise draining()
 
             def make(on_event: Any) -> Generation:
                 return Generation(
@@ -261,7 +270,7 @@ class Server:
         asked = checked(AdapterRequest, await self.body_of(request))
         self._may_change()
         try:
-            replaced = await self.catalog.put(asked.name, asked.path)
+            replaced, notes = await self.catalog.put(asked.name, asked.path)
         except Stopped:
             raise draining() from None
         except MachineError as error:
@@ -275,6 +284,7 @@ class Server:
             "path": asked.path,
             "replaced": replaced,
             "swap_seconds": self.catalog.swap_seconds,
+            "notes": list(notes),
         }
         return JSONResponse(facts, 200 if replaced else 201)
 
@@ -311,8 +321,9 @@ def make_app(server: Server) -> ASGIApp:
 
     def route(method: str, path: str, handler: Callable[[Request], Awaitable[Response]]) -> Route:
         async def authorized(request: Request) -> Response:
-            server.authorize(request)
-            return await handler(request)
+            with server.handling():
+                server.authorize(request)
+                return await handler(request)
 
         return Route(path, authorized, methods=[method])
 

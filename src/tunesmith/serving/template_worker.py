@@ -1,6 +1,6 @@
 """The process that one chat template runs in: `python -m tunesmith.serving.template_worker`, started by templates.py.
 
-Lines of JSON come in and go out. The kernel keeps both bounds, so that no template can talk its way around them: an alarm that
+Lines of JSON come in and go out, behind one that says that it is ready. The kernel keeps both bounds, so that no template can talk its way around them: an alarm that
 nobody handles ends the process, and memory beyond the limit on its address space is a MemoryError. That limit is Linux's; elsewhere
 the alarm alone bounds what a template can take.
 """
@@ -19,6 +19,9 @@ from typing import Any
 from tunesmith.data.rendering import ChatTemplate, MaskError
 from tunesmith.types import Message
 
+READY = b"ready\n"
+"""Comes out before any answer, when everything is imported."""
+
 MOST_CHARACTERS = 1 << 23
 """Of a rendered conversation: what is longer fits no model, and would only keep the tokenizer busy."""
 
@@ -32,13 +35,17 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which drains
     answers = os.fdopen(os.dup(1), "w", encoding="ascii")
     os.dup2(2, 1)  # what a library prints is no answer
-    facts = json.loads(sys.stdin.readline())
     from transformers.utils.chat_template_utils import render_jinja_template  # noqa: F401  # its import is no template's doing
 
+    answers.write(READY.decode())
+    answers.flush()
+    facts = json.loads(sys.stdin.readline())
+    signal.setitimer(signal.ITIMER_REAL, facts["seconds"])  # a template is compiled, too
     _limit_memory(facts["memory"])
     template = ChatTemplate(
         **{**facts["template"], "name": "", "now": datetime.fromisoformat(facts["template"]["now"])}
     )
+    signal.setitimer(signal.ITIMER_REAL, 0)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, facts["seconds"])
         found = _answer(template, json.loads(line))

@@ -11,6 +11,7 @@ About 64 MB and 0.9 s to start for each distinct template; adapters with the sam
 from __future__ import annotations
 
 import json
+import selectors
 import signal
 import subprocess
 import sys
@@ -23,7 +24,13 @@ from typing import Any
 from tunesmith.data.chat import ChatFormat
 from tunesmith.data.rendering import ChatTemplate, MaskError
 from tunesmith.data.shapes import Span
+from tunesmith.serving.template_worker import READY
 from tunesmith.types import Message
+
+WORKER = (sys.executable, "-m", "tunesmith.serving.template_worker")
+
+START_SECONDS = 60.0
+"""For a process to import what it needs: 0.9 s on an idle machine."""
 
 MEMORY_BYTES = 512 << 20
 """What a template may take beyond Python and its libraries; a conversation of 2 MB takes some tens of MB."""
@@ -109,13 +116,25 @@ class TemplateProcess:
         self._process = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tunesmith.serving.template_worker"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        _tell(process, self._first)
-        return process
+        self._ready = False
+        return subprocess.Popen(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def _begin(self) -> None:
+        """Tell a new process its template. Raises MaskError where it is not at work after START_SECONDS; the next that asks starts another."""
+        assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(START_SECONDS):
+                self._process.kill()
+                _end(self._process)
+                raise MaskError(
+                    f"the chat template's process did not start within {START_SECONDS:g} s: this machine is too busy"
+                )
+        self._ready = self._process.stdout.readline() == READY  # else it has died, which its answer's absence shows
+        _tell(self._process, self._first)
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, marks: bool) -> tuple[str, list[Span]]:
-        """The text, and where the assistant's marks are. Blocks for `seconds` at most, once the process has started."""
+        """The text, and where the assistant's marks are. Blocks for `seconds` at most, and START_SECONDS where the process is new."""
         asked = {
             "messages": [(message.role, message.content) for message in messages],
             "add_generation_prompt": add_generation_prompt,
@@ -126,6 +145,8 @@ class TemplateProcess:
                 raise MaskError("the model of this chat template was removed")
             if self._process.poll() is not None:
                 self._process = self._start()
+            if not self._ready:
+                self._begin()
             _tell(self._process, json.dumps(asked))
             assert self._process.stdout is not None
             line = self._process.stdout.readline()

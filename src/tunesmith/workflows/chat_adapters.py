@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from tunesmith.config import QuantizationConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError
 from tunesmith.models import loftq
@@ -77,8 +78,9 @@ class SeveralAdapters:
         self,
         base: LoadedModel,
         paths: Mapping[str, str],
-        quantization: str | None = None,
+        quantization: QuantizationConfig | None = None,
         on_note: Callable[[str], None] = lambda note: None,
+        progress: Progress = no_progress,
     ):
         from tunesmith.serving.adapter_bank import BASE, AdapterBank
         from tunesmith.serving.catalog import check_name
@@ -98,7 +100,8 @@ class SeveralAdapters:
                 run = RunFolder.open(path) if RunFolder.is_run(path) else None
                 loaded = replace(base, tokenizer=read.tokenizer, chat=read.chat, adapted=True, run=run)
                 self._models[name] = _Model(loaded, number)
-                for note in reader.notes(path):
+                self._bank.select([number])
+                if note := reader.note(path, read.chat, base.forward.base, progress):
                     on_note(note)
         except BaseException:
             self.close()
@@ -152,7 +155,7 @@ def load_with_adapters(
     run = RunFolder.open(path) if RunFolder.is_run(path) else None
     tuned = run is not None and run.config.method != "full"
     alone = run is None and (path / "adapter_config.json").is_file()
-    scheme = run.config.quantization.scheme if run is not None and run.config.method == "qlora" else None
+    quantization = run.config.quantization if run is not None and run.config.method == "qlora" else None
     if run is not None and loftq.iterations_of(run.config.adapter.init_lora_weights):
         raise ConfigError(
             f"{target}: LoftQ changed the base for this adapter, so that no other can share it; chat with it alone"
@@ -169,7 +172,7 @@ def load_with_adapters(
         base = load(target, model, dtype, device, base=tuned, progress=progress)
     if tuned:  # the run's template is its adapter's
         base = replace(base, chat=ChatFormat(base.tokenizer), run=None)
-    found = SeveralAdapters(base, paths, scheme, on_note)
+    found = SeveralAdapters(base, paths, quantization, on_note, progress)
     found.use(next(iter(paths)))
     return found
 

@@ -67,16 +67,26 @@ def serve(
         forward = loaded.forward
         ends = frozenset(end_tokens(forward.base, loaded.tokenizer))
         notes: list[str] = []
-        engine = Engine(forward, limits.batch, limits.queue)
+        ready = False
+
+        def warn(note: str) -> None:
+            notes.append(note)
+            if ready:  # the engine may find only then that it can make no graphs
+                progress(f"warning: {note}", 0, 1)
+
+        engine = Engine(forward, limits.batch, limits.queue, warn=warn)
         templates = Templates(limits.template_seconds)
-        reader = AdapterReader(loaded, templates, quantization)
+        reader = AdapterReader(loaded, templates, _quantization(quantization), ("--dtype", "--quantization"))
         catalog = Catalog(engine, ServedModel(called, loaded.tokenizer, loaded.chat, ends), reader.read, templates)
         engine.start()
         try:
             for adapter, path in adapters.items():
                 progress(f"loading the adapter {adapter}", 0, 1)
-                catalog.begin_with(adapter, path)
-                notes += reader.notes(path)
+                served = catalog.begin_with(adapter, path)
+                # The engine's thread selects anew in every step, and sleeps until somebody asks.
+                engine.bank.select([served.adapter])
+                if note := reader.note(path, served.chat, forward.base, progress):
+                    notes.append(note)
             changes = key is not None or is_loopback(host)
             server = Server(catalog, limits, key, changes, named_hosts(host, key, allowed_hosts))
             shown = f"[{host}]" if ":" in host else host
@@ -86,6 +96,7 @@ def serve(
                     f"{host} is reached from beyond this machine without an API key: adapters cannot change while it runs"
                 )
             on_ready({"url": url, "model": called, "adapters": list(adapters), "notes": notes})
+            ready = True
             run(server, listening)
         finally:
             templates.close()
@@ -118,12 +129,16 @@ def load_base(
     chat = chat_format(tokenizer, run.config, run) if run else ChatFormat(tokenizer)
     source = fetch_weights(source, settings)
     progress("loading the model", 0, 1)
-    scheme = QuantizationConfig.model_validate({"scheme": quantization})
-    model: Any = load_model(source, settings, hardware, computes, scheme)
+    model: Any = load_model(source, settings, hardware, computes, _quantization(quantization))
     model.eval()
     progress("loading the model", 1, 1)
     forward = ModelForward(model, hardware.device, computes)
     return LoadedModel(forward, tokenizer, chat, source, hardware, computes, False, run)
+
+
+def _quantization(scheme: str | None) -> QuantizationConfig | None:
+    """What `--quantization` stands for."""
+    return None if scheme is None else QuantizationConfig.model_validate({"scheme": scheme})
 
 
 def run_of_base(target: str) -> RunFolder | None:
