@@ -29,6 +29,16 @@ def answer_of(connection: socket.socket) -> httpx.Response:
     return httpx.Response(int(status.split()[1]), headers=headers, content=body)  # type: ignore[arg-type]
 
 
+def has_ended(connection: socket.socket, seconds: float) -> bool:
+    connection.settimeout(seconds)
+    try:
+        return connection.recv(4096) == b""
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+
+
 def test_idle_connections_lock_nobody_out(tiny_model: Path) -> None:
     """Of more than may be open the one that was idle the longest goes; one that waits for its answer stays."""
     limits = Limits(answer_tokens=3000, connections=4, arrival_seconds=300)
@@ -42,13 +52,8 @@ def test_idle_connections_lock_nobody_out(tiny_model: Path) -> None:
             "/v1/chat/completions", json={"model": "base", "messages": QUESTION, "max_tokens": 2, "temperature": 0}
         )
         assert asked.status_code == 200
-        idle[0].settimeout(60)
-        with pytest.raises(ConnectionResetError):
-            assert idle[0].recv(1) == b""
-            raise ConnectionResetError  # an end without a reset is one too
-        idle[-1].settimeout(0.2)
-        with pytest.raises(TimeoutError):
-            idle[-1].recv(1)
+        assert has_ended(idle[0], 60)
+        assert not has_ended(idle[-1], 0.2)
         busy.settimeout(120)
         assert b" 200 " in busy.recv(4096).splitlines()[0]
 
@@ -60,11 +65,7 @@ def test_a_connection_that_was_answered_is_idle_again(tiny_model: Path) -> None:
         assert b" 200 " in first.recv(4096)
         for _ in range(1 + process.SPARE_CONNECTIONS):
             stack.enter_context(raw(live, b""))
-        first.settimeout(3)  # before uvicorn ends what it keeps alive, 5 s
-        try:
-            assert first.recv(4096) == b""
-        except ConnectionResetError:
-            pass
+        assert has_ended(first, 3)  # before uvicorn ends what it keeps alive, 5 s
 
 
 @pytest.mark.parametrize(
@@ -73,7 +74,7 @@ def test_a_connection_that_was_answered_is_idle_again(tiny_model: Path) -> None:
         b"rubbish\r\n\r\n",
         b"GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n",
         b"GET /health HTTP/1.1\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 200_000,
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 70_000,
         b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
     ],
 )
