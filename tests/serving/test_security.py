@@ -53,7 +53,7 @@ def test_folders_that_are_no_adapters_are_refused(
     assert "not an adapter" in refusal("nowhere\0")
     assert "not an adapter" in refusal("../../../../etc/passwd")
     assert "File name too long" in refusal("x" * 5000)
-    assert "File name too long" in refusal("a/" + "x" * 300)
+    assert "File name too long" in refusal(tmp_path / ("x" * 300))
     pickled = copy("pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert "pickled adapters are not read" in refusal(pickled)
