@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -702,3 +703,26 @@ def test_a_line_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"tunesmith: {tmp_path / 'absent'}: not a run folder (it has no config.yaml)\n"
+
+
+# -- Ctrl-C -----------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_is_one_line_and_130(tiny_model: Path) -> None:
+    # A shell starts background jobs with SIGINT ignored, and Python leaves it so.
+    program = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from tunesmith.cli import main\nmain()"
+    )
+    command = [sys.executable, "-c", program, "chat", str(tiny_model)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:  # type: ignore[call-overload]
+        try:
+            assert process.stdout.read(5) == "you> "
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert err.splitlines()[-1:] == ["tunesmith: interrupted"]
+    assert "Traceback" not in err

@@ -195,6 +195,65 @@ def test_threads_that_write_the_same_file_and_folder(tmp_path: Path) -> None:
     assert sorted(tree(tmp_path)) == ["file", "model/", "model/a"]
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_a_killed_write_left_goes_with_the_next_one_to_the_same_place(tmp_path: Path, kind: str) -> None:
+    program = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom tunesmith.files import atomic_folder, write_atomic\n"
+        "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\nplace = Path(sys.argv[1])\n"
+    )
+    program += (
+        "write_atomic(place, 'half')" if kind == "file" else "with atomic_folder(place) as f: (f / 'a').write_text('x')"
+    )
+    found = subprocess.run([sys.executable, "-c", program, str(tmp_path / "place")], check=False)
+    assert found.returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith(".tmp-place-")
+    write_atomic(tmp_path / "elsewhere", "other")
+    assert leftover.exists(), "it may be another's"
+    write_atomic(tmp_path / "place", "new")
+    assert tree(tmp_path) == {"elsewhere": "other", "place": "new"}
+
+
+def test_a_file_that_is_being_written_is_no_leftover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, depth = os.fsync, iter([True])
+
+    def fsync(descriptor: int) -> None:
+        if next(depth, False):
+            write_atomic(tmp_path / "a", "second")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_atomic(tmp_path / "a", "first")
+    assert tree(tmp_path) == {"a": "first"}, "the one that ends last"
+
+
+# -- permissions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_files_have_the_permissions_that_the_umask_leaves(tmp_path: Path, umask: int) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    before = os.umask(umask)
+    try:
+        write_atomic(tmp_path / "single", "x")
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "deep").mkdir()
+            for place in (folder, folder / "deep"):
+                save_file({"weight": np.zeros(3, dtype=np.float32)}, place / "model.safetensors")
+            (folder / "closed").touch()
+            (folder / "closed").chmod(0o600)
+            (folder / "script").touch()
+            (folder / "script").chmod(0o755)
+    finally:
+        os.umask(before)
+    files = [tmp_path / "single", *(tmp_path / "model" / name for name in ("closed", "model.safetensors"))]
+    files.append(tmp_path / "model" / "deep" / "model.safetensors")
+    assert [oct(file.stat().st_mode & 0o777) for file in files] == [oct(0o666 & ~umask)] * 4
+    assert (tmp_path / "model" / "script").stat().st_mode & 0o777 == 0o755
+
+
 # -- JSON -------------------------------------------------------------------------------------------------------------
 
 

@@ -202,6 +202,36 @@ def test_a_log_that_is_one_cut_line(run: RunFolder) -> None:
     assert seen(run) == [("step", 1)]
 
 
+@pytest.mark.parametrize("version", ["2", None, [1], 1.5])
+def test_a_format_that_is_no_number(run: RunFolder, version: Any) -> None:
+    run.write_metadata({"format_version": version})
+    with pytest.raises(RunError) as caught:
+        RunFolder.open(run.path)
+    assert str(caught.value) == (
+        f"{run.path / 'metadata.json'}: format_version is {version!r}: expected a whole number; the run folder is damaged"
+    )
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "metrics.json", "checkpoints/best.json"])
+def test_json_that_is_nested_too_deeply(run: RunFolder, name: str) -> None:
+    path = run.path / name
+    path.write_text("[" * 100_000)
+    with pytest.raises(
+        RunError, match=r"json: cannot be read \(maximum recursion depth .*\); the run folder is damaged$"
+    ):
+        {"metadata.json": lambda: run.metadata, "metrics.json": lambda: run.metrics}.get(name, run.best)()
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "[1]", "3"])
+def test_an_event_that_is_no_object(run: RunFolder, line: str) -> None:
+    log_all(run, step(1))
+    with run.events_path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(RunError) as caught:
+        run.events()
+    assert str(caught.value) == f"{run.events_path}:2: not a JSON event; the run folder is damaged"
+
+
 def test_a_damaged_line_in_the_middle_is_named(run: RunFolder) -> None:
     log_all(run, step(1))
     with run.events_path.open("ab") as file:

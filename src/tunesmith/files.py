@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -73,14 +73,15 @@ def _disk_full(path: Path) -> str:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a whole file, or leave what was there. Raises MachineError when the disk is full."""
     data = content.encode() if isinstance(content, str) else content
-    temporary = _beside(path)
     with disk_errors(path):
+        _remove_leftovers(path)
+        temporary, descriptor = _locked(path, _new_file)
         try:
-            with temporary.open("wb") as file:
+            with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+                temporary.replace(path)  # before it is closed: the lock ends with that
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -114,9 +115,10 @@ def atomic_folder(path: Path, keep: bool = False) -> Iterator[Path]:
         raise RunError(f"{path}: a mount point cannot be replaced; choose a folder in it, e.g. {path / 'new'}")
     with disk_errors(path):
         _remove_leftovers(path)
-        temporary, lock = _locked_folder(path)
+        temporary, lock = _locked(path, _new_folder)
         try:
             yield temporary
+            make_readable(temporary)
             for file in temporary.rglob("*"):
                 if file.is_file():
                     _fsync(file)
@@ -170,33 +172,62 @@ def _beside(path: Path) -> Path:
     return path.with_name(f".tmp-{path.name}-{secrets.token_hex(4)}")
 
 
-def _locked_folder(path: Path) -> tuple[Path, int]:
-    """A new folder beside `path`, and a descriptor whose lock says that it is in use until the process ends."""
+def make_readable(folder: Path) -> None:
+    """Give every file below `folder` the permissions that the umask leaves a new one, 0666 & ~umask, in place.
+
+    safetensors 0.8 makes its files 0600 whatever the umask, which nobody else can read: a server in a container, say. `folder` was made by
+    `Path.mkdir`: its own mode is 0777 & ~umask, and tells the umask, which a process can ask for by changing it alone.
+    """
+    allowed = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink():
+            mode = file.stat().st_mode & 0o7777
+            if mode | allowed != mode:
+                file.chmod(mode | allowed)
+
+
+def _new_folder(path: Path) -> int | None:
+    path.mkdir(parents=True)
+    try:
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:  # between these two lines, another process took it for a leftover
+        return None
+
+
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _locked(path: Path, make: Callable[[Path], int | None]) -> tuple[Path, int]:
+    """What `make` makes at a new place beside `path`, and the descriptor that it opens, whose lock says that it is in use until that is closed."""
     while True:
-        folder = _beside(path)
-        folder.mkdir(parents=True)
-        with suppress(FileNotFoundError):  # between two of these lines, another process took it for a leftover
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                taken = not folder.exists()
-            except OSError as error:  # on a file system without locks, nobody takes it for a leftover either
-                taken = isinstance(error, BlockingIOError)
-            if not taken:
-                return folder, descriptor
-            os.close(descriptor)
+        temporary = _beside(path)
+        descriptor = make(temporary)
+        if descriptor is None:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = not temporary.exists()  # for a leftover, before it was locked
+        except OSError as error:  # on a file system without locks, nobody takes it for one either
+            taken = isinstance(error, BlockingIOError)
+        if not taken:
+            return temporary, descriptor
+        os.close(descriptor)
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of `path`: the temporary folders that nobody holds a lock on."""
+    """Remove what killed processes left of `path`: the temporary files and folders that nobody holds a lock on."""
     pattern = re.compile(re.escape(f".tmp-{path.name}-") + "[0-9a-f]{8}")
-    for folder in path.parent.glob(".tmp-*"):
-        if pattern.fullmatch(folder.name) and folder.is_dir():
+    for leftover in path.parent.glob(".tmp-*"):
+        if pattern.fullmatch(leftover.name) and not leftover.is_symlink():
             with suppress(OSError):
-                descriptor = os.open(folder, os.O_RDONLY)
+                descriptor = os.open(leftover, os.O_RDONLY)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    shutil.rmtree(folder, ignore_errors=True)
+                    if leftover.is_dir():
+                        shutil.rmtree(leftover, ignore_errors=True)
+                    else:
+                        leftover.unlink()
                 finally:
                     os.close(descriptor)
 

@@ -69,6 +69,10 @@ class RunFolder:
         if not run.config_path.is_file():
             raise RunError(f"{path}: not a run folder (it has no config.yaml)")
         version = run.metadata.get("format_version", 0)
+        if not isinstance(version, int):
+            raise RunError(
+                f"{run.path / 'metadata.json'}: format_version is {version!r}: expected a whole number; the run folder is damaged"
+            )
         if version > FORMAT_VERSION:
             raise RunError(
                 f"{path}: run format {version} is newer than this tunesmith reads ({FORMAT_VERSION}); upgrade"
@@ -154,7 +158,7 @@ class RunFolder:
             value = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RunError(f"{path}: missing; the run folder is damaged") from None
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RecursionError) as error:
             raise RunError(f"{path}: cannot be read ({error}); the run folder is damaged") from None
         if not isinstance(value, dict):
             raise RunError(f"{path}: expected a JSON object; the run folder is damaged")
@@ -174,7 +178,9 @@ class RunFolder:
         for number, line in enumerate(self.events_path.read_bytes().split(b"\n")[:-1], 1):
             try:
                 event = json.loads(line)
-            except ValueError:
+                if not isinstance(event, dict):
+                    raise ValueError("expected a JSON object")
+            except (ValueError, RecursionError):
                 raise RunError(f"{self.events_path}:{number}: not a JSON event; the run folder is damaged") from None
             if event.get("event") in ("resume", "rollback"):
                 start = event["step"]

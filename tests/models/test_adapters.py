@@ -338,6 +338,10 @@ def test_an_adapter_is_found_in_its_folder_and_in_a_run(adapter: Path, tmp_path:
         ("{", "not valid JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         ("{}", "names no base model; pass it with --model"),
         ("[]", "names no base model; pass it with --model"),
+        (
+            "[" * 100_000,
+            "not valid JSON: maximum recursion depth exceeded while decoding a JSON array from a unicode string",
+        ),
     ],
 )
 def test_a_config_that_names_no_base(adapter: Path, text: str, message: str) -> None:
@@ -381,10 +385,6 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A"
         ),
         (lambda folder: edit_config(folder, peft_type="ZORK"), "this adapter cannot be loaded on the model: 'ZORK'"),
         (
-            lambda folder: edit_config(folder, r="x"),
-            "this adapter cannot be loaded on the model: '<=' not supported between instances of 'str' and 'int'",
-        ),
-        (
             lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""),
             "this adapter cannot be loaded on the model: Error while deserializing header: header too small",
         ),
@@ -397,6 +397,33 @@ def test_a_damaged_adapter_is_refused_in_one_line(
     with pytest.raises(ModelError) as caught:
         load_adapter(base_model(tiny_model), adapter)
     assert str(caught.value) == f"{adapter}: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"r": "x"}, "'<=' not supported between instances of 'str' and 'int'"),
+        ({"rank_pattern": "x"}, "'str' object has no attribute 'keys'"),
+        ({"bias": -1}, "'int' object has no attribute 'endswith'"),
+        ({"monteclora_config": [None]}, "'list' object has no attribute 'num_samples'"),
+        ({"target_modules": "["}, "unterminated character set at position 0"),
+    ],
+)
+def test_an_adapters_config_that_peft_trips_over(
+    adapter: Path, tiny_model: Path, values: dict[str, Any], reason: str
+) -> None:
+    edit_config(adapter, **values)
+    with pytest.raises(ModelError) as caught:
+        load_adapter(base_model(tiny_model), adapter)
+    assert str(caught.value) == (
+        f"{adapter / 'adapter_config.json'}: PEFT makes no adapter of it ({reason}); it is not as PEFT saves one, or is damaged"
+    )
+
+
+def test_an_adapters_config_that_is_nested_too_deeply(adapter: Path, tiny_model: Path) -> None:
+    (adapter / "adapter_config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ModelError, match=r"adapter_config.json: PEFT makes no adapter of it \(maximum recursion depth"):
+        load_adapter(base_model(tiny_model), adapter)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,11 @@ def test_a_folder_without_config(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("{", "Expecting property name enclosed in double quotes"), ("[]", "expected a JSON object")],
+    [
+        ("{", "Expecting property name enclosed in double quotes"),
+        ("[]", "expected a JSON object"),
+        ("[" * 100_000, "it is nested too deeply"),
+    ],
 )
 def test_a_config_that_is_no_json_object(folder: Path, text: str, reason: str) -> None:
     (folder / "config.json").write_text(text)
@@ -122,6 +126,26 @@ def test_a_config_that_transformers_refuses(folder: Path, values: dict[str, Any]
     message = refusal(folder)
     assert message.startswith(f"{folder / 'config.json'}: transformers refuses this configuration: ")
     assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"dtype": []}, 'dtype is []: expected a type\'s name, e.g. "bfloat16"'),
+        ({"torch_dtype": 16}, 'torch_dtype is 16: expected a type\'s name, e.g. "bfloat16"'),
+        ({"model_type": {}}, "model_type is {}: expected a family's name"),
+        ({"quantization_config": 3}, "quantization_config is 3: expected an object"),
+        (
+            {"quantization_config": {"quant_method": []}},
+            "quantization_config.quant_method is []: expected a method's name",
+        ),
+        ({"text_config": "x" * 99}, f"text_config is '{'x' * 56}...: expected an object"),
+        ({"auto_map": 3}, "auto_map is 3: expected an object"),
+    ],
+)
+def test_a_field_of_the_config_of_another_type(folder: Path, values: dict[str, Any], reason: str) -> None:
+    edit_config(folder, **values)
+    assert refusal(folder) == f"{folder / 'config.json'}: {reason}"
 
 
 def test_a_folder_without_weights(folder: Path) -> None:
@@ -152,11 +176,22 @@ def test_a_missing_shard_of_an_index(folder: Path) -> None:
     assert refusal(folder) == f"{folder}: the weight files {lost.name} are missing (of those its index names)"
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": []}'])
-def test_a_damaged_index(folder: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("{}", "weight_map is None: expected an object"),
+        ("[]", "expected a JSON object"),
+        ('{"weight_map": []}', "weight_map is []: expected an object"),
+        ('{"weight_map": {"a": 3}}', "a is in 3: expected a file's name"),
+        ('{"weight_map": {"a": ["x"]}}', "a is in ['x']: expected a file's name"),
+        ("[" * 100_000, "it is nested too deeply"),
+    ],
+)
+def test_a_damaged_index(folder: Path, text: str, reason: str) -> None:
     index = folder / "model.safetensors.index.json"
     index.write_text(text)
-    assert refusal(folder).startswith(f"{index}: not an index of weight files: ")
+    assert refusal(folder) == f"{index}: not an index of weight files: {reason}"
 
 
 def test_an_unknown_model_type(folder: Path) -> None:
@@ -216,17 +251,55 @@ def test_truncated_safetensors(folder: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("name", "content", "reason"),
     [
-        "{",
-        "{}",
-        "[]",
-        '{"version": "1.0", "added_tokens": [], "model": {"type": "Zork"}}',  # the tokenizers library's own error
+        ("tokenizer.json", "{", "not valid JSON: Expecting property name enclosed in double quotes"),
+        ("tokenizer.json", "[]", "not valid JSON: expected a JSON object"),
+        ("tokenizer.json", "[" * 100_000, "not valid JSON: it is nested too deeply"),
+        ("tokenizer.json", "{}", "Model missing"),
+        (
+            "tokenizer.json",
+            '{"version": "1.0", "added_tokens": [], "model": {"type": "Zork"}}',
+            "data did not match any variant",
+        ),
+        ("tokenizer_config.json", "{", "not valid JSON: Expecting property name enclosed in double quotes"),
+        ("tokenizer_config.json", "null", "not valid JSON: expected a JSON object"),
+        ("tokenizer_config.json", "[" * 100_000, "not valid JSON: it is nested too deeply"),
     ],
 )
-def test_a_damaged_tokenizer(folder: Path, content: str) -> None:
-    (folder / "tokenizer.json").write_text(content)
-    assert refusal(folder).startswith(f"{folder}: its tokenizer cannot be loaded: ")
+def test_a_damaged_tokenizer_is_named_by_its_file(folder: Path, name: str, content: str, reason: str) -> None:
+    (folder / name).write_text(content)
+    message = refusal(folder)
+    assert message.startswith(f"{folder / name}: the tokenizer cannot be loaded: ")
+    assert reason in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("compressed-tensors", "its weights are stored by compressed-tensors; install what reads them with: pip install 'tunesmith[gptq]'"),
+        ("nothing-known", "cannot be loaded without a package that is not installed: no zork here"),
+    ],
+)  # fmt: skip
+def test_a_stored_model_whose_package_is_missing(
+    folder: Path, method: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("no zork here\nand more")
+
+    if method == "compressed-tensors":  # what transformers itself looks for
+        name = "transformers.quantizers.quantizer_compressed_tensors.is_compressed_tensors_available"
+        monkeypatch.setattr(name, lambda: False)
+    else:
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", missing)
+    edit_config(folder, quantization_config={"quant_method": method, "format": "pack-quantized", "config_groups": {}})
+    with pytest.raises(MachineError) as caught:
+        open_model(folder)
+    assert str(caught.value) == f"{folder}{':' if method == 'compressed-tensors' else ''} {said}"
+    assert caught.value.exit_code == 3
 
 
 def test_a_missing_tokenizer(folder: Path) -> None:

@@ -126,8 +126,8 @@ def no_near_tie(
 ) -> str | None:
     """Where two answers part for another reason than rounding; None where they do not.
 
-    Rounding explains it where the two tokens' logits in fp32 are no further apart than four times what bf16 changes of this very
-    position's logits: both tokens may move, and what another order of sums rounds may be twice what PEFT's does.
+    Rounding explains it where the two tokens' logits in fp32 are no further apart than 2.5 times what bf16 changes of this very
+    position's logits: both tokens may move, and another order of sums may round by a quarter more than PEFT does.
     """
     if found == expected:
         return None
@@ -136,7 +136,7 @@ def no_near_tie(
     true = next_logits(exact, ids)
     noise = float((next_logits(rounded, ids) - true).abs().max())
     gap = float((true[found[place]] - true[expected[place]]).abs())
-    return None if gap <= 4 * noise else f"token {place}: {gap:.4f} apart, bf16 moves logits by {noise:.4f} at most"
+    return None if gap <= 2.5 * noise else f"token {place}: {gap:.4f} apart, bf16 moves logits by {noise:.4f} at most"
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["a growing cache", "fixed places"])

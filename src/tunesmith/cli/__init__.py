@@ -232,6 +232,8 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()
+        if code == 128 + signal.SIGINT:  # what typer makes of a KeyboardInterrupt, without a word
+            _fail("interrupted", code)
     except BrokenPipeError:
         _stop_printing()
     except SystemExit as error:  # what typer and rich make of a closed output

@@ -62,7 +62,7 @@ def merge(
     print(
         f"{result['path']} ({result['dtype']}), read back and compared with base + adapter on {result['tokens']} tokens: "
         f"logits differ by {result['difference']:.3%} (the adapter moves them by {result['effect']:.1%}), "
-        f"KL {result['kl']:.2e}, top-1 agreement {result['top1']:.1%}"
+        f"KL {result['kl']:.2e} ({result['lost']:.1%} of what training changed), top-1 agreement {result['top1']:.1%}"
     )
     if "kl_of_trained" in result:
         print(_of_trained(result))

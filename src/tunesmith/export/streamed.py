@@ -11,12 +11,13 @@ config says `tie_word_embeddings: false`. PEFT's own merge changes both there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from tunesmith.export.safetensors import differs, refuse_tensor
 from tunesmith.export.skeleton import Read, Skeleton
 from tunesmith.export.tensors import Entry, Group, Unstreamable, write_tensors
 from tunesmith.files import write_json
@@ -72,6 +73,36 @@ def write_merged(
     _write_configs(skeleton, folder, dtype, merger.untied)
     largest = max(sum(entry.size for entry in entries) for entries in plan.values())
     return Written(len(plan), size, largest, merger.untied)
+
+
+def proven_logits(
+    skeleton: Skeleton, back: Skeleton, prompts: Sequence[Sequence[int]], read: Read, dtype: torch.dtype
+) -> torch.Tensor:
+    """Logits (tokens, vocabulary) of the merged weights in fp32, not rounded, in the base's own model.
+
+    On the way each parameter is rounded and compared with what the written folder, `back`, has: raises VerificationError for another one.
+    """
+    by_adapter = skeleton.changed()
+    for each in (skeleton, back):
+        each.checkpoint.tensors.share = 0.5  # both are mapped at once
+
+    def merged(name: str) -> torch.Tensor:
+        exact = skeleton.merged(name, read) if name in by_adapter else read(name)
+        written = back.stored(name)
+        rows = len(exact)
+        if written.ndim == exact.ndim and len(written) > rows and name not in by_adapter:
+            written, grown = written[:rows], written[rows:]
+            if bool(grown.any()):
+                refuse_tensor(name)
+        if written.dtype != skeleton.kept_in(name, dtype) or differs(written, exact):
+            refuse_tensor(name)
+        return exact
+
+    try:
+        return skeleton.logits(prompts, merged, adapter=False)
+    finally:
+        for each in (skeleton, back):
+            each.checkpoint.tensors.share = 1.0
 
 
 class _Merger:

@@ -65,6 +65,8 @@ class TensorFiles:
         self._sizes = {entry.name: entry.size for entries in self.entries.values() for entry in entries}
         self._mapped: tuple[Path, Any] | None = None
         self._touched = 0
+        self.share = 1.0
+        """Of MAPPED: less than all where others are mapped at the same time."""
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -77,7 +79,7 @@ class TensorFiles:
         from safetensors import safe_open
 
         file = self._file_of[name]
-        if self._mapped is None or self._mapped[0] != file or self._touched > MAPPED:
+        if self._mapped is None or self._mapped[0] != file or self._touched > self.share * MAPPED:
             self._mapped = None  # unmapped before the next one is mapped
             self._mapped = (file, safe_open(file, "pt"))
             self._touched = 0

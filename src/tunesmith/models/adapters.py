@@ -462,9 +462,22 @@ def load_adapter(model: PreTrainedModel, path: Path, trainable: bool = False) ->
             adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
             # Once more, for its report: `from_pretrained` returns none.
             report = adapted.load_adapter(str(folder), "default", is_trainable=trainable)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        re.error,
+        RuntimeError,
+        SafetensorError,
+    ) as error:
         text = " ".join(str(error).split())
         text = text if len(text) <= 300 else f"{text[:297]}..."
+        if isinstance(error, (TypeError, AttributeError, re.error, RecursionError)):  # of what PEFT does not check
+            raise ModelError(
+                f"{folder / 'adapter_config.json'}: PEFT makes no adapter of it ({text}); it is not as PEFT saves one, or is damaged"
+            ) from error
         raise ModelError(f"{folder}: this adapter cannot be loaded on the model: {text}") from error
     for keys, what in (
         (report.missing_keys, "tensors of the adapter are missing from its file and would be random"),
@@ -519,7 +532,7 @@ def _json_object(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing where that is no object. Raises ModelError for one that is no JSON."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}") from None
     return values if isinstance(values, dict) else {}
 

@@ -36,6 +36,12 @@ TEXT_TOWERS = {"gemma3": {r"^(model\.language_model|language_model\.model)\.": "
 and adapters on the vision tower would never move. For each the names of its tensors, as its makers and transformers write them, to
 those of the text model."""
 
+PACKAGES = {
+    "compressed-tensors": "pip install 'tunesmith[gptq]'",
+    "bitsandbytes": "pip install 'tunesmith[quantization]'",
+}
+"""By a stored model's `quant_method`: what installs the package that reads it."""
+
 CONVERSION = 2
 """Of GGUF files: part of the converted folder's name, so raise it when what is written changes."""
 
@@ -55,10 +61,7 @@ class ModelSource:
     @property
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
-        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("expected a JSON object")
-        return config
+        return _json_object(self.path / "config.json")
 
     @property
     def context_length(self) -> int | None:
@@ -125,12 +128,43 @@ def load_tokenizer(source: ModelSource, config: ModelConfig) -> PreTrainedTokeni
         return AutoTokenizer.from_pretrained(
             source.path, trust_remote_code=config.trust_remote_code, local_files_only=True
         )
+    except ImportError as error:
+        raise MachineError(
+            f"{source.name}: its tokenizer needs a package that is not here: {_first_line(error)}"
+        ) from error
     except Exception as error:
-        known = isinstance(error, (OSError, ValueError, KeyError, TypeError, AttributeError))
+        known = isinstance(error, (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError))
         if not known and type(error) is not Exception:  # the tokenizers library raises plain Exception
             raise
+        if damaged := _damaged_tokenizer(source.path):
+            raise ModelError(damaged) from error
         lost = "" if (source.path / "tokenizer.json").is_file() else " (there is no tokenizer.json)"
         raise ModelError(f"{source.name}: its tokenizer cannot be loaded{lost}: {_first_line(error)}") from error
+
+
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def _damaged_tokenizer(folder: Path) -> str | None:
+    """Which of a tokenizer's files is damaged, and how, as far as each shows it by itself."""
+    for path in (folder / name for name in TOKENIZER_FILES):
+        if not path.is_file():
+            continue
+        try:
+            _json_object(path)
+        except (ValueError, OSError) as error:
+            return f"{path}: the tokenizer cannot be loaded: not valid JSON: {_first_line(error)}"
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        from tokenizers import Tokenizer
+
+        try:
+            Tokenizer.from_file(str(path))
+        except Exception as error:
+            if type(error) is not Exception:  # it raises no other kind for a file's content
+                raise
+            return f"{path}: the tokenizer cannot be loaded: {_first_line(error)}"
+    return None
 
 
 def load_model(
@@ -149,7 +183,10 @@ def load_model(
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForCausalLM, Mxfp4Config
 
-    own = AutoConfig.from_pretrained(source.path, trust_remote_code=config.trust_remote_code, local_files_only=True)
+    try:
+        own = AutoConfig.from_pretrained(source.path, trust_remote_code=config.trust_remote_code, local_files_only=True)
+    except ImportError as error:  # of the model's own code
+        raise _package_missing(source, error) from error
     options: dict[str, Any] = {}
     quiet: AbstractContextManager[None] = nullcontext()
     if own.model_type in TEXT_TOWERS:
@@ -180,6 +217,8 @@ def load_model(
             f"{source.name} in {dtype} does not fit in the {hardware.memory_gb:.1f} GB of {hardware.name}; "
             "use method: qlora, or a smaller model"
         ) from error
+    except ImportError as error:
+        raise _package_missing(source, error) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source.name} cannot be loaded: {_first_line(error)}") from error
     if report["mismatched_keys"]:
@@ -202,6 +241,16 @@ def load_model(
     if dequantized or own.model_type in TEXT_TOWERS:
         model._weight_conversions = []  # save under the text model's own names: these cannot be turned back
     return model
+
+
+def _package_missing(source: ModelSource, error: ImportError) -> MachineError:
+    stored = source.config.get("quantization_config")
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if install := PACKAGES.get(str(method)):
+        return MachineError(
+            f"{source.name}: its weights are stored by {method}; install what reads them with: {install}"
+        )
+    return MachineError(f"{source.name} cannot be loaded without a package that is not installed: {_first_line(error)}")
 
 
 def _attention(own: Any, config: ModelConfig) -> str:
@@ -288,9 +337,19 @@ def _check_folder(source: ModelSource, trust_remote_code: bool) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            files: Any = _json_object(index).get("weight_map")
+        except (ValueError, OSError) as error:
             raise ModelError(f"{index}: not an index of weight files: {_first_line(error)}") from error
+        if not isinstance(files, dict):
+            raise ModelError(
+                f"{index}: not an index of weight files: weight_map is {_shown(files)}: expected an object"
+            )
+        for tensor, file in files.items():
+            if not isinstance(file, str):
+                raise ModelError(
+                    f"{index}: not an index of weight files: {tensor} is in {_shown(file)}: expected a file's name"
+                )
+        shards = set(files.values())
         _refuse_missing(source.name, [shard for shard in sorted(shards) if not (folder / shard).is_file()])
     elif not _weight_files(folder):
         pickles = [file.name for pattern in PICKLES for file in folder.glob(pattern)]
@@ -307,6 +366,17 @@ def _refuse_missing(name: str, missing: list[str]) -> None:
         raise ModelError(f"{name}: the weight files {', '.join(missing[:3])} are missing (of those its index names)")
 
 
+FIELDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("model_type", (str, type(None)), "a family's name"),
+    ("dtype", (str, dict, type(None)), 'a type\'s name, e.g. "bfloat16"'),
+    ("torch_dtype", (str, dict, type(None)), 'a type\'s name, e.g. "bfloat16"'),
+    ("quantization_config", (dict, type(None)), "an object"),
+    ("text_config", (dict, type(None)), "an object"),
+    ("auto_map", (dict, type(None)), "an object"),
+)
+"""Of config.json: what we, or transformers before it checks any, take to be of these types, and what to say otherwise."""
+
+
 def _check_config(source: ModelSource, trust_remote_code: bool) -> None:
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -319,6 +389,12 @@ def _check_config(source: ModelSource, trust_remote_code: bool) -> None:
         config = source.config
     except (ValueError, OSError) as error:
         raise ModelError(f"{path}: not valid JSON: {_first_line(error)}") from error
+    for key, kinds, expected in FIELDS:
+        if not isinstance(value := config.get(key), kinds):
+            raise ModelError(f"{path}: {key} is {_shown(value)}: expected {expected}")
+    quantized = config.get("quantization_config") or {}
+    if not isinstance(method := quantized.get("quant_method"), (str, type(None))):
+        raise ModelError(f"{path}: quantization_config.quant_method is {_shown(method)}: expected a method's name")
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         if "auto_map" not in config:
@@ -331,7 +407,7 @@ def _check_config(source: ModelSource, trust_remote_code: bool) -> None:
         return
     try:
         CONFIG_MAPPING[model_type].from_dict(config)
-    except (ValueError, KeyError, TypeError, ArithmeticError, StrictDataclassError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(f"{path}: transformers refuses this configuration: {' '.join(str(error).split())}") from error
 
 
@@ -446,6 +522,23 @@ def _converted_gguf(path: Path) -> Path:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds. Raises ValueError where that is no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    return value
+
+
+def _shown(value: object) -> str:
+    """A value as Python writes it, cut after 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _first_line(error: BaseException) -> str:

@@ -237,7 +237,7 @@ def _whole_source(
     logits = skeleton.logits(prompts)
     progress("the source's probabilities", 1, 1)
     if tuned is not None and tuned.base is not None:
-        compare_logits(logits, tuned.logits, tuned.base).refuse("fp32")
+        compare_logits(logits, tuned.logits, tuned.base).refuse()
     return Source(found.chat, tuned or Reference(prompts, logits), made, skeleton.model, skeleton, ends)
 
 

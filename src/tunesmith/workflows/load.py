@@ -198,7 +198,7 @@ def find(
         check_training(run, adapter, source, chat, forced)
     record = run.metadata if run else read_record(adapter) if adapter else {}
     quantization = _quantization(config, run, record)
-    iterations = loftq.iterations_of(config.adapter.init_lora_weights)
+    iterations = loftq.iterations_of(_beginning(config, run, record))
     trained = record.get("dtype") if adapter else None
     return Found(run, adapter, source, settings, tokenizer, chat, hardware, computes, quantization, trained, iterations)
 
@@ -208,6 +208,13 @@ def _quantization(config: RunConfig, run: RunFolder | None, record: Mapping[str,
     if run is not None:
         return config.quantization if config.method == "qlora" else None
     return QuantizationConfig(**found) if isinstance(found := record.get("quantization"), dict) else None
+
+
+def _beginning(config: RunConfig, run: RunFolder | None, record: Mapping[str, Any]) -> str:
+    """`adapter.init_lora_weights` of a run, or as a lone adapter's record has it: LoftQ's is no adapter for the quantized base."""
+    if run is not None:
+        return config.adapter.init_lora_weights
+    return str((record.get("settings") or {}).get("adapter.init_lora_weights", "default"))
 
 
 def tokenizer_source(source: ModelSource, adapter: Path | None) -> ModelSource:

@@ -15,9 +15,18 @@ from tunesmith.errors import ConfigError, MachineError, ModelError, Verification
 from tunesmith.export.beside import GENERATION, generation_values, logits_of_whole, refuse_unlike, tokenizer_differences
 from tunesmith.export.combine import Combination, combination, load_combined
 from tunesmith.export.quantized import QuantizedWeights
-from tunesmith.export.safetensors import SPARED, MergeCheck, compare_logits, fixed_prompts, mean_kl, merge_adapter
+from tunesmith.export.safetensors import (
+    OTHER_CONFIG,
+    SPARED,
+    MergeCheck,
+    compare_logits,
+    fixed_prompts,
+    mean_kl,
+    merge_adapter,
+    refuse_other_logits,
+)
 from tunesmith.export.skeleton import Read, Skeleton, refuse_unstreamable
-from tunesmith.export.streamed import Written, write_merged
+from tunesmith.export.streamed import Written, proven_logits, write_merged
 from tunesmith.export.tensors import TensorFiles, Unstreamable
 from tunesmith.files import atomic_folder, write_json
 from tunesmith.hardware import Hardware, free_memory_gb, torch_dtype
@@ -55,7 +64,7 @@ def merge(
     ones). `out` defaults to RUN/merged (ADAPTER-merged; with several RUN/merged-METHOD). The adapter goes into the base's files as they are, or for a
     QLoRA run with `onto="quantized"` into the dequantized weights that it was trained over; the result is in `dtype` (the run's compute type by default).
 
-    Returns `{path, dtype, difference, effect, kl, top1, tokens, onto, streamed, notes, files, bytes, loaded_whole}`, and of a QLoRA run `kl_of_trained:
+    Returns `{path, dtype, difference, effect, kl, top1, lost, tokens, onto, streamed, notes, files, bytes, loaded_whole}`, and of a QLoRA run `kl_of_trained:
     {16bit, quantized}`: KL of either merge from the quantized base with its adapter. Raises VerificationError, and keeps nothing, on a mismatch.
     """
     targets = [target] if isinstance(target, (str, Path)) else list(target)
@@ -102,6 +111,7 @@ def merge(
         "effect": check.effect,
         "kl": check.kl,
         "top1": check.top1,
+        "lost": check.lost,
         "tokens": check.tokens,
         "onto": onto,
         "streamed": streamed,
@@ -203,8 +213,13 @@ def _streamed(
             merged = back.logits(prompts)
         except (ModelError, Unstreamable, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise VerificationError(f"the merged model does not load back: {error}; nothing was kept") from error
+        exact = proven_logits(skeleton, back, prompts, read, dtype)
+        compare_logits(exact, tuned, base, spared).refuse()
+        # The same weights in the base's own model: what else the folder says, its config, is the same too.
+        refuse_other_logits(merged, skeleton.logits(prompts, back.stored, adapter=False), spared, OTHER_CONFIG)
         check = compare_logits(merged, tuned, base, spared)
-        check.refuse(first.dtype)
+        if costs := check.refuse_rounding(first.dtype):
+            notes.append(costs)
         if too_large := _too_large(written, first.hardware):
             notes.append(too_large)
         else:
@@ -308,12 +323,9 @@ def _compare_whole(
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())
         raise VerificationError(f"transformers does not load the merged model: {said}; nothing was kept") from error
-    check = compare_logits(whole, merged, merged, spared)
-    if not check.passed("fp32"):
-        raise VerificationError(
-            f"loaded by transformers, the merged model computes something else than its tensors: logits differ by {check.difference:.2%}; "
-            "nothing was kept"
-        )
+    refuse_other_logits(
+        whole, merged, spared, "loaded by transformers, the merged model computes something else than its tensors"
+    )
 
 
 def read_back(folder: Path, device: torch.device | str) -> Skeleton:
@@ -353,7 +365,9 @@ def _in_memory(
             folder, first.tokenizer, first.chat, generation, str(torch_dtype(first.dtype)).removeprefix("torch.")
         )
 
-    check = merge_adapter(adapted, first.chat, out, first.dtype, write_beside, reload)
+    check, costs = merge_adapter(adapted, first.chat, out, first.dtype, write_beside, reload)
+    if costs:
+        notes.append(costs)
     progress("merging", 1, 1)
     files = sorted(out.glob("*.safetensors"))
     entries = [entry for one in TensorFiles(out).entries.values() for entry in one]
