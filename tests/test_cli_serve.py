@@ -209,7 +209,17 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(base: Path) -> Non
         (["--api-key-env", "NO_SUCH_KEY"], "the environment has no such variable"),
         (["--limit", "colour=3"], "--limit colour=3: expected one of body_bytes,"),
         (["--limit", "queue=many"], "'many' is no whole number"),
-        (["--limit", "queue=0"], "expected more than 0"),
+        (["--limit", "queue=0"], "the limit queue is 0: expected 1 or more"),
+        (
+            ["--limit", "template_seconds=inf"],
+            "the limit template_seconds is inf: expected more than 0 and at most 31,536,000",
+        ),
+        (["--limit", "answer_seconds=nan"], "the limit answer_seconds is nan: expected more than 0"),
+        (["--limit", "drain_seconds=-1"], "the limit drain_seconds is -1.0: expected more than 0"),
+        (["--limit", "template_seconds=1e300"], "the limit template_seconds is 1e+300: expected more than 0"),
+        (["--adapter", f"cs={'x' * 5000}"], "cannot be read: File name too long"),
+        (["--host", ""], "--host is empty, which would listen on every address"),
+        (["--host", " ", "--engine", "vllm"], "--host is empty, which would listen on every address"),
         (["--engine", "tgi"], "--engine tgi: expected tunesmith or vllm"),
         (["--engine", "vllm", "--limit", "queue=2"], "--limit would be ignored"),
         (["--quantization", "int3"], "expected one of nf4, fp4, int8"),
@@ -219,6 +229,50 @@ def test_what_cannot_be_served_is_refused(arguments: list[str], said: str, base:
     result = tunesmith("serve", base, "--port", "0", *arguments)
     assert result.code == 2
     assert said in result.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("hunter2\n", "the key begins or ends with white space (a line break?)"),
+        (" hunter2", "the key begins or ends with white space (a line break?)"),
+        ("hunter2é", "character 8 of the key is white space, a control character or not ASCII"),
+        ("hunter2\udcff", "character 8 of the key is white space, a control character or not ASCII"),
+        ("hun\nter2", "character 4 of the key is white space, a control character or not ASCII"),
+    ],
+)
+@pytest.mark.parametrize("engine", ["tunesmith", "vllm"])
+def test_a_key_that_no_header_carries_is_refused_unseen(
+    key: str, said: str, engine: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SERVE_KEY", key)
+    result = tunesmith("serve", base, "--port", "0", "--api-key-env", "SERVE_KEY", "--engine", engine)
+    assert result.code == 2
+    assert said in result.problems[0]
+    assert "hun" not in result.err + result.out
+
+
+READY = """
+import os, signal, sys, urllib.request
+import tunesmith
+
+def ready(facts):
+    if sys.argv[2] == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        print(urllib.request.urlopen(facts["url"] + "/models", timeout=100).status, flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+tunesmith.serve(sys.argv[1], {}, port=0, dtype="fp32", on_ready=ready)
+print("drained")
+"""
+
+
+@pytest.mark.parametrize(("does", "out"), [("ask", "200\ndrained\n"), ("stop", "drained\n")])
+def test_who_is_told_that_the_server_is_ready_may_ask_and_stop_it_at_once(does: str, out: str, base: Path) -> None:
+    command = [sys.executable, "-c", READY, str(base), does]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert (ended.returncode, ended.stdout) == (0, out), ended.stderr
 
 
 def test_an_adapter_is_no_base(run: Path) -> None:

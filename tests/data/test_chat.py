@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -952,6 +955,54 @@ def test_train_on_all_leaves_nothing_out_and_ends(with_template: Any) -> None:
     assert "leaves out the system text" in refusal(dropping, S, Q, A, train_on="all")
     endless = with_template(ENDLESS)
     assert supervised(endless.tokenizer, encode(endless, Q, A, train_on="all"))[0].endswith("Quite warm.<|im_end|>")
+
+
+READS = """
+import resource, sys, time
+from tiny import make_tokenizer
+from tunesmith.data.chat import ChatFormat
+tokenizer = make_tokenizer(chat_template=sys.argv[1])
+ChatFormat(make_tokenizer())
+before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+ChatFormat(tokenizer)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10, time.process_time() - began)
+"""
+
+
+@pytest.mark.parametrize("constant", ["'a' * 10 ** 9", "(3 ** 60000000) % 7", "('a' * 10 ** 9)|length"])
+def test_a_template_is_read_without_computing_its_constants(constant: str) -> None:
+    """Jinja computes them while it compiles, where nothing can interrupt it."""
+    command = [sys.executable, "-c", READS, f"{CHATML}{{{{ {constant} }}}}"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", *sys.path])}
+    read = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    mb, seconds = map(float, read.stdout.split())
+    assert mb < 64
+    assert seconds < 0.5
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "is nested deeper than Jinja reads"),
+        ("{{ " + "+".join(["'a'"] * 3000) + " }}", "is nested deeper than Jinja reads"),
+        ("{{ " + "9" * 5000 + " }}", "is not valid Jinja: Exceeds the limit"),
+        ("a" * (1 << 20) + "a", "has 1,048,577 characters; at most 1,048,576 are read"),
+    ],
+)
+def test_templates_beyond_what_is_parsed_are_refused(template: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ChatFormat(make_tokenizer(chat_template=template))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"), [("{% break %}", "'break' outside loop"), ("{{ 1|zork }}", "No filter named 'zork'")]
+)
+def test_what_only_compiling_finds_is_refused_with_the_conversation(template: str, said: str) -> None:
+    with pytest.raises(DataError) as caught:
+        ChatFormat(make_tokenizer(chat_template=template)).encode_prompt([Q])
+    assert str(caught.value).startswith("the chat template refuses this conversation: ")
+    assert said in str(caught.value)
 
 
 # -- variables and what is saved --------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def notes_of_serve(
 ) -> list[str]:
     """What `serve` says when it is ready; then it ends."""
     found: list[Any] = []
-    monkeypatch.setattr(process, "run", lambda *_: None)
+    monkeypatch.setattr(process, "run", lambda server, listening, on_ready: on_ready())
     paths = {name: str(path) for name, path in adapters.items()}
     serve(str(target), paths, port=0, device="cpu", on_ready=lambda facts: found.append(facts["notes"]), **options)
     return list(found[0])

@@ -27,6 +27,7 @@ from tunesmith.serving.openai_requests import ChatRequest, CompletionRequest, ch
 def test_names_that_are_no_names_are_refused(name: str, live: LiveServer, adapters: dict[str, Path]) -> None:
     response = live.post("/v1/adapters", json={"name": name, "path": str(adapters["cs"])})
     assert (response.status_code, error_of(response)["code"]) == (400, "invalid_adapter")
+    assert error_of(response)["param"] == "name"
     assert "adapter name" in error_of(response)["message"]
 
 
@@ -51,6 +52,8 @@ def test_folders_that_are_no_adapters_are_refused(
     assert "not an adapter" in refusal("/etc")
     assert "not an adapter" in refusal("nowhere\0")
     assert "not an adapter" in refusal("../../../../etc/passwd")
+    assert "File name too long" in refusal("x" * 5000)
+    assert "File name too long" in refusal(tmp_path / ("x" * 300))
     pickled = copy("pickled")
     (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
     assert "pickled adapters are not read" in refusal(pickled)

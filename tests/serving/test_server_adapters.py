@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from live_server import GREEDY, QUESTION, LiveServer, eventually
+from live_server import GREEDY, QUESTION, LiveServer, error_of, eventually
 from serving_models import make_adapter, one_by_one
 
+from tiny import make_tiny_model
 from tunesmith.types import Message
 from tunesmith.workflows.load import load
 
@@ -37,6 +39,24 @@ def test_adapters_are_added_replaced_and_removed(
     with pytest.raises(openai.NotFoundError):
         ask()
     eventually(lambda: live.engine.bank.bytes == before)
+
+
+def test_an_adapter_whose_base_nobody_knows_is_named_so(
+    live: LiveServer, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    adapter = Path(shutil.copytree(adapters["cs"], tmp_path / "foreign"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
+    added = live.post("/v1/adapters", json={"name": "foreign", "path": str(adapter)})
+    assert added.status_code == 201
+    (said,) = added.json()["notes"]
+    assert said.startswith(f"{adapter}: it was trained on /gone/base, which is not on this machine")
+    other = make_tiny_model(tmp_path / "other", seed=9)
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
+    refused = live.post("/v1/adapters", json={"name": "foreign", "path": str(adapter)})
+    assert refused.status_code == 400
+    assert f"are not those of {other}" in error_of(refused)["message"]
+    httpx.delete(live.url + "/v1/adapters/foreign")
 
 
 def test_requests_that_run_end_on_the_adapter_that_they_began_with(

@@ -63,6 +63,7 @@ def test_a_hostile_template_does_nothing(
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
 DOUBLES = "{% set n = namespace(s='aaaaaaaa') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}"
 FOLDED = "{{ 'a' * 10 ** 11 }}"
+POWER = "{{ (3 ** 4000000000) % 7 }}"
 LONG = "{{ 'a' * 10 ** 7 }}"
 
 
@@ -90,6 +91,8 @@ def bounded(tiny_model: Path, adapters: dict[str, Path]) -> Iterator[LiveServer]
         (LOOPS, "took more than 4 s over this conversation"),
         (DOUBLES, "took more memory over this conversation than it may"),
         (FOLDED, "took more memory over this conversation than it may"),
+        ("{{ 'a' * 10 ** 9 }}", "took more memory over this conversation than it may"),
+        (POWER, "took more"),  # of time or of memory, whichever ends first
         (LONG, "made more than 8,388,608 characters of this conversation"),
     ],
 )

@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -165,8 +166,8 @@ def test_a_conversation_remembers_and_the_base_gets_the_same_history(loaded: Loa
     asked = [*conversation.opening, *conversation.history[:-1]]
     assert conversation.opening == (Message("system", "be brief"),)
     assert second == reply(loaded, asked, 5)
-    tuned, base = conversation.base_answer()
-    assert tuned == second
+    name, tuned, base = conversation.base_answer()
+    assert (name, tuned) == ("lora", second)
     with loaded.forward.model.disable_adapter():
         assert base == reply(loaded, asked, 5)
     assert base != tuned
@@ -218,14 +219,68 @@ def test_commands_of_the_terminal(lora_run: Path, monkeypatch: pytest.MonkeyPatc
     assert "user> Which bin takes the can?" in out
     assert re.search(r"┃ lora +┃ base +┃", out)
     assert "base" in out
-    assert "temperature 1, top_p 0.95, repetition_penalty 1.1, max_new_tokens 256" in out
-    assert out.count("temperature 1, top_p 0.5, repetition_penalty 1.1, max_new_tokens 256") == 2
+    assert "temperature 1, top_p 0.95, repetition_penalty 1.1, max_new_tokens 4" in out, "a preset is no length"
+    assert out.count("temperature 1, top_p 0.5, repetition_penalty 1.1, max_new_tokens 4") == 2
     assert "/preset NAME" in out
     assert result.problems == [
         "tunesmith: there is no question yet",
         "tunesmith: there is no command /zork: /new, /history, /adapter, /base, /preset, /set, /quit, /help",
         "tunesmith: there is no preset 'wild': factual, balanced, creative",
     ]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_conversation_past_the_models_context_is_refused_with_the_numbers(family: str, tmp_path: Path) -> None:
+    """GPT-2 has a table of positions, beyond which there are none; others compute on."""
+    short = load(str(make_tiny_model(tmp_path / family, family=family, max_position_embeddings=64)))
+    conversation = Conversation(short, sampling=Sampling(max_new_tokens=8))
+    frame = len(short.chat.encode_prompt([Message("user", "")]))
+    with pytest.raises(DataError) as caught:
+        conversation.ask("x" * (64 - frame - 7))
+    assert str(caught.value) == (
+        "the conversation has 57 tokens and the answer up to 8, together more than the 64 of the model's context; "
+        "/set max_new_tokens 7 (--max-new-tokens) leaves room, /new begins anew"
+    )
+    assert conversation.history == []
+    conversation.ask("x" * (64 - frame - 8))
+    with pytest.raises(DataError, match=r"more than the 64 of the model's context; /new begins anew$"):
+        conversation.ask("and now?")
+    assert len(conversation.history) == 2
+    conversation.begin_anew()
+    conversation.ask("hi")
+
+
+@pytest.mark.parametrize("shown", [[], ["The ", "can "]])
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(
+    shown: list[str], lora_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was shown of it stays in the conversation."""
+    asked: list[list[str]] = []
+
+    def stopped(loaded: LoadedModel, history: Any, most: int, temperature: float, on_text: Any, *drawn: float) -> str:
+        asked.append([message.content for message in history])
+        for piece in shown if len(asked) == 1 else ["whole"]:
+            on_text(piece)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return "whole"
+
+    monkeypatch.setattr("tunesmith.workflows.chat.reply", stopped)
+    lines = iter(["first", "second", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    result = tunesmith("chat", lora_run)
+    assert (result.code, result.problems) == (0, ["tunesmith: stopped"])
+    assert asked == [["first"], ["first", "The can ", "second"] if shown else ["second"]]
+    asked.clear()
+    assert tunesmith("chat", lora_run, "--prompt", "first").code == 130
+
+
+def test_ctrl_c_at_the_prompt_ends(lora_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(prompt: str) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupt)
+    assert tunesmith("chat", lora_run).code == 130
 
 
 # -- several adapters -------------------------------------------------------------------------------------------------
@@ -266,8 +321,8 @@ def test_each_adapter_answers_as_it_does_alone(base: Path, folders: dict[str, st
         asked = [*conversation.history, Message("user", f"question {len(said)}")]
         said.append(conversation.ask(asked[-1].content))
         assert said[-1] == reply(alone[name], asked, 12), name
-        tuned, plain = conversation.base_answer()
-        assert tuned == said[-1]
+        answered, tuned, plain = conversation.base_answer()
+        assert (answered, tuned) == (name, said[-1])
         if alone[name].adapted:
             with alone[name].forward.model.disable_adapter():
                 assert plain == reply(alone[name], asked, 12), name
@@ -276,6 +331,17 @@ def test_each_adapter_answers_as_it_does_alone(base: Path, folders: dict[str, st
     asked = [Message("user", "the same question")]
     answers = {reply(model, asked, 12) for model in alone.values()}
     assert len(answers) == 4, "they would not tell the adapters apart"
+
+
+def test_the_base_is_compared_with_who_gave_the_answer(several: SeveralAdapters) -> None:
+    conversation = Conversation(several.use("hr"), "", Sampling(max_new_tokens=12), several)
+    said = conversation.ask("hello")
+    before = conversation.base_answer()
+    assert before[:2] == ("hr", said)
+    for name in ("cs", NONE):
+        conversation.use(name)
+        assert conversation.base_answer() == before, "the base is asked what hr was asked, in hr's template"
+    several.use("hr")
 
 
 def test_a_run_with_more_adapters_is_asked_in_its_own_template_and_the_base_in_the_bases(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from trained import copy_run, tiny_base, tiny_run
 from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.runs import RunFolder
 from tunesmith.workflows.load import LoadedModel, load
+from tunesmith.workflows.merge import merge
 
 IDS = torch.arange(40)[None]
 
@@ -189,6 +191,7 @@ def test_an_adapter_of_another_base_is_refused(lora_run: Path, tmp_path: Path) -
         if not force:
             shutil.copytree(lora_run / "adapter", tmp_path / "adapter")
             (tmp_path / "adapter" / "tunesmith.json").unlink()
+            name_base(tmp_path / "adapter", None)
         adapter = lora_run / "adapter" if force else tmp_path / "adapter"
         with pytest.raises(ModelError, match="tensors of the adapter are missing from its file and would be random"):
             load(str(adapter), model=str(other), force=force)
@@ -199,3 +202,76 @@ def test_a_damaged_record_of_the_base_is_named(lora_run: Path, tmp_path: Path) -
     (tmp_path / "adapter" / "tunesmith.json").write_text("{}")
     with pytest.raises(ModelError, match=r"tunesmith.json: damaged: base is missing; restore it, or remove it"):
         load(str(tmp_path / "adapter"))
+
+
+# -- adapters of which nothing was recorded ---------------------------------------------------------------------------
+
+
+def name_base(adapter: Path, name: str | None) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": name}))
+
+
+@pytest.fixture
+def foreign(lora_run: Path, tmp_path: Path) -> Path:
+    """An adapter as PEFT saves it."""
+    adapter = Path(shutil.copytree(lora_run / "adapter", tmp_path / "foreign"))
+    (adapter / "tunesmith.json").unlink()
+    return adapter
+
+
+def warnings(adapter: Path, model: Path | None, **settings: Any) -> list[str]:
+    said: list[str] = []
+    load(str(adapter), model, dtype="fp32", progress=lambda stage, *_: said.append(stage), **settings)
+    return [line for line in said if line.startswith("warning: ")]
+
+
+def test_a_base_other_than_the_named_one_is_refused(
+    foreign: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    base, other = tiny_base(tmp_path_factory), make_tiny_model(tmp_path / "other", seed=9)
+    same = Path(shutil.copytree(base, tmp_path / "same"))
+    assert warnings(foreign, base) == warnings(foreign, same) == warnings(foreign, None) == []
+    with pytest.raises(ModelError) as caught:
+        load(str(foreign), other)
+    said = rf"^{other}: its weights \(sha256 \w{{12}}\) are not those of {base} \(\w{{12}}\), which {foreign}/adapter_config.json names"
+    assert re.match(said, str(caught.value))
+    told: list[str] = []
+    load(str(foreign), other, dtype="fp32", progress=lambda stage, *_: told.append(stage), force=True)
+    assert any(re.match(said + r".*; forced$", line) for line in told)
+    name_base(foreign, str(other))
+    with pytest.raises(ModelError, match=rf"^{base}: its weights .* are not those of {other} "):
+        merge(foreign, tmp_path / "merged", model=base)
+
+
+@pytest.mark.parametrize("name", ["/gone/base", "some/model", "x" * 5000, "~nobody/x", "nul\0"])
+def test_a_base_that_cannot_be_compared_is_said(name: str, foreign: Path, tiny_model: Path, tmp_path: Path) -> None:
+    name_base(foreign, name)
+    (said,) = warnings(foreign, tiny_model)
+    assert said == (
+        f"warning: {foreign}: it was trained on {name[:200]}, which is not on this machine, and nothing was recorded of its weights: "
+        f"whether {tiny_model} has the same ones was not checked"
+    )
+    assert said.removeprefix("warning: ") in merge(foreign, tmp_path / "merged", model=tiny_model)["notes"]
+
+
+def test_an_adapter_that_names_no_base_says_so(foreign: Path, tiny_model: Path) -> None:
+    name_base(foreign, None)
+    (said,) = warnings(foreign, tiny_model)
+    assert said.startswith(f"warning: {foreign}: nothing says which base it was trained on")
+
+
+def test_a_named_base_in_the_hubs_cache_is_compared(
+    foreign: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached = make_tiny_model(tmp_path / "cached", seed=9)
+
+    def snapshot(name: str, **given: Any) -> str:
+        assert (name, given["local_files_only"]) == ("some/model", True), "nothing is fetched"
+        return str(cached)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    name_base(foreign, "some/model")
+    with pytest.raises(ModelError, match="are not those of some/model"):
+        load(str(foreign), tiny_model)
+    assert warnings(foreign, cached) == []

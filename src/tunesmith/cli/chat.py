@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +20,7 @@ COMMANDS = {
     "/base": "the base's answer to the last question, beside the one given",
     "/preset NAME": "factual (greedy), balanced, creative",
     "/set KEY VALUE": "temperature, top_p, repetition_penalty, max_new_tokens; /set alone shows them",
-    "/quit": "or Ctrl-D: end",
+    "/quit": "or Ctrl-D: end; Ctrl-C stops an answer, and ends at the prompt",
 }
 
 
@@ -109,7 +110,7 @@ def sampling_of(preset: str) -> Sampling:
 
 
 def _take(conversation: Conversation, line: str) -> None:
-    """Do what a line asks for; what is wrong with it is one line on stderr."""
+    """Do what a line asks for; what is wrong with it is one line on stderr. Ctrl-C stops it, and the conversation goes on."""
     from tunesmith.errors import UserError
 
     try:
@@ -119,6 +120,8 @@ def _take(conversation: Conversation, line: str) -> None:
             _say(conversation, line)
     except UserError as error:
         print(f"tunesmith: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("\ntunesmith: stopped", file=sys.stderr)
 
 
 def _show_system(conversation: Conversation, given: bool = False) -> None:
@@ -146,11 +149,10 @@ def _command(conversation: Conversation, name: str, first: str = "", second: str
         case "/adapter":
             _adapter(conversation, first)
         case "/base":
-            tuned, base = conversation.base_answer()
-            assert conversation.adapters is not None  # else there was no base to ask
-            _side_by_side(conversation.adapters.current, tuned, base)
+            _side_by_side(*conversation.base_answer())
         case "/preset":
-            conversation.sampling = sampling_of(first)
+            longest = conversation.sampling.max_new_tokens  # how long answers may be is no matter of how they are drawn
+            conversation.sampling = replace(sampling_of(first), max_new_tokens=longest)
             print(conversation.sampling)
         case "/set":
             if first:

@@ -34,8 +34,8 @@ from tunesmith.data.shapes import RenderedText, Shape, Span, edges_of, is_droppe
 from tunesmith.errors import ConfigError, DataError
 from tunesmith.types import Message
 
-BROKEN_TEMPLATE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-"""What Jinja lets through when a template does something that its values cannot."""
+BROKEN_TEMPLATE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, SyntaxError)
+"""What Jinja lets through when a template does something that its values, or Python (`break` outside of a loop), cannot."""
 
 NOT_VARIABLES = ("messages", "tools", "documents", "add_generation_prompt", "chat_template", "conversations")
 """Names that a template is given anyway."""

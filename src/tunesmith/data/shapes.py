@@ -24,6 +24,9 @@ RESERVED = re.compile("[\ufdd0-\ufdd9]")
 PROBE = 'aB1é한😀 "q"\'\\n\\ \n\n {{ x }} </a><b>&`*#|]['
 """In a placeholder: what a template that escapes, splits or changes the case of contents would not leave as it is."""
 
+MOST_TEMPLATE_CHARACTERS = 1 << 20
+"""Of a chat template: the longest that are known have 20,000, and parsing a million takes seconds."""
+
 Span = tuple[int, int]
 
 
@@ -156,17 +159,35 @@ class LookedFor:
 
 
 def strings_looked_for(name: str, text: str) -> LookedFor:
-    """The string constants of a template that its tests, filters and methods are given. Raises ConfigError."""
+    """The string constants of a template that its tests, filters and methods are given. Raises ConfigError.
+
+    The template is parsed and not compiled: Jinja computes what is constant while it compiles (`{{ 'a' * 10 ** 9 }}`), which nothing
+    would bound here. That comes with the first rendering, which a server has another process do.
+    """
     import jinja2
-    from jinja2 import nodes
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
+    if len(text) > MOST_TEMPLATE_CHARACTERS:
+        raise ConfigError(
+            f"the chat template ({name}) has {len(text):,} characters; at most {MOST_TEMPLATE_CHARACTERS:,} are read"
+        )
+    environment = _compile_jinja_template("").environment  # transformers' own, with what it adds to Jinja's language
     try:
-        tree = _compile_jinja_template(text).environment.parse(text)
+        tree = environment.parse(text)
+        return _constants(tree)
     except jinja2.exceptions.TemplateSyntaxError as error:
         raise ConfigError(
             f"the chat template ({name}) is not valid Jinja: {error.message} (line {error.lineno})"
         ) from None
+    except RecursionError:
+        raise ConfigError(f"the chat template ({name}) is nested deeper than Jinja reads") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise ConfigError(f"the chat template ({name}) is not valid Jinja: {error}") from None
+
+
+def _constants(tree: Any) -> LookedFor:
+    from jinja2 import nodes
+
     equal: set[str] = set()
     inside: set[str] = set()
 

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from tunesmith.errors import ConfigError, ModelError
-from tunesmith.export.skeleton import LORA_STARTS
+from tunesmith.export.skeleton import has_own_start
 from tunesmith.models.adapters import load_adapter
 
 Method = Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
@@ -109,10 +109,9 @@ def refuse_uncombined(folders: Sequence[Path]) -> None:
             problems.append(
                 f"{folder} has biases of the base (bias: {config['bias']}), of which a model has one set; merge it alone"
             )
-        begun = config.get("init_lora_weights")
-        if isinstance(begun, str) and begun not in LORA_STARTS:
+        if has_own_start(config):
             problems.append(
-                f"{folder} began with {begun}, which took its beginning out of the base's weights, and counts over these: convert it to a plain "
+                f"{folder} began with {config['init_lora_weights']}, which took its beginning out of the base's weights, and counts over these: convert it to a plain "
                 "adapter (PEFT's save_pretrained with path_initial_model_for_weight_conversion; a finished run's adapter/ is one), or merge it alone"
             )
     if problems:

@@ -30,6 +30,7 @@ class Answers:
         self._holding = holding
         self._events: asyncio.Queue[tuple[int, Event] | None] = asyncio.Queue()
         self._open = 0
+        self._counted: set[int] = set()
         self._outcome = "refused"
         self._start = time.monotonic()
         self._watch: asyncio.Task[None] | None = None
@@ -78,8 +79,7 @@ class Answers:
             self.metrics.first_token.observe(time.monotonic() - self._start)
         if isinstance(event, Finished):
             self._open -= 1
-            self.metrics.tokens.labels(self.model.name, "prompt").inc(len(self.generations[place].prompt))
-            self.metrics.tokens.labels(self.model.name, "completion").inc(event.tokens)
+            self._count(place, event.tokens)
             if not self._open:
                 self._outcome = "answered"
         return place, event
@@ -95,9 +95,19 @@ class Answers:
             self._watch.cancel()
         for generation in self.generations:
             self.engine.cancel(generation)
+        for place, generation in enumerate(self.generations):
+            if (
+                place not in self._counted and generation.produced
+            ):  # broke off: its prompt was read, and this was written
+                self._count(place, generation.produced)
         self.metrics.requests.labels(self.model.name, self._outcome).inc()
         self.metrics.request.observe(time.monotonic() - self._start)
         self._holding.close()
+
+    def _count(self, place: int, tokens: int) -> None:
+        self._counted.add(place)
+        self.metrics.tokens.labels(self.model.name, "prompt").inc(len(self.generations[place].prompt))
+        self.metrics.tokens.labels(self.model.name, "completion").inc(tokens)
 
     async def _until_gone(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+
+from tunesmith.errors import ConfigError
+
+MOST_SECONDS = 365 * 24 * 3600.0
+"""A year: what timers take everywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +32,14 @@ class Limits:
     reading_seconds: float = 30.0
     drain_seconds: float = 60.0
     connections: int = 1024
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a limit that is none."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is None and field.name == "prompt_tokens":
+                continue
+            seconds = field.name.endswith("_seconds")
+            if not math.isfinite(value) or not 0 < value <= (MOST_SECONDS if seconds else math.inf):
+                allowed = f"more than 0 and at most {MOST_SECONDS:,.0f} (a year)" if seconds else "1 or more"
+                raise ConfigError(f"the limit {field.name} is {value}: expected {allowed}")

@@ -21,6 +21,12 @@ class Metrics:
         self.requests = Counter(
             "tunesmith_requests", "Requests by model and outcome.", ["model", "outcome"], registry=self.registry
         )
+        self.errors = Counter(
+            "tunesmith_error_responses",
+            "Error responses by status and code, also to requests that name no model that is served.",
+            ["status", "code"],
+            registry=self.registry,
+        )
         self.tokens = Counter(
             "tunesmith_tokens",
             "Tokens read (prompt) and written (completion).",

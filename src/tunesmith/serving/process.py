@@ -7,20 +7,28 @@ elsewhere; when the last answer is whole, or after `drain_seconds`, the process 
 from __future__ import annotations
 
 import asyncio
+import json
+import resource
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tunesmith.errors import MachineError
+from tunesmith.serving.api_errors import ApiError
 from tunesmith.serving.limits import Limits
 from tunesmith.serving.server import Server, make_app
 
 SPARE_CONNECTIONS = 64
-"""Beyond `limits.connections`, to be told so in OpenAI's form, and for /health; uvicorn itself turns away what is over these."""
+"""Beyond `limits.connections`, which are open requests, to be told so in OpenAI's form, and for /health. Of more, those go that ask for nothing."""
+
+OTHER_FILES = 256
+"""That a server may have open beside its connections: the model's, its libraries', the templates' pipes."""
 
 LAST_WRITES_SECONDS = 5
 """For what is still on its way to clients when the last answer is whole."""
@@ -41,21 +49,23 @@ def bind(host: str, port: int) -> socket.socket:
     return found
 
 
-def run(server: Server, listening: socket.socket) -> None:
-    """Answer requests until SIGTERM or Ctrl-C, then drain. The engine is stopped at the end."""
+def run(server: Server, listening: socket.socket, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Answer requests until SIGTERM or Ctrl-C, then drain. The engine is stopped at the end.
+
+    `on_ready` is called on a thread of its own when the port answers and signals are handled.
+    """
     limits = server.limits
     config = uvicorn.Config(
         make_app(server),
-        http=_protocol(limits),
+        http=_protocol(server, _most_connections(limits)),
         log_level="warning",
         access_log=False,
         server_header=False,
-        limit_concurrency=limits.connections + SPARE_CONNECTIONS,
         timeout_graceful_shutdown=LAST_WRITES_SECONDS,
         lifespan="off",
     )
     try:
-        DrainingServer(config, server).run([listening])
+        DrainingServer(config, server, on_ready).run([listening])
     finally:
         server.engine.stop()
 
@@ -63,10 +73,15 @@ def run(server: Server, listening: socket.socket) -> None:
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, which on a signal stops taking requests before it stops."""
 
-    def __init__(self, config: uvicorn.Config, server: Server):
+    def __init__(self, config: uvicorn.Config, server: Server, on_ready: Callable[[], None] = lambda: None):
         super().__init__(config)
-        self.served = server
+        self.served, self.on_ready = server, on_ready
         self._drain_until = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        await asyncio.to_thread(self.on_ready)  # whoever is told may ask at once
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain; the second time, end with errors; the third, without."""
@@ -84,13 +99,31 @@ class DrainingServer(uvicorn.Server):
             return True
         if not self.served.draining or not (self.served.idle or time.monotonic() > self._drain_until):
             return False
-        self.served.engine.close()
+        self.served.end()
         return True
 
 
-def _protocol(limits: Limits) -> type[H11Protocol]:
+def _most_connections(limits: Limits) -> int:
+    """How many connections may be open. The process's limit on open files is raised to them, as far as it may be."""
+    wanted = limits.connections + SPARE_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted + OTHER_FILES:
+        raised = wanted + OTHER_FILES if hard == resource.RLIM_INFINITY else min(wanted + OTHER_FILES, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+        wanted = min(wanted, max(raised - OTHER_FILES, raised // 2))
+    return wanted
+
+
+def _protocol(server: Server, most: int) -> type[H11Protocol]:
     """uvicorn's protocol for connections that have to send a whole request head in time, and to take what is written to them: it has no
-    limits for that itself. What is not taken keeps a closed connection open, so that only `abort` ends it."""
+    limits for that itself. What is not taken keeps a closed connection open, so that only `abort` ends it.
+
+    Of more than `most` connections the one that has asked for nothing the longest goes, or the new one where all wait for answers: uvicorn's
+    own limit counts connections as if they were requests, so that idle ones would lock everybody out. What is no HTTP gets its error in
+    OpenAI's form.
+    """
+    limits = server.limits
+    idle: dict[H11Protocol, None] = {}  # in the order in which they became so
 
     class Timed(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
@@ -102,6 +135,12 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
                 high=0
             )  # pause_writing is told of the first byte that the kernel does not take
             self._watch()
+            if len(self.connections) > most:
+                del idle[self]
+                oldest = next(iter(idle), self)
+                idle[self] = None
+                oldest.transport.abort()
+                idle.pop(oldest)
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -117,14 +156,49 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
             super().data_received(data)
             self._watch()
 
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._note_idle()
+
+        def send_400_response(self, msg: str) -> None:
+            if self.cycle is not None:  # its body went wrong: nobody waits for its answer
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.abort()
+                return
+            error = ApiError(400, "what was sent is not a valid HTTP request", "invalid_http")
+            server.metrics.errors.labels("400", "invalid_http").inc()
+            body = json.dumps(error.body).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            for event in (
+                h11.Response(status_code=400, headers=headers, reason=b"Bad Request"),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event))
+            self.transport.close()
+
         def connection_lost(self, exc: Exception | None) -> None:
+            idle.pop(self, None)
             self._stop_timer()
             if self._unread is not None:
                 self._unread.cancel()
             super().connection_lost(exc)
 
-        def _watch(self) -> None:
+        def _note_idle(self) -> bool:
             if self.cycle is not None and not self.cycle.response_complete:
+                idle.pop(self, None)
+                return False
+            idle.setdefault(self)
+            return True
+
+        def _watch(self) -> None:
+            if not self._note_idle():
                 self._stop_timer()
             elif self._timer is None:
                 self._timer = self.loop.call_later(limits.arrival_seconds, self.transport.abort)

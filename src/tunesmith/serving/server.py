@@ -21,7 +21,7 @@ from tunesmith.errors import DataError, MachineError, TunesmithError
 from tunesmith.serving.addresses import is_for
 from tunesmith.serving.answers import Answers, ClientGone
 from tunesmith.serving.api_errors import ApiError, draining
-from tunesmith.serving.catalog import Catalog, ServedModel
+from tunesmith.serving.catalog import Catalog, ServedModel, check_name
 from tunesmith.serving.engine import Engine, Stopped
 from tunesmith.serving.generation import Generation
 from tunesmith.serving.limits import Limits
@@ -53,6 +53,8 @@ class Server:
         catalog.on_gone = self.metrics.forget
         self.draining = False
         self.open = 0
+        self._ended = False
+        self._arriving: set[asyncio.Timeout] = set()
         self._handled = 0
         self._key = api_key.encode() if api_key else None
         # A tokenizer is not made for several threads at once; the event loop must not wait for long texts. Chats are encoded in
@@ -73,6 +75,13 @@ class Server:
             yield
         finally:
             self._handled -= 1
+
+    def end(self) -> None:
+        """Give up what still runs, and what has not arrived: each gets its error."""
+        self._ended = True
+        self.engine.close()
+        for arriving in self._arriving:
+            arriving.reschedule(0.0)
 
     # -- what a request has to pass -----------------------------------------------------------------------------------
 
@@ -102,14 +111,20 @@ class Server:
             raise ApiError(415, f"content-type is {kind[:100]!r}: expected application/json", "unsupported_media_type")
         body, size = bytearray(), 0
         try:
-            async with asyncio.timeout(self.limits.arrival_seconds):
-                async for part in request.stream():
-                    size += len(part)
-                    if size <= self.limits.body_bytes:
-                        body += part
-                    elif size > DISCARDED * self.limits.body_bytes:
-                        break
+            async with asyncio.timeout(self.limits.arrival_seconds) as arriving:
+                self._arriving.add(arriving)
+                try:
+                    async for part in request.stream():
+                        size += len(part)
+                        if size <= self.limits.body_bytes:
+                            body += part
+                        elif size > DISCARDED * self.limits.body_bytes:
+                            break
+                finally:
+                    self._arriving.discard(arriving)
         except TimeoutError:
+            if self._ended:
+                raise draining() from None
             raise ApiError(
                 408, f"the body did not arrive within {self.limits.arrival_seconds:g} s", "timeout"
             ) from None
@@ -168,6 +183,9 @@ class Server:
         """POST /v1/completions. A text is tokenized as it is, control tokens in it included."""
         asked = checked(CompletionRequest, await self.body_of(request))
         prompts = asked.prompts
+        if len(prompts) > self.limits.queue:
+            said = f"{len(prompts)} prompts in one request: this server lets {self.limits.queue} wait at once (queue); send fewer"
+            raise ApiError(400, said, "invalid_value", "prompt")
         rows = self.engine.vocabulary
         for prompt in prompts:
             if not isinstance(prompt, str) and (odd := [n for n in prompt if not 0 <= n < rows]):
@@ -270,6 +288,10 @@ class Server:
         asked = checked(AdapterRequest, await self.body_of(request))
         self._may_change()
         try:
+            check_name(asked.name, self.catalog.base.name)
+        except TunesmithError as error:
+            raise ApiError(400, str(error), "invalid_adapter", "name") from None
+        try:
             replaced, notes = await self.catalog.put(asked.name, asked.path)
         except Stopped:
             raise draining() from None
@@ -328,17 +350,20 @@ def make_app(server: Server) -> ASGIApp:
         return Route(path, authorized, methods=[method])
 
     async def api_error(request: Request, error: Any) -> Response:
+        server.metrics.errors.labels(str(error.status), error.code or "").inc()
         return JSONResponse(error.body, error.status, error.headers)
 
     async def http_error(request: Request, error: Any) -> Response:
         said = f"{request.method} {request.url.path[:200]}: {error.detail}"
         code = "unknown_url" if error.status_code in (404, 405) else None
+        server.metrics.errors.labels(str(error.status_code), code or "").inc()
         return JSONResponse(ApiError(error.status_code, said, code).body, error.status_code, error.headers)
 
     async def gone(request: Request, error: Any) -> Response:
         return Response(status_code=499)
 
     async def broken(request: Request, error: Exception) -> Response:  # raised again behind this, for the log
+        server.metrics.errors.labels("500", "internal_error").inc()
         return JSONResponse(
             ApiError(500, "the server failed on this request; its log says why", "internal_error").body, 500
         )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
-from tunesmith.errors import ConfigError
+from tunesmith.errors import ConfigError, DataError
 from tunesmith.types import Message
 from tunesmith.workflows.chat_adapters import Adapters
 from tunesmith.workflows.load import LoadedModel
@@ -71,6 +71,7 @@ class Conversation:
         self.adapters = adapters
         self.history: list[Message] = []
         self._system = system
+        self._last: tuple[str, LoadedModel, list[Message]] | None = None  # who answered last, and what was asked
 
     @property
     def opening(self) -> tuple[Message, ...]:
@@ -83,23 +84,49 @@ class Conversation:
         self.loaded = self._some_adapters().use(adapter)
 
     def ask(self, text: str, on_text: Callable[[str], None] = lambda text: None) -> str:
-        """The model's answer, which becomes part of the conversation. Raises DataError if the text cannot be rendered."""
-        with self.adapters.at_work() if self.adapters else nullcontext():
-            said = self._reply([*self.history, Message("user", text)], on_text)
-        self.history += [Message("user", text), Message("assistant", said)]
+        """The model's answer, which becomes part of the conversation. Raises DataError if the text cannot be rendered, or does not fit.
+
+        Of an answer that a KeyboardInterrupt stops, what was given to `on_text` until then becomes part of it; nothing where there was nothing.
+        """
+        asked = [*self.opening, *self.history, Message("user", text)]
+        pieces: list[str] = []
+
+        def take(piece: str) -> None:
+            pieces.append(piece)
+            on_text(piece)
+
+        try:
+            with self.adapters.at_work() if self.adapters else nullcontext():
+                said = self._reply(self.loaded, asked, take)
+        except KeyboardInterrupt:
+            if said := "".join(pieces):
+                self._keep(asked, said)
+            raise
+        self._keep(asked, said)
         return said
 
-    def base_answer(self, on_text: Callable[[str], None] = lambda text: None) -> tuple[str, str]:
-        """(what was answered to the last question, the base's answer to it). Raises ConfigError without one, or without a base."""
+    def _keep(self, asked: list[Message], said: str) -> None:
+        self.history += [asked[-1], Message("assistant", said)]
+        if self.adapters:
+            self._last = (self.adapters.current, self.loaded, asked)
+
+    def base_answer(self, on_text: Callable[[str], None] = lambda text: None) -> tuple[str, str, str]:
+        """(the adapter that answered the last question, its answer, the base's answer to what that adapter was asked, in its template).
+
+        Raises ConfigError without a question, or without a base.
+        """
         adapters = self._some_adapters()
-        if not self.history:
+        if self._last is None:
             raise ConfigError("there is no question yet")
+        name, loaded, asked = self._last
+        said = self.history[-1].content
         with adapters.off():
-            return self.history[-1].content, self._reply(self.history[:-1], on_text)
+            return name, said, self._reply(loaded, asked, on_text)
 
     def begin_anew(self) -> None:
         """Forget the conversation."""
         self.history.clear()
+        self._last = None
 
     def _some_adapters(self) -> Adapters:
         if self.adapters is None:
@@ -108,11 +135,11 @@ class Conversation:
             )
         return self.adapters
 
-    def _reply(self, history: Sequence[Message], on_text: Callable[[str], None]) -> str:
+    def _reply(self, loaded: LoadedModel, asked: Sequence[Message], on_text: Callable[[str], None]) -> str:
         drawn = self.sampling
         return reply(
-            self.loaded,
-            [*self.opening, *history],
+            loaded,
+            asked,
             drawn.max_new_tokens,
             drawn.temperature,
             on_text,
@@ -138,7 +165,8 @@ def reply(
 ) -> str:
     """The model's answer to `history` (which ends with a user message). Greedy at temperature 0, else sampled (see Sampling).
 
-    `on_text` gets the answer piece by piece as it is generated. Raises DataError if the history cannot be rendered.
+    `on_text` gets the answer piece by piece as it is generated. Raises DataError if the history cannot be rendered, or does not fit into
+    the model's context with an answer of `max_new_tokens`.
     """
     import torch
     from transformers import TextStreamer
@@ -157,7 +185,9 @@ def reply(
             on_text(text)
 
     forward, tokenizer = loaded.forward, loaded.tokenizer
-    ids = torch.tensor([loaded.chat.encode_prompt(history)], device=forward.device)
+    prompt = loaded.chat.encode_prompt(history)
+    _check_fits(loaded, len(prompt), max_new_tokens)
+    ids = torch.tensor([prompt], device=forward.device)
     ends = end_tokens(forward.base, tokenizer)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -177,3 +207,20 @@ def reply(
             **sampling,
         )
     return "".join(pieces)
+
+
+def _check_fits(loaded: LoadedModel, prompt: int, max_new_tokens: int) -> None:
+    """Raise DataError where the model would go on past the positions that it was made for: with a table of them there are no more."""
+    context = getattr(loaded.forward.base.config.get_text_config(), "max_position_embeddings", None)
+    if not context or prompt + max_new_tokens <= context:
+        return
+    room = context - prompt
+    mend = (
+        f"/set max_new_tokens {room} (--max-new-tokens) leaves room, /new begins anew"
+        if room > 0
+        else "/new begins anew"
+    )
+    raise DataError(
+        f"the conversation has {prompt:,} tokens and the answer up to {max_new_tokens:,}, together more than the "
+        f"{context:,} of the model's context; {mend}"
+    )

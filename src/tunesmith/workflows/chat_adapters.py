@@ -101,8 +101,9 @@ class SeveralAdapters:
                 loaded = replace(base, tokenizer=read.tokenizer, chat=read.chat, adapted=True, run=run)
                 self._models[name] = _Model(loaded, number)
                 self._bank.select([number])
-                if note := reader.note(path, read.chat, base.forward.base, progress):
-                    on_note(note)
+                for note in (reader.base_note(path), reader.note(path, read.chat, base.forward.base, progress)):
+                    if note:
+                        on_note(note)
         except BaseException:
             self.close()
             raise

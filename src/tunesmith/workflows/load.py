@@ -34,6 +34,7 @@ from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
 from tunesmith.workflows.inference import Inference, Setting, Unmeasured
 from tunesmith.workflows.lineage import tokenizer_hash
+from tunesmith.workflows.named_base import named_base_difference, named_base_note
 
 TEMPLATE_NAME = "chat_template.jinja"
 """Beside an adapter: the template that it was trained with. transformers has the same name for it."""
@@ -77,9 +78,11 @@ def load(
     adapter folder's own `chat_template.jinja` applies. `check` sees the chat format before the weights are fetched and
     read, and may raise. An adapter in another type or over another quantization than training's is said, with the effect that was measured now or before
     (workflows/inference.py). Raises ModelError, RunError or MachineError; a base with other weights than the run or the adapter was
-    trained on is refused, unless `force`: then `progress` is told.
+    trained on is refused, unless `force`: then `progress` is told, and where nobody knows which base that was.
     """
     found = find(target, model, dtype, device, base, check, progress if force else None)
+    if note := unchecked_base(found.run, found.adapter, found.source):
+        progress(f"warning: {note}", 0, 1)
     progress("loading the model", 0, 1)
     # A lone adapter's base is as the user names it; what its record says of quantization is said below.
     quantization = found.quantization if quantized and found.run else None
@@ -292,7 +295,8 @@ def differences(
 ) -> list[str]:
     """What base, tokenizer and template are other than those that a run, or a lone adapter's record, was trained with.
 
-    What neither says is not compared. With `reread` the bytes of the base are read, and no remembered hash is taken. An adapter's own tokenizer and template count instead of the base's, and are compared with what was saved; a run's own template was
+    What neither says is not compared, but for the weights of the base that a lone adapter's own configuration names (named_base.py). With `reread` the
+    bytes of the base are read, and no remembered hash is taken. An adapter's own tokenizer and template count instead of the base's, and are compared with what was saved; a run's own template was
     compared when it was read.
     """
     place: Path | None = run.path if run else adapter
@@ -312,7 +316,18 @@ def differences(
     ]
     if values := config_differences(record.get("base", {}).get("config"), source):
         found.append(f"{source.name}: its config.json is not the one that {place} was trained on: {', '.join(values)}")
+    if adapter and not run and not _recorded_base(adapter) and (other := named_base_difference(adapter, source)):
+        found.insert(0, other)
     return found
+
+
+def unchecked_base(run: RunFolder | None, adapter: Path | None, source: ModelSource) -> str | None:
+    """What to say of an adapter whose base nothing shows to be the right one; None where `differences` compared it."""
+    return named_base_note(adapter, source) if adapter and not run and not _recorded_base(adapter) else None
+
+
+def _recorded_base(adapter: Path) -> bool:
+    return (read_record(adapter).get("base") or {}).get("weight_hash") is not None
 
 
 def check_training(

@@ -37,7 +37,7 @@ from tunesmith.registry.records import Merged, adapter_hash, adapter_name, porta
 from tunesmith.runs import RunFolder
 from tunesmith.types import GB, Progress, no_progress
 from tunesmith.workflows.lineage import tokenizer_hash
-from tunesmith.workflows.load import Found, find, load_plain
+from tunesmith.workflows.load import Found, find, load_plain, unchecked_base
 
 ONTO = ("16bit", "quantized")
 
@@ -102,6 +102,7 @@ def merge(
         refuse_uncombined(folders)
     notes = _refuse_unlike(found)
     notes += _other_ends(first)
+    notes += [note for one in found if (note := unchecked_base(one.run, one.adapter, one.source))]
     if onto == "quantized":
         _refuse_unquantized(found)
     streamed = True

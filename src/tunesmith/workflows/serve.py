@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -45,7 +46,7 @@ def serve(
 ) -> None:
     """Answer OpenAI's API at `host`:`port` with the base `target` and `adapters` (name: folder), until SIGTERM or Ctrl-C.
 
-    `on_ready` is told url, model, adapters and notes when requests can come. `allowed_hosts` are further names that requests may be for
+    `on_ready` is told url, model, adapters and notes when requests can come and signals are handled, on a thread of its own. `allowed_hosts` are further names that requests may be for
     (serving/addresses.py). Raises UserError (2) for a base, an adapter or a setting that cannot be served, before the port answers;
     MachineError (3) for a missing package, a port that is taken, no memory.
     """
@@ -58,6 +59,7 @@ def serve(
     from tunesmith.serving.server import Server
     from tunesmith.serving.templates import Templates
 
+    check_host(host)
     key = key_of(api_key_env)
     called = name or name_of(target)
     for adapter in adapters:
@@ -67,11 +69,11 @@ def serve(
         forward = loaded.forward
         ends = frozenset(end_tokens(forward.base, loaded.tokenizer))
         notes: list[str] = []
-        ready = False
+        ready = threading.Event()
 
         def warn(note: str) -> None:
             notes.append(note)
-            if ready:  # the engine may find only then that it can make no graphs
+            if ready.is_set():  # the engine may find only then that it can make no graphs
                 progress(f"warning: {note}", 0, 1)
 
         engine = Engine(forward, limits.batch, limits.queue, warn=warn)
@@ -85,8 +87,8 @@ def serve(
                 served = catalog.begin_with(adapter, path)
                 # The engine's thread selects anew in every step, and sleeps until somebody asks.
                 engine.bank.select([served.adapter])
-                if note := reader.note(path, served.chat, forward.base, progress):
-                    notes.append(note)
+                said = (reader.base_note(path), reader.note(path, served.chat, forward.base, progress))
+                notes += [note for note in said if note]
             changes = key is not None or is_loopback(host)
             server = Server(catalog, limits, key, changes, named_hosts(host, key, allowed_hosts))
             shown = f"[{host}]" if ":" in host else host
@@ -95,9 +97,12 @@ def serve(
                 notes.append(
                     f"{host} is reached from beyond this machine without an API key: adapters cannot change while it runs"
                 )
-            on_ready({"url": url, "model": called, "adapters": list(adapters), "notes": notes})
-            ready = True
-            run(server, listening)
+
+            def tell() -> None:
+                ready.set()
+                on_ready({"url": url, "model": called, "adapters": list(adapters), "notes": list(notes)})
+
+            run(server, listening, tell)
         finally:
             templates.close()
             engine.stop()
@@ -188,9 +193,15 @@ def limits_from(values: Sequence[str], batch: int | None = None) -> Limits:
             found[name] = kind(number)
         except ValueError:
             raise ConfigError(f"--limit {value}: {number!r} is no {'whole ' * (kind is int)}number") from None
-        if not found[name] > 0:
-            raise ConfigError(f"--limit {value}: expected more than 0")
     return Limits(**found)
+
+
+def check_host(host: str) -> None:
+    """Raise ConfigError for an empty address, which the system takes for every one that this machine has."""
+    if not host.strip():
+        raise ConfigError(
+            "--host is empty, which would listen on every address; leave it out, or name one (0.0.0.0 is all)"
+        )
 
 
 def key_of(variable: str | None) -> str | None:
@@ -201,5 +212,14 @@ def key_of(variable: str | None) -> str | None:
     if not key:
         raise ConfigError(
             f"--api-key-env {variable}: the environment has no such variable, or it is empty; set it, or leave the option out"
+        )
+    if key != key.strip():
+        raise ConfigError(
+            f"--api-key-env {variable}: the key begins or ends with white space (a line break?), which no client can send; remove it"
+        )
+    if odd := [place for place, letter in enumerate(key, 1) if not "!" <= letter <= "~"]:
+        raise ConfigError(
+            f"--api-key-env {variable}: character {odd[0]} of the key is white space, a control character or not ASCII, which a header "
+            "cannot carry; choose a key of letters, digits and ASCII punctuation"
         )
     return key

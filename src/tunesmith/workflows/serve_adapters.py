@@ -26,6 +26,7 @@ from tunesmith.workflows.load import (
     read_record,
     refuse_changed_adapter,
     tokenizer_source,
+    unchecked_base,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +56,12 @@ class AdapterReader:
 
         Its base's hash is compared with what its run or its tunesmith.json says, and its template is tried on a question.
         """
+        try:
+            return self._read(path)
+        except OSError as error:  # a name that is too long, a file that may not be read
+            raise ModelError(f"{path[:200]}: cannot be read: {error.strerror or error}") from None
+
+    def _read(self, path: str) -> ReadAdapter:
         from tunesmith.serving.adapter_files import read_adapter
         from tunesmith.serving.catalog import ReadAdapter
 
@@ -93,7 +100,14 @@ class AdapterReader:
             said = self.known_note(path, chat)
             undo.pop_all()
         ends = frozenset(end_tokens(forward.base, tokenizer))
-        return ReadAdapter(weights, tokenizer, chat, ends, (said,) if said else ())
+        notes = tuple(note for note in (self.base_note(path), said) if note)
+        return ReadAdapter(weights, tokenizer, chat, ends, notes)
+
+    def base_note(self, path: str) -> str | None:
+        """What to say of an adapter of which nobody knows whether it was trained on this base; None for any other."""
+        place = Path(path)
+        run = RunFolder.open(place) if RunFolder.is_run(place) else None
+        return unchecked_base(run, find_adapter(place), self.base.source)
 
     def known_note(self, path: str, chat: ChatFormat) -> str | None:
         """What to say of an adapter that is used in another setting than it was trained in, with the effect where it was measured before.

@@ -18,7 +18,7 @@ from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import TEXT_TOWERS, ModelSource, fetch_weights, find_model, load_tokenizer
 from tunesmith.runs import RunFolder
 from tunesmith.workflows.load import TEMPLATE_NAME, LoadedModel, chat_format
-from tunesmith.workflows.serve import key_of, name_of, run_of_base
+from tunesmith.workflows.serve import check_host, key_of, name_of, run_of_base
 from tunesmith.workflows.serve_adapters import AdapterReader
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ def vllm_command_of(
     from tunesmith.serving.templates import Templates
     from tunesmith.serving.vllm import refuse_base, vllm_command
 
+    check_host(host)
     key_of(api_key_env)
     called = name or name_of(target)
     for adapter in adapters:
@@ -83,6 +84,7 @@ def vllm_command_of(
     tokenizer = load_tokenizer(source, settings)
     chat = chat_format(tokenizer, run.config, run) if run else ChatFormat(tokenizer)
     chats: dict[str, ChatFormat] = {}
+    unknown: list[str] = []
     if adapters:
         source = fetch_weights(source, settings)
         if source.config.get("model_type") in TEXT_TOWERS:
@@ -94,13 +96,14 @@ def vllm_command_of(
         try:
             reader = AdapterReader(_without_weights(source, tokenizer, chat), templates)
             chats = {adapter: reader.read(path).chat for adapter, path in adapters.items()}
+            unknown = [note for path in adapters.values() if (note := reader.base_note(path))]
         finally:
             templates.close()
     folders = {adapter: find_adapter(Path(path)).resolve() for adapter, path in adapters.items()}
     own = getattr(tokenizer, "chat_template", None)
     template = _template_of_all(chat, chats)
     file = None if template == own else _file_of(template, folders)
-    notes = [note for path in adapters.values() for note in _unlike_training(path, dtype)]
+    notes = [*unknown, *(note for path in adapters.values() for note in _unlike_training(path, dtype))]
     if template != chat.template:
         notes.append(
             f"vLLM has one chat template for all models of a server: {called} is asked in that of the adapters too"

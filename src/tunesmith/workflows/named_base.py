@@ -1,0 +1,79 @@
+"""A lone adapter without a record: is the base that it is loaded over the one that its configuration names?
+
+PEFT saves the base's name and nothing of its weights. Where that base is on this disk, in a folder or in the hub's cache, the weights
+are compared as a record's would be; nothing is fetched for it. Where it is not, that is said.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tunesmith.models.load import HUB_ID, ModelSource, weight_hash
+from tunesmith.registry.records import CONFIG, read_json
+
+
+def named_base_difference(adapter: Path, source: ModelSource) -> str | None:
+    """What is other about a base than about the one that the adapter's configuration names, None where nothing is or nobody knows."""
+    named = _named(adapter)
+    folder = None if named is None or _is_named(named, source) else _local(named, adapter)
+    if folder is None:
+        return None
+    now, trained = weight_hash(source), weight_hash(ModelSource(str(named), folder))
+    if now == trained:
+        return None
+    return f"{source.name}: its weights (sha256 {now[:12]}) are not those of {named} ({trained[:12]}), which {adapter / CONFIG} names as its base"
+
+
+def named_base_note(adapter: Path, source: ModelSource) -> str | None:
+    """What to say where nothing shows whether the base is the adapter's; None where it is the named one, or was compared with it."""
+    named = _named(adapter)
+    if named is None:
+        return f"{adapter}: nothing says which base it was trained on, so that nobody knows whether {source.name} is the right one"
+    if _is_named(named, source) or _local(named, adapter) is not None:
+        return None
+    return (
+        f"{adapter}: it was trained on {named[:200]}, which is not on this machine, and nothing was recorded of its weights: whether "
+        f"{source.name} has the same ones was not checked"
+    )
+
+
+def _named(adapter: Path) -> str | None:
+    name = (read_json(adapter / CONFIG) or {}).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _is_named(named: str, source: ModelSource) -> bool:
+    """Whether a base is the very one that is named: the same place, or the same name on the hub."""
+    return named == source.name or _folder(named) == source.path.resolve()
+
+
+def _folder(named: str) -> Path | None:
+    try:
+        return Path(named).expanduser().resolve()
+    except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
+        return None
+
+
+def _local(named: str, adapter: Path) -> Path | None:
+    """The folder with the weights of the base that is named, if this disk has one."""
+    folder = _folder(named)
+    try:
+        if folder is not None and any(folder.glob("*.safetensors")):
+            return folder
+    except OSError:
+        return None
+    return _cached(named, adapter) if HUB_ID.fullmatch(named) else None
+
+
+def _cached(name: str, adapter: Path) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    revision = (read_json(adapter / CONFIG) or {}).get("revision")
+    try:
+        folder = Path(
+            snapshot_download(name, revision=revision if isinstance(revision, str) else None, local_files_only=True)
+        )
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if any(folder.glob("*.safetensors")) else None
