@@ -200,7 +200,7 @@ def find(
         check_training(run, adapter, source, chat, forced)
     record = run.metadata if run else read_record(adapter) if adapter else {}
     quantization = _quantization(config, run, record)
-    iterations = loftq.iterations_of(_beginning(config, run, record))
+    iterations = loftq_iterations(run, record)
     trained = record.get("dtype") if adapter else None
     return Found(run, adapter, source, settings, tokenizer, chat, hardware, computes, quantization, trained, iterations)
 
@@ -212,11 +212,11 @@ def _quantization(config: RunConfig, run: RunFolder | None, record: Mapping[str,
     return QuantizationConfig(**found) if isinstance(found := record.get("quantization"), dict) else None
 
 
-def _beginning(config: RunConfig, run: RunFolder | None, record: Mapping[str, Any]) -> str:
-    """`adapter.init_lora_weights` of a run, or as a lone adapter's record has it: LoftQ's is no adapter for the quantized base."""
+def loftq_iterations(run: RunFolder | None, record: Mapping[str, Any]) -> int:
+    """Of a run, or of a lone adapter's record: LoftQ's adapter is saved for the 16-bit weights, and is none for the quantized ones. 0 for others."""
     if run is not None:
-        return config.adapter.init_lora_weights
-    return str((record.get("settings") or {}).get("adapter.init_lora_weights", "default"))
+        return loftq.iterations_of(run.config.adapter.init_lora_weights)
+    return loftq.iterations_of(str((record.get("settings") or {}).get("adapter.init_lora_weights", "default")))
 
 
 def tokenizer_source(source: ModelSource, adapter: Path | None) -> ModelSource:
