@@ -275,3 +275,6 @@ def test_a_named_base_in_the_hubs_cache_is_compared(
     with pytest.raises(ModelError, match="are not those of some/model"):
         load(str(foreign), tiny_model)
     assert warnings(foreign, cached) == []
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (cached / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "which is not on this machine" in warnings(foreign, tiny_model)[0], "half of it was fetched"

@@ -6,19 +6,22 @@ are compared as a record's would be; nothing is fetched for it. Where it is not,
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from tunesmith.models.load import HUB_ID, ModelSource, weight_hash
+from tunesmith.config import ModelConfig
+from tunesmith.errors import ModelError
+from tunesmith.models.load import HUB_ID, ModelSource, find_model, weight_hash
 from tunesmith.registry.records import CONFIG, read_json
 
 
 def named_base_difference(adapter: Path, source: ModelSource) -> str | None:
     """What is other about a base than about the one that the adapter's configuration names, None where nothing is or nobody knows."""
     named = _named(adapter)
-    folder = None if named is None or _is_named(named, source) else _local(named, adapter)
-    if folder is None:
+    base = None if named is None or _is_named(named, source) else _local(named, adapter)
+    if base is None:
         return None
-    now, trained = weight_hash(source), weight_hash(ModelSource(str(named), folder))
+    now, trained = weight_hash(source), weight_hash(base)
     if now == trained:
         return None
     return f"{source.name}: its weights (sha256 {now[:12]}) are not those of {named} ({trained[:12]}), which {adapter / CONFIG} names as its base"
@@ -54,15 +57,17 @@ def _folder(named: str) -> Path | None:
         return None
 
 
-def _local(named: str, adapter: Path) -> Path | None:
-    """The folder with the weights of the base that is named, if this disk has one."""
+def _local(named: str, adapter: Path) -> ModelSource | None:
+    """The base that is named, if this disk has all of its weights."""
     folder = _folder(named)
-    try:
-        if folder is not None and any(folder.glob("*.safetensors")):
-            return folder
-    except OSError:
+    if folder is None or not os.path.isdir(folder):  # which takes a name that is too long for no folder
+        folder = _cached(named, adapter) if HUB_ID.fullmatch(named) else None
+    if folder is None:
         return None
-    return _cached(named, adapter) if HUB_ID.fullmatch(named) else None
+    try:
+        return find_model(ModelConfig(name=str(folder)))
+    except ModelError:  # half of it was fetched, or it is no model
+        return None
 
 
 def _cached(name: str, adapter: Path) -> Path | None:
@@ -71,9 +76,8 @@ def _cached(name: str, adapter: Path) -> Path | None:
 
     revision = (read_json(adapter / CONFIG) or {}).get("revision")
     try:
-        folder = Path(
+        return Path(
             snapshot_download(name, revision=revision if isinstance(revision, str) else None, local_files_only=True)
         )
     except (LocalEntryNotFoundError, HFValidationError):
         return None
-    return folder if any(folder.glob("*.safetensors")) else None
