@@ -21,7 +21,7 @@ from tunesmith.errors import MachineError, ModelError
 from tunesmith.export.gguf_architectures import Description, as_stored, describe, tensor_names, tensors, translate
 from tunesmith.export.gguf_tokenizer import Vocabulary, model_name, vocabulary
 from tunesmith.export.gguf_types import NEEDS_GGUF, ExportType, block_of, block_width, quantize
-from tunesmith.export.skeleton import has_own_start
+from tunesmith.export.skeleton import LORA_STARTS
 from tunesmith.files import disk_errors, sha256_file
 from tunesmith.models.load import ModelSource, weight_hash
 from tunesmith.version import __version__
@@ -244,6 +244,12 @@ def refuse_adapter(folder: Path, description: Description) -> None:
             f"{folder}: {heads[0]} changes the head, which in this base is one matrix with the embeddings: a GGUF of the base has no head of "
             f"its own that llama.cpp could put the adapter on; {merged}"
         )
+
+
+def has_own_start(settings: Mapping[str, Any]) -> bool:
+    """Whether an adapter (its adapter_config.json) is for a base that its beginning was taken out of."""
+    begun = settings.get("init_lora_weights")
+    return isinstance(begun, str) and begun not in LORA_STARTS
 
 
 def _refuse_beyond_lora(settings: dict[str, Any]) -> None:

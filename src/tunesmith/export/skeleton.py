@@ -275,21 +275,13 @@ def _both_ways(tied: Mapping[str, str]) -> dict[str, str]:
     return {partner: name for name, partner in tied.items()} | dict(tied)
 
 
-def has_own_start(config: Mapping[str, Any]) -> bool:
-    """Whether an adapter (its adapter_config.json) is for a base that its beginning was taken out of."""
-    begun = config.get("init_lora_weights")
-    return isinstance(begun, str) and begun not in LORA_STARTS
-
-
 def refuse_unstreamable(configs: Sequence[Mapping[str, Any]]) -> None:
     """Raise Unstreamable for adapters (their adapter_config.json) that need more of the base than one module's weights."""
     for config in configs:
-        kind = config.get("peft_type")
+        kind, begun = config.get("peft_type"), config.get("init_lora_weights")
         if kind != "LORA":
             raise Unstreamable(f"the adapter is {kind}, not LORA")
-        if has_own_start(config):
-            raise Unstreamable(
-                f"the adapter's beginning, {config['init_lora_weights']}, is made from the base's weights"
-            )
+        if isinstance(begun, str) and begun not in LORA_STARTS:
+            raise Unstreamable(f"the adapter's beginning, {begun}, is made from the base's weights")
         if any(config.get(key) for key in ("arrow_config", "layer_replication", "kasa_config")):
             raise Unstreamable("PEFT does not keep the base's layers as they are for this adapter")

@@ -21,6 +21,7 @@ from tunesmith.export.beside import generation_values
 from tunesmith.export.gguf import (
     Exportable,
     exportable,
+    has_own_start,
     origin_of,
     refuse_adapter,
     require_packages,
@@ -42,7 +43,7 @@ from tunesmith.export.gguf_reading import Weights, Written
 from tunesmith.export.gguf_tokenizer import model_name, vocabulary
 from tunesmith.export.gguf_types import ExportType, find_type
 from tunesmith.export.safetensors import compare_logits, fixed_prompts, plain_logits
-from tunesmith.export.skeleton import Skeleton, has_own_start
+from tunesmith.export.skeleton import Skeleton
 from tunesmith.export.tensors import Unstreamable
 from tunesmith.files import atomic_folder, disk_errors, remove_folder
 from tunesmith.models.load import TEXT_TOWERS, weight_hash
