@@ -289,15 +289,16 @@ def test_the_commands_of_the_page_run(run: Path, hub: StubHub) -> None:
     (block,) = re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
     commands = [line.removeprefix("$ tunesmith ") for line in block.splitlines() if "tunesmith" in line]
     assert tunesmith("merge", run).code == 0
-    write_gguf(run / "model-q8_0.gguf", adapter_hash(run / "adapter"))
+    (run / "gguf").mkdir()
+    write_gguf(run / "gguf" / "bins-q8_0.gguf", adapter_hash(run / "adapter"))
     for command in commands:
-        words = shlex.split(command.replace("RUN", str(run)).replace("ORG/NAME", "me/bins"))
+        words = shlex.split(command.replace("RUN", str(run)).replace("ORG/NAME", "me/bins").replace("NAME", "bins"))
         result = tunesmith(*words)
         assert (result.code, result.problems) == (0, []), command
     assert list(hub.repos) == ["me/bins", "me/bins-merged", "me/bins-gguf"]
     assert "license: apache-2.0" in hub.files("me/bins")["README.md"].decode()
     assert {"model.safetensors", "tokenizer.json", "config.json"} < set(hub.files("me/bins-merged"))
-    assert list(hub.files("me/bins-gguf")) == ["model-q8_0.gguf", "README.md"]
+    assert list(hub.files("me/bins-gguf")) == ["bins-q8_0.gguf", "README.md"]
 
 
 def test_a_library_that_logs_says_nothing_of_the_token(
