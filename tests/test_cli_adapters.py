@@ -68,10 +68,10 @@ def test_verify_exits_with_one_when_something_differs(runs: Path) -> None:
     result = tunesmith("adapters", "verify", runs / "first", "--dtype", "bf16")
     assert (result.code, result.problems) == (0, [])
     lines = result.out.splitlines()
-    assert [line.split()[:2] for line in lines[:4]] == [
-        ["ok", "file"], ["ok", "tensors"], ["ok", "base"], ["ok", "reload"],
+    assert [line.split()[:2] for line in lines[:5]] == [
+        ["ok", "file"], ["ok", "config"], ["ok", "tensors"], ["ok", "base"], ["ok", "reload"],
     ]  # fmt: skip
-    assert lines[4].startswith("in bf16 over a base that is not quantized instead of as trained: KL ")
+    assert lines[5].startswith("in bf16 over a base that is not quantized instead of as trained: KL ")
     with (runs / "first" / "adapter" / "adapter_model.safetensors").open("r+b") as file:
         file.seek(-4, 2)
         file.write(b"\x00\x00\x00\x3f")
