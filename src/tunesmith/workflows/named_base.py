@@ -6,7 +6,6 @@ are compared as a record's would be; nothing is fetched for it. Where it is not,
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from tunesmith.config import ModelConfig
@@ -51,8 +50,10 @@ def _is_named(named: str, source: ModelSource) -> bool:
 
 
 def _folder(named: str) -> Path | None:
+    """The folder of that name, if there is one."""
     try:
-        return Path(named).expanduser().resolve()
+        folder = Path(named).expanduser().resolve()
+        return folder if folder.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # too long, no such user, a null character
         return None
 
@@ -60,7 +61,7 @@ def _folder(named: str) -> Path | None:
 def _local(named: str, adapter: Path) -> ModelSource | None:
     """The base that is named, if this disk has all of its weights."""
     folder = _folder(named)
-    if folder is None or not os.path.isdir(folder):  # which takes a name that is too long for no folder
+    if folder is None:
         folder = _cached(named, adapter) if HUB_ID.fullmatch(named) else None
     if folder is None:
         return None
