@@ -1,13 +1,19 @@
-"""Tiny models with tokenizers of every kind that GGUF export knows.
+"""Tiny models with tokenizers of every kind that GGUF export knows, and what is in a GGUF file.
 
 folder = make_tiny_model(tmp_path / "model", **family("gemma2"))
+write(folder, tmp_path / "model.gguf", "f16")
+assert keys(tmp_path / "model.gguf")["general.architecture"] == "gemma2"
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tiny import CHATML, GEMMA3_LAYERS
+from tunesmith.export.gguf_types import find_type
 
 TEXT = [
     "The quick brown fox jumps over the lazy dog, and the dog's owner isn't pleased: they're late.\n\n",
@@ -242,3 +248,30 @@ FAMILIES = (
     *("llama", "llama3", "llama-biases", "linear", "yarn", "mistral", "qwen2", "qwen3"),
     *("gemma2", "gemma3_text", "phi3", "phi4"),
 )
+
+
+# -- files, read and written -------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a GGUF file, dequantized by the gguf package, rows first."""
+    import gguf
+
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+def keys(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file."""
+    import gguf
+
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def write(folder: Path, path: Path, kind: str) -> None:
+    """Write a model's folder as GGUF, without any verification."""
+    from tunesmith.export.gguf import exportable, write_model
+    from tunesmith.workflows.load import load
+
+    loaded = load(folder, dtype="fp32", device="cpu")
+    made = exportable(loaded.forward.model, loaded.tokenizer, loaded.chat.template, "tiny")
+    write_model(path, loaded.forward.model.state_dict(), made, find_type(kind))

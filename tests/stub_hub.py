@@ -242,20 +242,26 @@ class _Handler(BaseHTTPRequestHandler):
         return entry
 
 
-def write_gguf(path: Path, adapter: str | None, kind: str = "model", **keys: str) -> Path:
-    """A small GGUF file that says what it was made of."""
+def write_gguf(path: Path, adapter: str | None, kind: str = "model", sealed: bool = True, **keys: str) -> Path:
+    """A small GGUF file that says what it was made of, with the hash of what was written."""
     import gguf
     import numpy
+
+    from tunesmith.export.gguf import SEAL, UNSEALED, seal
 
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_type(kind)
     for key, value in ({"tunesmith.adapter_hash": adapter} if adapter else {}).items() | keys.items():
         writer.add_string(key, value)
+    if sealed:
+        writer.add_string(SEAL, UNSEALED)
     writer.add_tensor("token_embd.weight", numpy.arange(64, dtype=numpy.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    if sealed:
+        seal(path)
     return path
 
 

@@ -5,6 +5,7 @@ run = tiny_run(tmp_path_factory, "qlora")   # do not write into it: copy_run(run
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,12 @@ def copy_run(run: Path, to: Path) -> Path:
     """A run folder that a test may write into."""
     shutil.copytree(run, to)
     return to
+
+
+def record_again(run: Path) -> None:
+    """Write the hash of a run's adapter into its record, after a test changed the adapter: another one is refused."""
+    from tunesmith.files import sha256_file
+
+    record = run / "adapter" / "tunesmith.json"
+    own = sha256_file(run / "adapter" / "adapter_model.safetensors")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"adapter_sha256": own}))

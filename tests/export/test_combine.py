@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,30 @@ def test_what_peft_would_leave_out_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_beginning_that_is_out_of_the_base_is_refused(
+    pair: tuple[Path, Path, Path], tmp_path: Path, begun: str, place: int
+) -> None:
+    """With weights 1 and 0 the model would have been the first adapter's over the second one's base."""
+    _, one, two = pair
+    config = two / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"init_lora_weights": begun}))
+    both, weights = ([two, one], [0.0, 1.0]) if place == 0 else ([one, two], [1.0, 0.0])
+    with pytest.raises(ModelError, match=f"{two} began with {begun}, .* path_initial_model_for_weight_conversion"):
+        merge(both, tmp_path / "out", dtype="fp32", method="svd", weights=weights)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_converted_beginning_combines(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = tiny_run(tmp_path_factory, **{"adapter.init_lora_weights": "pissa", "adapter.r": 4})
+    plain_one = tiny_run(tmp_path_factory)
+    merge([plain_one, run], tmp_path / "out", dtype="fp32", method="svd", weights=[0.0, 1.0])
+    merge(run, tmp_path / "alone", dtype="fp32")
+    both, alone = (logits(plain(tmp_path / name)) for name in ("out", "alone"))
+    torch.testing.assert_close(both, alone, rtol=1e-3, atol=1e-3)
+
+
 def test_several_go_beside_the_first_by_default(pair: tuple[Path, Path, Path]) -> None:
     _, one, two = pair
     assert merge([one, two], method="linear", dtype="fp32")["path"] == str(one.with_name("one-merged-linear"))
@@ -107,7 +132,7 @@ def test_several_go_beside_the_first_by_default(pair: tuple[Path, Path, Path]) -
     ("count", "given", "problems"),
     [
         (1, ("ties", None, 0.5), ["--method, --density: for several adapters, and one was named; name more, or leave it out"]),
-        (2, (None, None, None), ["--method is None: several adapters merge by one of linear, ties, dare_linear, dare_ties, svd"]),
+        (2, (None, None, None), ["--method is missing: several adapters merge by one of linear, ties, dare_linear, dare_ties, svd"]),
         (2, ("linear", [1.0], None), ["--weights are 1.0: expected 2 numbers, one for each adapter, not all 0"]),
         (2, ("linear", [0.0, 0.0], None), ["--weights are 0.0, 0.0: expected 2 numbers, one for each adapter, not all 0"]),
         (2, ("ties", None, None), ["--density: ties keeps a share of each adapter's values; set it, e.g. 0.5"]),

@@ -282,6 +282,19 @@ def test_what_was_exported_is_pushed_as_this_runs(run: Path, tmp_path: Path, mon
     with stub_hub(monkeypatch) as hub:
         pushed = push(run, "ann/small", what=str(tmp_path / "q"), base_model="org/base")
         card = hub.files("ann/small")["README.md"].decode()
+        weights = tmp_path / "q" / "model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-3000] ^= 0x7F
+        weights.write_bytes(content)
+        hub.requests.clear()
+        again = (
+            rf"nothing was uploaded; remove it, and export again: `tunesmith export {run} --to gptq --out {tmp_path}/q`"
+        )
+        with pytest.raises(
+            VerificationError, match=rf"model.safetensors: its weights are damaged, not those .*{again}"
+        ):
+            push(run, "ann/small", what=str(tmp_path / "q"), base_model="org/base")
+        assert hub.requests == []
     assert pushed["what"] == "quantized"
     row = exported["files"][0]
     assert f"KL {row['kl']:.4g}, the same likeliest token in {row['top1']:.1%} of places, perplexity" in card

@@ -9,7 +9,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from export.test_hub import HOSTILE, NAME, recorded
+from export.test_hub_card_text import HOSTILE, recorded
+from hub_runs import NAME
 from tunesmith.export.card import CardRequest, plain, write_card
 from tunesmith.export.package import Kind
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from hub_runs import record_texts
 from stub_hub import StubHub, stub_hub, write_gguf
 from trained import copy_run, tiny_run
 from tunesmith.errors import UserError
@@ -142,9 +143,11 @@ def test_every_text_of_the_package_is_searched(run: Path, hub: StubHub, name: st
     content = json.loads(path.read_text()) if name == "adapter_config.json" else {}
     note = {**content, "note": "key: hf_" + "a1B2" * 9}
     path.write_text(json.dumps(note))
+    record_texts(run)
     with pytest.raises(UserError, match=rf"^{name}: a token of the hub stands in it; nothing was uploaded"):
         push(run, NAME)
     path.write_text(json.dumps({**note, "note": "made in /srv/people/ann/models"}))
+    record_texts(run)
     with pytest.raises(UserError, match=rf"^{name}: a path of this machine stands in it"):
         push(run, NAME)
     assert hub.requests == []

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from command_line import tunesmith
-from trained import copy_run, tiny_base, tiny_run
+from trained import copy_run, record_again, tiny_base, tiny_run
 from tunesmith.config import AdapterConfig, ModelConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ModelError, RunError, VerificationError
@@ -348,6 +348,7 @@ def test_a_merge_at_a_tenth_more_than_the_adapters_scale(
 
     path = run / "adapter" / "adapter_model.safetensors"
     save_file({name: t * (strength if "lora_B" in name else 1) for name, t in load_file(path).items()}, path)
+    record_again(run)
     monkeypatch.setattr("tunesmith.workflows.load.differences", lambda *_: [])
 
     def scaled(model: Any, by: float) -> None:
@@ -476,6 +477,7 @@ def test_a_folder_that_does_not_load_back(run: Path, way: str, monkeypatch: pyte
 def test_an_adapter_that_does_nothing_may_merge(run: Path) -> None:
     path = run / "adapter" / "adapter_model.safetensors"
     save_file({name: torch.zeros_like(t) if "lora_B" in name else t for name, t in load_file(path).items()}, path)
+    record_again(run)
     result = merge(str(run))
     assert (result["difference"], result["effect"], result["top1"]) == (0.0, 0.0, 1.0)
 
@@ -486,6 +488,7 @@ def test_fp16_that_cannot_hold_a_weight_is_refused(run: Path) -> None:
     (name, *_) = [name for name in tensors if "lora_B" in name]
     tensors[name] *= 1e7
     save_file(tensors, path)
+    record_again(run)
     before = left(run)
     with pytest.raises(
         VerificationError, match=r"has values up to .*, and fp16 ends at 65504; pass --dtype bf16 or fp32"

@@ -91,7 +91,13 @@ def test_every_key_of_a_runs_metadata_with_every_wrong_type(run: Path) -> None:
             assert record["status"] in ("ok", "refused")
             show_adapter(run)
             refused += (
-                outcome(lambda: find(run, dtype="fp32"), "metadata.json", "chat_template.jinja", "not those")
+                outcome(
+                    lambda: find(run, dtype="fp32"),
+                    "metadata.json",
+                    "chat_template.jinja",
+                    "not those",
+                    "its config.json is not",
+                )
                 is not None
             )
     assert refused > 20

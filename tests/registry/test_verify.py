@@ -44,10 +44,10 @@ def message(result: dict[str, Any], name: str) -> str:
 @pytest.mark.parametrize("part", ["run", "adapter"])
 def test_what_was_saved_is_found_whole(run: Path, part: str) -> None:
     result = verify_adapter(run if part == "run" else run / "adapter", dtype="fp32")
-    assert outcomes(result) == {"file": True, "tensors": True, "base": True, "reload": True}
+    assert outcomes(result) == {"file": True, "config": True, "tensors": True, "base": True, "reload": True}
     assert (result["ok"], result["unverifiable"], result["effects"]) == (True, [], [])
     assert message(result, "tensors") == "28 tensors, all finite"
-    assert message(result, "base").endswith("weights, tokenizer, chat template as recorded")
+    assert message(result, "base").endswith("weights, tokenizer, chat template, config as recorded")
 
 
 def change_tensor(run: Path, value: float) -> None:
@@ -60,7 +60,7 @@ def change_tensor(run: Path, value: float) -> None:
 def test_a_changed_file_is_seen_by_its_hash(run: Path) -> None:
     change_tensor(run, 0.125)
     result = verify_adapter(run, dtype="fp32")
-    assert outcomes(result) == {"file": False, "tensors": True, "base": True, "reload": True}
+    assert outcomes(result) == {"file": False, "config": True, "tensors": True, "base": True, "reload": True}
     assert not result["ok"]
     assert "was recorded when it was saved: it was changed since" in message(result, "file")
 
@@ -170,7 +170,7 @@ def test_a_base_that_is_gone_is_unknown_not_wrong(run: Path) -> None:
     (adapter / "tunesmith.json").write_text(json.dumps(record))
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
     result = verify_adapter(adapter)
-    assert outcomes(result) == {"file": True, "tensors": True, "base": None}
+    assert outcomes(result) == {"file": True, "config": True, "tensors": True, "base": None}
     assert (result["ok"], result["effects"]) == (True, [])
     assert "not reachable, so that nothing was loaded: /gone/base: no such model folder" in message(result, "base")
 
@@ -179,7 +179,7 @@ def test_an_adapter_from_elsewhere(tmp_path: Path) -> None:
     base = make_tiny_model(tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "plain", Kind({"target_modules": ["q_proj"]}))
     result = verify_adapter(adapter)
-    assert outcomes(result) == {"file": None, "tensors": True, "base": None, "reload": True}
+    assert outcomes(result) == {"file": None, "config": None, "tensors": True, "base": None, "reload": True}
     assert message(result, "base") == f"{base}: nothing was recorded of it"
     assert not result["ok"], "nothing is known that it could be compared with"
     assert len(result["unverifiable"]) == 3

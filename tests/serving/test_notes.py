@@ -14,7 +14,7 @@ from live_server import LiveServer
 from tiny import make_tiny_model
 from trained import tiny_base, tiny_run
 from tunesmith.config import QuantizationConfig
-from tunesmith.errors import ModelError
+from tunesmith.errors import ConfigError, ModelError
 from tunesmith.serving import engine, process
 from tunesmith.workflows.adapters import verify_adapter
 from tunesmith.workflows.chat_adapters import load_with_adapters
@@ -192,3 +192,19 @@ def test_a_base_that_cannot_have_graphs_says_why_at_the_start(tmp_path: Path, mo
     (note,) = notes_of_serve(monkeypatch, base, {}, dtype="fp32")
     assert note.startswith("steps go launch by launch, without CUDA graphs: ")
     assert "something else than all keys and values" in note
+
+
+def test_a_loftq_adapter_is_served_over_16_bits_alone(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is saved for the base's own weights; over quantized ones it lacks what quantization lost. A lone folder says so in its record."""
+    base = tiny_base(tmp_path_factory, 64)
+    run = tiny_run(tmp_path_factory, "qlora", **{"adapter.init_lora_weights": "loftq"})
+    shutil.copytree(run / "adapter", tmp_path / "alone")
+    for path in (run, tmp_path / "alone"):
+        with pytest.raises(ModelError, match="LoftQ's adapter is saved for the base's 16-bit weights"):
+            notes_of_serve(monkeypatch, base, {"q": path}, dtype="fp32", quantization="nf4")
+        notes = notes_of_serve(monkeypatch, base, {"q": path}, dtype="fp32")
+        assert not [note for note in notes if "--quantization nf4" in note]
+        with pytest.raises(ConfigError, match="LoftQ changed the base for this adapter"):
+            load_with_adapters(str(path), {"other": str(path)}, device="cpu")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tiny import chat_rows, make_tiny_model, write_jsonl
-from trained import ROWS, copy_run
+from trained import ROWS, copy_run, record_again
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, DataError, ModelError, RunError
 from tunesmith.evaluation import subject as subjects
@@ -129,6 +129,7 @@ def test_another_adapter_in_the_folder_is_asked_anew(run: Path, questions: Path)
 
     weights = run / "adapter" / "adapter_model.safetensors"
     save_file({name: 0 * tensor for name, tensor in load_file(weights).items()}, weights)
+    record_again(run)
     result = evaluate(run, questions, baseline=True, changes=FEW | {"batch_size": 2})
     assert [row["answer"] for row in result["examples"]] == [row["baseline_answer"] for row in result["examples"]]
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from tunesmith.errors import ConfigError, ModelError
+from tunesmith.export.skeleton import has_own_start
 from tunesmith.models.adapters import load_adapter
 
 Method = Literal["linear", "ties", "dare_linear", "dare_ties", "svd"]
@@ -51,7 +52,9 @@ def combination(
             )
         return None
     problems = []
-    if method not in METHODS:
+    if method is None:
+        problems.append(f"--method is missing: several adapters merge by one of {', '.join(METHODS)}")
+    elif method not in METHODS:
         problems.append(f"--method is {method}: several adapters merge by one of {', '.join(METHODS)}")
     if weights is not None and (len(weights) != count or not all(map(math.isfinite, weights)) or not any(weights)):
         problems.append(
@@ -68,8 +71,27 @@ def combination(
     return Combination(method, tuple(weights or [1 / count] * count), density)  # type: ignore[arg-type]  # it is one of METHODS
 
 
+def refuse_unmergeable(folders: Sequence[Path]) -> None:
+    """Raise ModelError for adapters of which no weights of the base's shapes compute the same."""
+    kinds = {
+        "alora_invocation_tokens": "acts only from its invocation tokens on (aLoRA), which merged weights cannot; use it unmerged, through PEFT",
+        "layer_replication": "repeats layers of the base (layer_replication), and the merged model would be another architecture; use it unmerged, "
+        "through PEFT",
+    }
+    problems = []
+    for folder in folders:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        problems += [f"{folder} {what}" for key, what in kinds.items() if config.get(key)]
+    if problems:
+        raise ModelError("; ".join(problems))
+
+
 def refuse_uncombined(folders: Sequence[Path]) -> None:
-    """Raise ModelError for adapters with parts that PEFT leaves out, without a word, when it makes one of several."""
+    """Raise ModelError for adapters with parts that PEFT leaves out, without a word, when it makes one of several.
+
+    So it does with what a beginning (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) took out of the base's weights: they stay changed by it under an
+    adapter of another, and the combination has the weights' share of B·A where the adapter alone adds B·A - B₀·A₀.
+    """
     kinds = {
         "use_dora": "DoRA's magnitudes",
         "modules_to_save": "modules that were trained in full",
@@ -83,6 +105,15 @@ def refuse_uncombined(folders: Sequence[Path]) -> None:
         parts = [what for key, what in kinds.items() if config.get(key)]
         if parts:
             problems.append(f"{folder} has {', '.join(parts)}, which PEFT does not combine; merge it alone")
+        if config.get("bias") not in (None, "none"):
+            problems.append(
+                f"{folder} has biases of the base (bias: {config['bias']}), of which a model has one set; merge it alone"
+            )
+        if has_own_start(config):
+            problems.append(
+                f"{folder} began with {config['init_lora_weights']}, which took its beginning out of the base's weights, and counts over these: convert it to a plain "
+                "adapter (PEFT's save_pretrained with path_initial_model_for_weight_conversion; a finished run's adapter/ is one), or merge it alone"
+            )
     if problems:
         raise ModelError("; ".join(problems))
 

@@ -6,7 +6,9 @@ model itself one tensor is in memory. What stands in which key: gguf_architectur
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +21,18 @@ from tunesmith.errors import MachineError, ModelError
 from tunesmith.export.gguf_architectures import Description, as_stored, describe, tensor_names, tensors, translate
 from tunesmith.export.gguf_tokenizer import Vocabulary, model_name, vocabulary
 from tunesmith.export.gguf_types import NEEDS_GGUF, ExportType, block_of, block_width, quantize
+from tunesmith.export.skeleton import has_own_start
 from tunesmith.files import disk_errors, sha256_file
 from tunesmith.models.load import ModelSource, weight_hash
 from tunesmith.version import __version__
 
 ORIGIN = "tunesmith."
-"""Before the file's own keys: `tunesmith.version`, `.adapter_hash` and `.base_hash`. Readers of GGUF pass over keys that they do not know."""
+"""Before the file's own keys: `tunesmith.version`, `.adapter_hash`, `.base_hash` and `.sha256`. Readers of GGUF pass over keys that they do not know."""
+
+SEAL = f"{ORIGIN}sha256"
+"""Of the file's own SHA-256, in hex, taken with `UNSEALED` in its place: what is verified afterwards are the bytes that it is of."""
+
+UNSEALED = "0" * 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +88,58 @@ def gguf_adapter_hash(path: Path) -> str | None:
     None where it does not say: it was written by others, or from a model that nothing was trained on. Raises ModelError for a file that is no
     whole GGUF, MachineError without the `gguf` package.
     """
+    field = _fields(path).get(f"{ORIGIN}adapter_hash")
+    found = field.contents() if field else None
+    return found if isinstance(found, str) else None
+
+
+def gguf_seal(path: Path) -> tuple[str, str] | None:
+    """The SHA-256 that a GGUF file says it had when it was written, and what it is now; None where it does not say. Errors as above."""
+    field = _fields(path).get(SEAL)
+    place = _place(field) if field else None
+    if field is None or place is None:
+        return None
+    return str(field.contents()), _unsealed_hash(path, place)
+
+
+def seal(path: Path) -> None:
+    """Put the file's SHA-256 into a GGUF file that was written with `UNSEALED` under `SEAL`."""
+    place = _place(_fields(path)[SEAL])
+    assert place is not None
+    digest = _unsealed_hash(path, place)
+    with disk_errors(path), path.open("r+b") as file:
+        file.seek(place)
+        file.write(digest.encode())
+
+
+def _fields(path: Path) -> Mapping[str, Any]:
+    """The metadata of a GGUF file, by key."""
     try:
         import gguf
     except ImportError as error:
         raise MachineError(NEEDS_GGUF) from error
     try:
-        field = gguf.GGUFReader(path).fields.get(f"{ORIGIN}adapter_hash")
-        found = field.contents() if field else None
+        return gguf.GGUFReader(path).fields
     except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
         raise ModelError(f"{path}: not a whole GGUF file ({error or type(error).__name__}); export it again") from None
-    return found if isinstance(found, str) else None
+
+
+def _place(field: Any) -> int | None:
+    """Where the characters of a key's value begin in the file; None unless it is a string as long as a hash."""
+    if not isinstance(field.contents(), str) or len(field.parts[-1]) != len(UNSEALED):
+        return None
+    return int(field.offset + sum(part.nbytes for part in field.parts[:-1]))
+
+
+def _unsealed_hash(path: Path, place: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        digest.update(file.read(place))
+        digest.update(UNSEALED.encode())
+        file.seek(len(UNSEALED), os.SEEK_CUR)
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def write_model(path: Path, state: Mapping[str, torch.Tensor], made: Exportable, kind: ExportType) -> None:
@@ -128,8 +178,8 @@ def write_adapter(path: Path, folder: Path, made: Exportable, block: str = "F16"
     from safetensors.torch import load_file
 
     description = made.description
+    refuse_adapter(folder, description)
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    _refuse_beyond_lora(settings)
     state = load_file(folder / "adapter_model.safetensors")
     names = tensor_names(description)
     alpha = float(settings["lora_alpha"])
@@ -141,10 +191,6 @@ def write_adapter(path: Path, folder: Path, made: Exportable, block: str = "F16"
         target = translate(f"{module}.weight", names, description)
         b = as_stored(f"{module}.weight", b, description) * (scale * a.shape[0] / alpha)
         pairs[target] = (a, b)
-    if state:
-        raise ModelError(
-            f"{folder}: {min(state)} is not part of a LoRA pair, and a LoRA GGUF holds nothing else; export the merged model instead"
-        )
     writer = gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[description.architecture]])
     writer.add_type("adapter")
     writer.add_name(made.name)
@@ -166,6 +212,38 @@ def require_packages() -> None:
 
     if any(importlib.util.find_spec(name) is None for name in ("gguf", "xllamacpp")):
         raise MachineError(NEEDS_GGUF)
+
+
+def refuse_adapter(folder: Path, description: Description) -> None:
+    """Raise ModelError for an adapter in `folder` that is more than LoRA pairs over the base's own weights, which is all that a LoRA GGUF holds.
+
+    PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train over a base that their beginning was taken out of; a GGUF of the base has it in. An adapter of
+    these that was converted on saving says nothing of it any more, and is a plain one.
+    """
+    from safetensors import safe_open
+
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    merged = "export the merged model instead (without --lora)"
+    _refuse_beyond_lora(settings)
+    if has_own_start(settings):
+        raise ModelError(
+            f"{folder}: init_lora_weights is {settings['init_lora_weights']!r}: the adapter was trained over a base without its own beginning, "
+            f"and llama.cpp would put it on the whole base; {merged}, or save the adapter converted to plain LoRA (PEFT's "
+            "save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    with safe_open(folder / "adapter_model.safetensors", "np") as file:
+        names = set(file.keys())
+    pairs = {name.replace("lora_B", "lora_A") for name in names if name.endswith(".lora_B.weight")}
+    pairs &= {name for name in names if name.endswith(".lora_A.weight")}
+    if alone := names - pairs - {name.replace("lora_A", "lora_B") for name in pairs}:
+        raise ModelError(
+            f"{folder}: {min(alone)} is not part of a LoRA pair, and a LoRA GGUF holds nothing else; {merged}"
+        )
+    if description.tied and (heads := [name for name in pairs if name.endswith("lm_head.lora_A.weight")]):
+        raise ModelError(
+            f"{folder}: {heads[0]} changes the head, which in this base is one matrix with the embeddings: a GGUF of the base has no head of "
+            f"its own that llama.cpp could put the adapter on; {merged}"
+        )
 
 
 def _refuse_beyond_lora(settings: dict[str, Any]) -> None:
@@ -212,11 +290,13 @@ def _write(path: Path, writer: Any, weights: Callable[[], Iterator[tuple[str, to
         for _, tensor, block in weights():
             writer.write_tensor_data(quantize(tensor.detach().float().cpu().numpy(), block))
         writer.close()
+    seal(path)
 
 
 def _add_origin(writer: Any, origin: Mapping[str, str]) -> None:
     for key, value in origin.items():
         writer.add_string(f"{ORIGIN}{key}", value)
+    writer.add_string(SEAL, UNSEALED)
 
 
 def _add_keys(writer: Any, found: Description) -> None:

@@ -69,7 +69,10 @@ class LlamaCpp:
         try:
             self._server: Any = xllamacpp.Server(params)
         except RuntimeError as error:
-            raise VerificationError(f"llama.cpp cannot load {path.name}: {error}; nothing was kept") from error
+            # The library says no more than that; llama.cpp's own lines go to a log that is off.
+            what = f"{path.name}, a GGUF of the base, with {adapter.name} on it" if adapter else path.name
+            way_out = "; export the merged model instead (without --lora)" if adapter else ""
+            raise VerificationError(f"llama.cpp cannot load {what} ({error}); nothing was kept{way_out}") from error
         # Closing a server whose loop has not begun yet waits forever; once it has answered, the loop runs.
         self._complete([0], n_predict=1)
 

@@ -234,7 +234,7 @@ def _distance(one: torch.Tensor, other: torch.Tensor, by: torch.Tensor | None = 
 
 def mean_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
     """Mean KL(reference ‖ other) in nats a token, of logits (tokens, vocabulary) in fp32."""
-    return float(_kl(reference, other).mean())
+    return max(0.0, float(_kl(reference, other).mean()))  # of the same logits rounding leaves -1e-9
 
 
 def _kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

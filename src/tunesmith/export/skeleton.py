@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from tunesmith.errors import VerificationError
+from tunesmith.errors import ModelError, VerificationError
 from tunesmith.export.large import LookUp, in_rows, is_large_embedding, is_large_linear
 from tunesmith.export.tensors import Checkpoint, Unstreamable, check_whole
 from tunesmith.models.load import TEXT_TOWERS
@@ -162,6 +162,9 @@ class Skeleton:
                     layer.merge(safe_merge=True)  # in a copy: what was read may lie in the file
                 except ValueError as error:
                     raise VerificationError(f"{name}: {error}; nothing was kept") from error
+                except RuntimeError as error:
+                    refuse_without_bias(error, name)
+                    raise
                 layer.merged_adapters.clear()
             return parameter.data
         finally:
@@ -275,13 +278,31 @@ def _both_ways(tied: Mapping[str, str]) -> dict[str, str]:
     return {partner: name for name, partner in tied.items()} | dict(tied)
 
 
+def refuse_without_bias(error: RuntimeError, what: str) -> None:
+    """Raise ModelError if `error` is PEFT's of an adapter with `lora_bias` on a layer without a bias."""
+    if "lora_bias" in str(error):
+        raise ModelError(
+            f"{what}: the adapter has a bias (lora_bias) and the base's layer has none that it could go into; use it unmerged, through PEFT"
+        ) from error
+
+
+def has_own_start(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter (its adapter_config.json) is for a base that its beginning was taken out of."""
+    begun = config.get("init_lora_weights")
+    return isinstance(begun, str) and begun not in LORA_STARTS
+
+
 def refuse_unstreamable(configs: Sequence[Mapping[str, Any]]) -> None:
     """Raise Unstreamable for adapters (their adapter_config.json) that need more of the base than one module's weights."""
     for config in configs:
-        kind, begun = config.get("peft_type"), config.get("init_lora_weights")
+        kind = config.get("peft_type")
         if kind != "LORA":
             raise Unstreamable(f"the adapter is {kind}, not LORA")
-        if isinstance(begun, str) and begun not in LORA_STARTS:
-            raise Unstreamable(f"the adapter's beginning, {begun}, is made from the base's weights")
+        if has_own_start(config):
+            raise Unstreamable(
+                f"the adapter's beginning, {config['init_lora_weights']}, is made from the base's weights"
+            )
+        if config.get("bias") not in (None, "none"):
+            raise Unstreamable("the adapter has biases of the base, which PEFT loads into the base itself")
         if any(config.get(key) for key in ("arrow_config", "layer_replication", "kasa_config")):
             raise Unstreamable("PEFT does not keep the base's layers as they are for this adapter")

@@ -303,14 +303,18 @@ def pad_token(tokenizer: Any) -> int:
     return int(pad if pad is not None else tokenizer.eos_token_id)
 
 
-def weight_hash(source: ModelSource) -> str:
-    """SHA-256 over the hashes of all weight files, by name. Hub files carry theirs; others are hashed once and remembered."""
-    return sha256_text(f"{file.name} {_file_hash(file)}" for file in _weight_files(source.path))
+def weight_hash(source: ModelSource, reread: bool = False) -> str:
+    """SHA-256 over the hashes of all weight files, by name. Hub files carry theirs; others are hashed once and remembered.
+
+    With `reread` every byte is read, whatever a name or the memory says: a file that was changed in place, with its time put back, shows only so.
+    """
+    return sha256_text(f"{file.name} {file_hash(file, reread)}" for file in _weight_files(source.path))
 
 
-def _file_hash(file: Path) -> str:
+def file_hash(file: Path, reread: bool = False) -> str:
+    """SHA-256 of a large file: as the hub's cache names it, as remembered by path, size and time, or read (always, with `reread`)."""
     blob = file.resolve().name
-    if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
+    if not reread and file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", blob):
         return blob  # the hub's cache names a large file by its SHA-256
     stat = file.stat()
     key = f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
@@ -319,8 +323,11 @@ def _file_hash(file: Path) -> str:
         known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
-    if key not in known:
-        known[key] = sha256_file(file)
+    if reread or key not in known:
+        now = sha256_file(file)
+        if known.get(key) == now:
+            return now
+        known[key] = now
         with suppress(OSError, RunError, MachineError):  # a cache that cannot be written costs time, not the run
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_json(memory, known)

@@ -34,6 +34,7 @@ class _Fields(BaseModel):
 class _Base(_Fields):
     name: str | None = None
     weight_hash: Sha256
+    config: dict[str, Any] | None = None
 
 
 class _Hashed(_Fields):
@@ -53,6 +54,7 @@ class Record(_Fields):
     quantization: dict[str, Any] | None = None
     parent: str | None = None
     adapter_sha256: Sha256 | None = None
+    adapter_config: dict[str, Any] | None = None
 
 
 class _Template(_Hashed):

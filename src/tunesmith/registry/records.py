@@ -336,8 +336,13 @@ class Merged:
     density: float | None = None
 
 
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file of a model's folder but its record, by name. `tunesmith push` compares what it finds with these."""
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != RECORD}
+
+
 def write_merged_record(folder: Path, made: Merged) -> None:
-    """Write `tunesmith.json` into a merged model's folder."""
+    """Write `tunesmith.json` into a merged model's folder, last of its files: it holds the hashes of the others."""
     value = {
         "tunesmith": __version__,
         "kind": MERGED,
@@ -350,6 +355,7 @@ def write_merged_record(folder: Path, made: Merged) -> None:
         "method": made.method,
         "weights": made.weights,
         "density": made.density,
+        "files": file_hashes(folder),
     }
     write_json(folder / RECORD, value)
 

@@ -31,6 +31,7 @@ from tunesmith.registry.records import (
     refuse_code,
     without_weights,
 )
+from tunesmith.registry.unchanged import config_changes
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.workflows.inference import Effect, Inference, Setting, autocast
@@ -86,8 +87,8 @@ def verify_adapter(
 ) -> dict[str, Any]:
     """Hash, read and load an adapter, and compare it with what was recorded when it was saved.
 
-    Checked are the file's hash, its tensors (finite, every one with a place in the base, of its shape), the hashes of the base's weights, tokenizer
-    and chat template, and that base and adapter compute numbers. `effects` measures inference unlike training on the fixed prompts: mean KL and top-1
+    Checked are the file's hash, the values of its config, its tensors (finite, every one with a place in the base, of its shape), the hashes of the base's weights (every
+    byte of them is read), tokenizer and chat template, the values of the base's config, and that base and adapter compute numbers. `effects` measures inference unlike training on the fixed prompts: mean KL and top-1
     agreement of each other setting with the trained one, which are `dtype` (what `auto` means here by default) and, for QLoRA, the 16-bit base.
 
     What is measured is remembered: loading in that setting says it at once (workflows/inference.py).
@@ -99,12 +100,12 @@ def verify_adapter(
     place, folder = _place(target)
     missing = _unrecorded(place, folder)
     record = read_adapter(place)
-    checks = [_check_file(folder), _check_tensors(folder)]
+    checks = [_check_file(folder), _check_config(place, folder), _check_tensors(folder)]
     effects: list[dict[str, Any]] = []
     name = str(model or record.base or "")
     found = _find(place, model, device, name, checks)
     if found is not None:
-        differing = differences(found.run, found.adapter, found.source, found.chat)
+        differing = differences(found.run, found.adapter, found.source, found.chat, reread=True)
         checks += [Check("base", False, text) for text in differing]
         if not differing:
             compared = _compared(found, folder)
@@ -151,6 +152,17 @@ def _check_file(folder: Path) -> Check:
     return Check(
         "file", False, f"{WEIGHTS} has sha256 {now}; {recorded} was recorded when it was saved: it was changed since"
     )
+
+
+def _check_config(place: Path, folder: Path) -> Check:
+    """The values of the adapter's config that decide what it computes."""
+    run = RunFolder.open(place).config if RunFolder.is_run(place) else None
+    changed = config_changes(folder, read_record(folder), run)
+    if changed is None:
+        return Check("config", None, f"{CONFIG}: its values were not recorded when it was saved")
+    if changed:
+        return Check("config", False, f"{CONFIG} was changed since it was saved: {', '.join(changed)}")
+    return Check("config", True, f"{CONFIG}: rank, scale, places and kind as recorded")
 
 
 def _check_tensors(folder: Path) -> Check:
@@ -202,7 +214,7 @@ def _unrecorded(place: Path, folder: Path) -> list[str]:
     if RunFolder.is_run(place):
         run = RunFolder.open(place)
         check_metadata(run.path / "metadata.json", run.metadata)
-        return []
+        return [] if record.get("adapter_sha256") else [f"{folder / RECORD} (nothing says which weights were saved)"]
     if record:  # a record names its base's hash at least
         return []
     return [
@@ -214,7 +226,9 @@ def _compared(found: Found, folder: Path) -> list[str]:
     """Which hashes there were to compare."""
     known = found.run.metadata if found.run else read_json(folder / RECORD) or {}
     names = {"base": "weights", "model": "weights", "tokenizer": "tokenizer", "chat_template": "chat template"}
-    return list(dict.fromkeys(words for key, words in names.items() if known.get(key)))
+    compared = list(dict.fromkeys(words for key, words in names.items() if known.get(key)))
+    of_base = known.get("model" if found.run else "base") or {}
+    return [*compared, "config"] if of_base.get("config") else compared
 
 
 def _reload(found: Found, dtype: str, device: str, progress: Progress) -> tuple[Check, list[dict[str, Any]]]:

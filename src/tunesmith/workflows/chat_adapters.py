@@ -15,11 +15,10 @@ from typing import Protocol
 from tunesmith.config import QuantizationConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError
-from tunesmith.models import loftq
 from tunesmith.models.adapters import base_of_adapter
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
-from tunesmith.workflows.load import LoadedModel, load
+from tunesmith.workflows.load import LoadedModel, load, loftq_iterations, read_record
 from tunesmith.workflows.serve_adapters import AdapterReader
 
 NONE = "none"
@@ -157,7 +156,7 @@ def load_with_adapters(
     tuned = run is not None and run.config.method != "full"
     alone = run is None and (path / "adapter_config.json").is_file()
     quantization = run.config.quantization if run is not None and run.config.method == "qlora" else None
-    if run is not None and loftq.iterations_of(run.config.adapter.init_lora_weights):
+    if (run is not None or alone) and loftq_iterations(run, {} if run else read_record(path)):
         raise ConfigError(
             f"{target}: LoftQ changed the base for this adapter, so that no other can share it; chat with it alone"
         )

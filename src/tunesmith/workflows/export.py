@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,12 @@ from tunesmith.errors import ConfigError
 from tunesmith.types import Progress, no_progress
 from tunesmith.workflows.export_gguf import export_gguf
 from tunesmith.workflows.export_quantized import export_quantized
+
+CHECKED = (
+    r"\w+ changes the base weights of the model",  # the merge is compared with what base and adapter compute; a LoRA GGUF is refused
+    r"Model (has|with) `tie_word_embeddings=True` and",  # the merge writes head and embeddings apart
+)
+"""How PEFT's warnings begin that are about what an export compares or refuses in any case."""
 
 
 def export(
@@ -31,13 +40,23 @@ def export(
         given = [("--data", data), ("--calibration-rows", calibration_rows)]
         if useless := [name for name, value in given if value is not None]:
             raise ConfigError(f"{' and '.join(useless)}: only gptq and awq are calibrated; leave it out with --to {to}")
-        return export_gguf(target, types, out, lora=lora, model=model, device=device, progress=progress)
+        with _without_checked_warnings():
+            return export_gguf(target, types, out, lora=lora, model=model, device=device, progress=progress)
     if types or kind.split(",")[0] not in ("gptq", "awq"):
         raise ConfigError(
             f"--to {to}: expected gguf:TYPE, e.g. gguf:q8_0, or several types, gguf:q8_0,q4_k_m; or gptq, awq, or gptq,awq"
         )
     if lora:
         raise ConfigError(f"--lora: --to {to} quantizes whole models, into which the adapter is merged; leave it out")
-    return export_quantized(
-        target, to, out, data=data, calibration_rows=calibration_rows, model=model, device=device, progress=progress
-    )
+    with _without_checked_warnings():
+        return export_quantized(
+            target, to, out, data=data, calibration_rows=calibration_rows, model=model, device=device, progress=progress
+        )
+
+
+@contextmanager
+def _without_checked_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for message in CHECKED:
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        yield

@@ -18,7 +18,16 @@ from typing import Any
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.export.beside import generation_values
-from tunesmith.export.gguf import Exportable, exportable, origin_of, require_packages, write_adapter, write_model
+from tunesmith.export.gguf import (
+    Exportable,
+    exportable,
+    origin_of,
+    refuse_adapter,
+    require_packages,
+    write_adapter,
+    write_model,
+)
+from tunesmith.export.gguf_architectures import describe
 from tunesmith.export.gguf_checks import (
     Reference,
     compare_specials,
@@ -30,15 +39,17 @@ from tunesmith.export.gguf_checks import (
 from tunesmith.export.gguf_llama_cpp import SPEED_TOKENS, LlamaCpp
 from tunesmith.export.gguf_ollama import Match, match, modelfile
 from tunesmith.export.gguf_reading import Weights, Written
+from tunesmith.export.gguf_tokenizer import model_name, vocabulary
 from tunesmith.export.gguf_types import ExportType, find_type
 from tunesmith.export.safetensors import compare_logits, fixed_prompts, plain_logits
-from tunesmith.export.skeleton import Skeleton
+from tunesmith.export.skeleton import Skeleton, has_own_start
 from tunesmith.export.tensors import Unstreamable
 from tunesmith.files import atomic_folder, disk_errors, remove_folder
-from tunesmith.models.load import weight_hash
+from tunesmith.models.load import TEXT_TOWERS, weight_hash
+from tunesmith.registry.records import CONFIG, read_json
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
-from tunesmith.workflows.load import Found, LoadedModel, find, load
+from tunesmith.workflows.load import Found, find, load
 from tunesmith.workflows.merge import merge
 
 MIN_CONTEXT = 512
@@ -51,8 +62,7 @@ class Source:
     chat: ChatFormat
     reference: Reference
     made: Exportable
-    model: Any
-    skeleton: Skeleton | None = None
+    skeleton: Skeleton
     ends: list[int] = field(default_factory=list)
     """The ids that end an answer (generation_config.json)."""
 
@@ -76,7 +86,7 @@ def export_gguf(
     base), what the adapter changes. Raises ConfigError, ModelError, MachineError (a package is missing), and VerificationError; then nothing is
     left that was not there before.
     """
-    kinds = [find_type(one.strip()) for one in types.split(",")]
+    kinds = list({kind.name: kind for kind in (find_type(one.strip()) for one in types.split(","))}.values())
     path = Path(target)
     name = _name(path)
     files = _files(path, name, kinds, Path(out) if out else None, lora)
@@ -151,7 +161,7 @@ def _name(path: Path) -> str:
 
 
 def _files(path: Path, name: str, kinds: Sequence[ExportType], out: Path | None, lora: bool) -> list[Path]:
-    """Where each type goes. Raises RunError for a file that is there already."""
+    """Where each type goes. Raises RunError for a file, or a Modelfile beside it, that is there already."""
     if out is not None and out.suffix == ".gguf":
         if len(kinds) > 1:
             raise ConfigError(f"--out {out} is one file, and {len(kinds)} types were asked for; name a folder")
@@ -162,9 +172,9 @@ def _files(path: Path, name: str, kinds: Sequence[ExportType], out: Path | None,
         files = [folder / f"{name}{'-lora' if lora else ''}-{kind.name}.gguf" for kind in kinds]
     if lora and (len(kinds) > 1 or kinds[0].name not in ("f32", "f16", "bf16", "q8_0")):
         raise ConfigError("--lora: an adapter is written in one of f32, f16, bf16 and q8_0")
-    for file in files:
-        if file.exists():
-            raise RunError(f"{file}: already there; remove it, or pass another --out")
+    for one in (one for file in files for one in (file, file.with_suffix(".Modelfile"))):
+        if one.exists() or one.is_symlink():
+            raise RunError(f"{one}: already there; remove it, or pass another --out")
     return files
 
 
@@ -175,17 +185,60 @@ def _origin(found: Found) -> dict[str, str]:
 
 
 def _tuned(
-    target: str | Path, model: str | Path | None, device: str, prompts: list[list[int]], progress: Progress
-) -> tuple[LoadedModel, Reference]:
-    """Base and adapter in fp32 (which holds 16-bit weights exactly), and what they compute."""
+    found: Found,
+    target: str | Path,
+    model: str | Path | None,
+    device: str,
+    prompts: list[list[int]],
+    progress: Progress,
+    skeleton: Skeleton | None = None,
+) -> Reference:
+    """What base and adapter compute in fp32 (which holds 16-bit weights exactly), and the base alone: `skeleton` of its own files where that is
+    given, and for an adapter that PEFT changes the base's weights for when it is put on.
+    """
+    assert found.adapter is not None
     loaded = load(target, model, "fp32", device, quantized=False, progress=progress)
     adapted = loaded.forward.model
     progress("the source's probabilities", 0, 1)
     logits = plain_logits(adapted, prompts)
-    with adapted.disable_adapter():
-        base = plain_logits(adapted, prompts)
+    if skeleton is None and has_own_start(read_json(found.adapter / CONFIG) or {}):
+        skeleton = _skeleton(found.source.path, found)
+    if skeleton is not None:
+        base = skeleton.logits(prompts)
+    else:
+        with adapted.disable_adapter():
+            base = plain_logits(adapted, prompts)
     progress("the source's probabilities", 1, 1)
-    return loaded, Reference(prompts, logits, base)
+    return Reference(prompts, logits, base)
+
+
+def _skeleton(folder: Path, found: Found) -> Skeleton:
+    """The model in a folder, read from its files, with the tokens that end an answer. Raises ModelError for one that cannot be read so."""
+    try:
+        skeleton = Skeleton(folder, found.hardware.device)
+    except Unstreamable as why:
+        raise ModelError(f"{found.source.name} cannot be exported: {why}") from None
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'}: no model can be made of it: {str(error).splitlines()[0]}"
+        ) from None
+    ends = generation_values(folder, skeleton.model.config).get("eos_token_id")
+    skeleton.model.generation_config.eos_token_id = _ends(ends, folder)
+    return skeleton
+
+
+def _refuse_unwritable(found: Found, name: str) -> None:
+    """Raise ModelError for a model or a tokenizer that GGUF cannot hold, before an adapter is merged for it."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(found.source.path, local_files_only=True)
+    except (ValueError, TypeError, OSError) as error:
+        path = found.source.path / "config.json"
+        raise ModelError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+    describe(config.get_text_config() if config.model_type in TEXT_TOWERS else config)
+    vocabulary(found.tokenizer, len(found.tokenizer))
+    model_name(name, found.tokenizer)
 
 
 def _adapted_source(
@@ -197,10 +250,13 @@ def _adapted_source(
     origin: dict[str, str],
     progress: Progress,
 ) -> Source:
-    loaded, reference = _tuned(target, model, device, fixed_prompts(found.chat), progress)
-    base = loaded.forward.model.get_base_model()
-    made = exportable(base, found.tokenizer, found.chat.template, name, origin)
-    return Source(found.chat, reference, made, loaded.forward.model)
+    """The base, from its own files: those of the model that the adapter was put on may be changed for it."""
+    assert found.adapter is not None
+    skeleton = _skeleton(found.source.path, found)
+    made = exportable(skeleton.model, found.tokenizer, found.chat.template, name, origin)
+    refuse_adapter(found.adapter, made.description)
+    reference = _tuned(found, target, model, device, fixed_prompts(found.chat), progress, skeleton)
+    return Source(found.chat, reference, made, skeleton)
 
 
 def _whole_source(
@@ -218,27 +274,21 @@ def _whole_source(
     """
     prompts, folder, tuned = fixed_prompts(found.chat), found.source.path, None
     if found.adapter is not None:
-        tuned = _tuned(target, model, device, prompts, progress)[1]
+        _refuse_unwritable(found, name)
+        tuned = _tuned(found, target, model, device, prompts, progress)
         # In fp32, so that weights are rounded once, to the file's type: bf16 first moved the logits of a tuned SmolLM2-135M by 5%.
         folder = work / "merged"
         merge(target, folder, model=model, dtype="fp32", device=device, progress=progress)
-    try:
-        skeleton = Skeleton(folder, found.hardware.device)
-    except Unstreamable as why:
-        raise ModelError(f"{found.source.name} cannot be exported: {why}") from None
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise ModelError(
-            f"{folder / 'config.json'}: no model can be made of it: {str(error).splitlines()[0]}"
-        ) from None
-    ends = _ends(generation_values(folder, skeleton.model.config).get("eos_token_id"), folder)
-    skeleton.model.generation_config.eos_token_id = ends
+    skeleton = _skeleton(folder, found)
     made = exportable(skeleton.model, found.tokenizer, found.chat.template, name, origin)
     progress("the source's probabilities", 0, 1)
     logits = skeleton.logits(prompts)
     progress("the source's probabilities", 1, 1)
     if tuned is not None and tuned.base is not None:
         compare_logits(logits, tuned.logits, tuned.base).refuse()
-    return Source(found.chat, tuned or Reference(prompts, logits), made, skeleton.model, skeleton, ends)
+    return Source(
+        found.chat, tuned or Reference(prompts, logits), made, skeleton, skeleton.model.generation_config.eos_token_id
+    )
 
 
 def _ends(ends: Any, folder: Path) -> list[int]:
@@ -253,7 +303,6 @@ def _ends(ends: Any, folder: Path) -> list[int]:
 
 def _write_merged(source: Source, kind: ExportType, file: Path, progress: Progress) -> dict[str, Any]:
     skeleton, made = source.skeleton, source.made
-    assert skeleton is not None
     weights = Weights(skeleton)
     progress(f"writing {kind.name}", 0, 1)
     write_model(file, weights, made, kind)
@@ -284,12 +333,12 @@ def _write_merged(source: Source, kind: ExportType, file: Path, progress: Progre
 
 
 def _write_lora(source: Source, found: Found, kind: ExportType, file: Path, progress: Progress) -> dict[str, Any]:
-    """The adapter's file, verified over its base in f16, which is removed again."""
+    """The adapter's file, verified over its base in f16, as others will have it: from the base's own files. It is removed again."""
     assert found.adapter is not None
     progress(f"writing the adapter in {kind.name}", 0, 1)
     write_adapter(file, found.adapter, source.made, kind.block)
     base = file.with_name("base.gguf")
-    write_model(base, source.model.unload().state_dict(), source.made, find_type("f16"))
+    write_model(base, Weights(source.skeleton), source.made, find_type("f16"))
     progress("verifying the adapter in llama.cpp", 0, 1)
     with LlamaCpp(base, _context(source), file) as opened:
         agreed, allowed, warning = measure_lora(opened, source.reference, kind.name)

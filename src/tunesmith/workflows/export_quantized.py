@@ -49,6 +49,7 @@ from tunesmith.export.compressed import (
 from tunesmith.files import atomic_folder, disk_errors, write_json
 from tunesmith.models.load import TEXT_TOWERS, find_model, load_tokenizer, weight_hash
 from tunesmith.out_of_memory import release_memory
+from tunesmith.registry.records import file_hashes
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
@@ -292,6 +293,7 @@ def _write(
     _compare_texts(folder, loaded.tokenizer, loaded.chat.template, generation)
     del quantized, loaded
     release_memory()
+    files = file_hashes(folder)  # before the comparison: what is verified is what they are of
     agreed, speed = _reloaded(folder, found, method, expected, progress)
     row = {
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
@@ -316,7 +318,7 @@ def _write(
         "calibration": calibration,
         "verified": verified,
     }
-    write_json(folder / RECORD_NAME, record | {"quantized": how})
+    write_json(folder / RECORD_NAME, record | {"quantized": how, "files": files})
     return row
 
 

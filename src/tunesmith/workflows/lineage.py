@@ -12,6 +12,7 @@ from tunesmith.errors import RunError
 from tunesmith.files import sha256_file, sha256_text
 from tunesmith.hardware import Hardware
 from tunesmith.models.adapters import count_parameters
+from tunesmith.models.base_config import computed, config_differences
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource
 from tunesmith.runs import RunFolder
@@ -21,11 +22,15 @@ from tunesmith.workflows.rows import RunData
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "tokenizers", "safetensors", "triton")
 
 
-def refuse_changed(run: RunFolder, base_hash: str, facts: dict[str, Any]) -> None:
+def refuse_changed(run: RunFolder, source: ModelSource, base_hash: str, facts: dict[str, Any]) -> None:
     """A resumed run must see the same base and the same data, or its losses would not be what they would have been."""
     metadata = run.metadata
     if metadata["model"]["weight_hash"] != base_hash:
         raise RunError(f"{run.path}: the base model's weights have changed since this run started; it cannot go on")
+    if changed := config_differences(metadata["model"].get("config"), source):
+        raise RunError(
+            f"{run.path}: {source.path / 'config.json'} computes something else than when this run started: {', '.join(changed)}; restore it"
+        )
     for key, path in (("sha256", "path"), ("eval_sha256", "eval_path"), ("general_sha256", "general_path")):
         if metadata["data"].get(key) != facts.get(key):
             name = facts.get(path)
@@ -58,6 +63,7 @@ def run_metadata(
             "path": str(source.path.absolute()),
             "revision": source.revision,
             "weight_hash": base_hash,
+            "config": computed(source.config),
             "architecture": type(forward.base).__name__,
             "model_type": source.config.get("model_type"),
         },

@@ -14,6 +14,7 @@ from tunesmith.errors import ConfigError, ModelError, RunError
 from tunesmith.hardware import ComputeDType, Hardware, compute_dtype, probe
 from tunesmith.models import loftq
 from tunesmith.models.adapters import base_of_adapter, load_adapter
+from tunesmith.models.base_config import config_differences
 from tunesmith.models.forward import ModelForward
 from tunesmith.models.load import ModelSource, fetch_weights, find_model, load_model, load_tokenizer, weight_hash
 from tunesmith.registry.fields import check_config, check_metadata, check_record
@@ -27,6 +28,7 @@ from tunesmith.registry.records import (
     refuse_code,
     short_settings,
 )
+from tunesmith.registry.unchanged import changes, computed
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.version import __version__
@@ -198,7 +200,7 @@ def find(
         check_training(run, adapter, source, chat, forced)
     record = run.metadata if run else read_record(adapter) if adapter else {}
     quantization = _quantization(config, run, record)
-    iterations = loftq.iterations_of(_beginning(config, run, record))
+    iterations = loftq_iterations(run, record)
     trained = record.get("dtype") if adapter else None
     return Found(run, adapter, source, settings, tokenizer, chat, hardware, computes, quantization, trained, iterations)
 
@@ -210,11 +212,11 @@ def _quantization(config: RunConfig, run: RunFolder | None, record: Mapping[str,
     return QuantizationConfig(**found) if isinstance(found := record.get("quantization"), dict) else None
 
 
-def _beginning(config: RunConfig, run: RunFolder | None, record: Mapping[str, Any]) -> str:
-    """`adapter.init_lora_weights` of a run, or as a lone adapter's record has it: LoftQ's is no adapter for the quantized base."""
+def loftq_iterations(run: RunFolder | None, record: Mapping[str, Any]) -> int:
+    """Of a run, or of a lone adapter's record: LoftQ's adapter is saved for the 16-bit weights, and is none for the quantized ones. 0 for others."""
     if run is not None:
-        return config.adapter.init_lora_weights
-    return str((record.get("settings") or {}).get("adapter.init_lora_weights", "default"))
+        return loftq.iterations_of(run.config.adapter.init_lora_weights)
+    return loftq.iterations_of(str((record.get("settings") or {}).get("adapter.init_lora_weights", "default")))
 
 
 def tokenizer_source(source: ModelSource, adapter: Path | None) -> ModelSource:
@@ -260,7 +262,11 @@ def adapter_record(run: RunFolder, folder: Path) -> dict[str, Any]:
     own = tokenizer_source(ModelSource("", Path()), folder)
     return {
         "tunesmith": __version__,
-        "base": {"name": portable_name(known["model"]["name"]), "weight_hash": known["model"]["weight_hash"]},
+        "base": {
+            "name": portable_name(known["model"]["name"]),
+            "weight_hash": known["model"]["weight_hash"],
+            "config": known["model"].get("config"),
+        },
         "tokenizer": known["tokenizer"],
         "adapter_tokenizer": {"hash": tokenizer_hash(own)} if own.path == folder else None,
         "chat_template": {"hash": known["chat_template"]["hash"]},
@@ -270,6 +276,7 @@ def adapter_record(run: RunFolder, folder: Path) -> dict[str, Any]:
         "quantization": config.quantization.model_dump() if config.method == "qlora" else None,
         "parent": recorded_parent(known["parent"], run.adapter_path),
         "adapter_sha256": adapter_hash(folder),
+        "adapter_config": computed(read_json(folder / CONFIG) or {}),
     }
 
 
@@ -283,10 +290,13 @@ def read_record(adapter: Path) -> dict[str, Any]:
     return record
 
 
-def differences(run: RunFolder | None, adapter: Path | None, source: ModelSource, chat: ChatFormat) -> list[str]:
+def differences(
+    run: RunFolder | None, adapter: Path | None, source: ModelSource, chat: ChatFormat, reread: bool = False
+) -> list[str]:
     """What base, tokenizer and template are other than those that a run, or a lone adapter's record, was trained with.
 
-    What neither says is not compared, but for the weights of the base that a lone adapter's own configuration names (named_base.py). An adapter's own tokenizer and template count instead of the base's, and are compared with what was saved; a run's own template was
+    What neither says is not compared, but for the weights of the base that a lone adapter's own configuration names (named_base.py). With `reread` the
+    bytes of the base are read, and no remembered hash is taken. An adapter's own tokenizer and template count instead of the base's, and are compared with what was saved; a run's own template was
     compared when it was read.
     """
     place: Path | None = run.path if run else adapter
@@ -294,7 +304,7 @@ def differences(run: RunFolder | None, adapter: Path | None, source: ModelSource
     own = tokenizer_source(source, adapter)
     beside = read_record(adapter).get("adapter_tokenizer") or {} if adapter and own is not source else {}
     compared = [
-        ("its weights", "are not those", "on", record.get("base", {}), "weight_hash", weight_hash),
+        ("its weights", "are not those", "on", record.get("base", {}), "weight_hash", lambda base: weight_hash(base, reread)),
         ("its tokenizer", "is not the one", "with", record.get("tokenizer") or {} if own is source else {}, "hash", tokenizer_hash),
         ("the tokenizer beside the adapter", "is not the one", "with", beside, "hash", lambda _: tokenizer_hash(own)),
         ("the chat template", "is not the one", "with", record.get("chat_template") or {}, "hash", lambda _: chat.hash),
@@ -304,6 +314,8 @@ def differences(run: RunFolder | None, adapter: Path | None, source: ModelSource
         for what, is_not, how, known, key, current in compared
         if (trained := known.get(key)) is not None and trained != (now := current(source))
     ]
+    if values := config_differences(record.get("base", {}).get("config"), source):
+        found.append(f"{source.name}: its config.json is not the one that {place} was trained on: {', '.join(values)}")
     if adapter and not run and not _recorded_base(adapter) and (other := named_base_difference(adapter, source)):
         found.insert(0, other)
     return found
@@ -321,7 +333,11 @@ def _recorded_base(adapter: Path) -> bool:
 def check_training(
     run: RunFolder | None, adapter: Path | None, source: ModelSource, chat: ChatFormat, forced: Progress | None
 ) -> None:
-    """Raise ModelError for a base, tokenizer or template other than training's; with `forced`, tell it instead."""
+    """Raise ModelError for a base, tokenizer or template other than training's, and for an adapter that was changed since; with `forced`, tell
+    it instead.
+    """
+    if adapter:
+        refuse_changed_adapter(run, adapter, forced)
     found = differences(run, adapter, source, chat)
     if not found:
         return
@@ -329,5 +345,18 @@ def check_training(
     if forced is None:
         raise ModelError(
             f"{said}; pass the right base with --model (`tunesmith eval --force` measures this one all the same)"
+        )
+    forced(f"{said}; forced", 0, 1)
+
+
+def refuse_changed_adapter(run: RunFolder | None, adapter: Path, forced: Progress | None = None) -> None:
+    """Raise ModelError where the adapter's files are not those that its record says were saved; with `forced`, tell it instead."""
+    changed = changes(adapter, read_record(adapter), run.config if run else None)
+    if not changed:
+        return
+    said = "; ".join(changed)
+    if forced is None:
+        raise ModelError(
+            f"{said}; restore it, or train again (`tunesmith adapters verify` compares all that was recorded)"
         )
     forced(f"{said}; forced", 0, 1)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from tunesmith.errors import ConfigError, MachineError, ModelError, VerificationError
+from tunesmith.errors import ConfigError, MachineError, ModelError, RunError, VerificationError
 from tunesmith.export.beside import GENERATION, generation_values, logits_of_whole, refuse_unlike, tokenizer_differences
-from tunesmith.export.combine import Combination, combination, load_combined
+from tunesmith.export.combine import Combination, combination, load_combined, refuse_uncombined, refuse_unmergeable
 from tunesmith.export.quantized import QuantizedWeights
 from tunesmith.export.safetensors import (
     OTHER_CONFIG,
@@ -25,12 +25,13 @@ from tunesmith.export.safetensors import (
     merge_adapter,
     refuse_other_logits,
 )
-from tunesmith.export.skeleton import Read, Skeleton, refuse_unstreamable
+from tunesmith.export.skeleton import Read, Skeleton, refuse_unstreamable, refuse_without_bias
 from tunesmith.export.streamed import Written, proven_logits, write_merged
 from tunesmith.export.tensors import TensorFiles, Unstreamable
 from tunesmith.files import atomic_folder, write_json
 from tunesmith.hardware import Hardware, free_memory_gb, torch_dtype
 from tunesmith.models.adapters import expert_paths
+from tunesmith.models.base_config import computed, config_differences
 from tunesmith.models.load import ModelSource, load_model, weight_hash
 from tunesmith.registry.records import Merged, adapter_hash, adapter_name, portable_name, write_merged_record
 from tunesmith.runs import RunFolder
@@ -39,6 +40,9 @@ from tunesmith.workflows.lineage import tokenizer_hash
 from tunesmith.workflows.load import Found, find, load_plain, unchecked_base
 
 ONTO = ("16bit", "quantized")
+
+NOTHING = 1e-6
+"""Relative change of the logits below which an adapter does nothing: fp32 computes the same twice no better."""
 
 WHOLE_GB, WHOLE_SHARE = 1.0, 0.5
 """A merged model is loaded whole, to compare that too, where it has at most so many GB more than its largest shard (the merge promises to stay
@@ -68,7 +72,7 @@ def merge(
     {16bit, quantized}`: KL of either merge from the quantized base with its adapter. Raises VerificationError, and keeps nothing, on a mismatch.
     """
     targets = [target] if isinstance(target, (str, Path)) else list(target)
-    if not targets:
+    if not targets or not all(map(str, targets)):
         raise ConfigError("nothing to merge: name a run or an adapter")
     if onto not in ONTO:
         raise ConfigError(f"onto is {onto!r}: expected {' or '.join(ONTO)}")
@@ -77,20 +81,30 @@ def merge(
         if RunFolder.is_run(each) and RunFolder.open(each).config.method == "full":
             raise ModelError(f"{each}: a full fine-tuning has no adapter to merge; its model is {Path(each) / 'model'}")
     folder = Path(out) if out else _default_out(Path(targets[0]), how)
+    if folder.is_symlink() and not folder.exists():
+        raise RunError(
+            f"{folder}: a link to {folder.readlink()}, which is not there; remove it, or choose another --out"
+        )
     RunFolder.refuse_existing(folder)
     # Merged weights are computed in fp32 and rounded when they are written: a device need not be able to train in the type.
     found = [find(each, model, "fp32" if dtype == "fp16" else dtype, device) for each in targets]
     if dtype == "fp16":
         found = [replace(each, dtype="fp16") for each in found]
+    elif dtype == "auto":  # what it was trained in, as its run or the record beside it says
+        found = [replace(each, dtype=each.trained_dtype or each.dtype) for each in found]  # type: ignore[arg-type]  # it was checked
     for number, one in enumerate(found):
         if one.adapter is None:
             raise ModelError(f"{targets[number]}: there is no adapter to merge; pass a run or a PEFT adapter folder")
     first = found[0]
+    folders = [each.adapter for each in found if each.adapter]
+    refuse_unmergeable(folders)
+    if how is not None:
+        refuse_uncombined(folders)
     notes = _refuse_unlike(found)
     notes += _other_ends(first)
     notes += [note for one in found if (note := unchecked_base(one.run, one.adapter, one.source))]
     if onto == "quantized":
-        _refuse_unquantized(first)
+        _refuse_unquantized(found)
     streamed = True
     try:
         refuse_unstreamable([_adapter_config(each) for each in found])
@@ -104,6 +118,12 @@ def merge(
         progress(notes[-1], 0, 1)
         check, facts = _in_memory(found, folder, how, onto, notes, progress)
         streamed = False
+    if check.effect < NOTHING:
+        what = "the adapters, combined like this, change" if how else "the adapter changes"
+        notes.append(
+            f"{what} nothing (logits by {check.effect:.1e}): the merged model computes what the base does"
+            + (f"; look at {'--weights and --density' if how.density else '--weights'}" if how else "")
+        )
     return {
         "path": str(folder),
         "dtype": first.dtype,
@@ -122,6 +142,7 @@ def merge(
 
 def _default_out(path: Path, how: Combination | None) -> Path:
     ending = f"merged-{how.method}" if how else "merged"
+    path = path if path.name not in ("", "..") else path.resolve()
     return path / ending if RunFolder.is_run(path) else path.with_name(f"{path.name}-{ending}")
 
 
@@ -140,6 +161,11 @@ def _refuse_unlike(found: Sequence[Found]) -> list[str]:
             raise ModelError(
                 f"{other.adapter} is for the base {other.source.name}, {first.adapter} for {first.source.name}, whose weights differ; "
                 "adapters merge over one base"
+            )
+        if unlike := config_differences(computed(first.source.config), other.source):
+            raise ModelError(
+                f"{other.adapter} is for {other.source.name}, {first.adapter} for {first.source.name}, which have the same weights and another "
+                f"config.json: {', '.join(unlike)}; adapters merge over one base"
             )
         if unlike := tokenizer_differences(first.tokenizer, other.tokenizer):
             raise ModelError(
@@ -171,15 +197,29 @@ def _other_ends(found: Found) -> list[str]:
     ]
 
 
-def _refuse_unquantized(found: Found) -> None:
-    if found.quantization is None:
-        raise ModelError(
-            f"--onto quantized: {found.adapter} was not trained over a quantized base, as far as is known; leave it out"
-        )
-    if found.loftq:
-        raise ModelError(
-            "--onto quantized: a LoftQ adapter is saved for the 16-bit weights, as its difference from its beginning; leave it out"
-        )
+def _refuse_unquantized(found: Sequence[Found]) -> None:
+    for one in found:
+        if one.quantization is None:
+            raise ModelError(
+                f"--onto quantized: {one.adapter} was not trained over a quantized base, as far as is known; leave it out"
+            )
+        if one.loftq:
+            raise ModelError(
+                "--onto quantized: a LoftQ adapter is saved for the 16-bit weights, as its difference from its beginning; leave it out"
+            )
+        if one.quantization != found[0].quantization:
+            raise ModelError(
+                f"--onto quantized: {one.adapter} was trained over a base in {one.quantization.scheme} (double_quant "
+                f"{one.quantization.double_quant}), {found[0].adapter} over another one; leave it out"
+            )
+
+
+def _trained_over_one(found: Sequence[Found]) -> bool:
+    """Whether all were trained over the same quantized base, and are saved for it. LoftQ's are not."""
+    return found[0].quantization is not None and all(
+        one.quantization == found[0].quantization and one.trained_dtype == found[0].trained_dtype and not one.loftq
+        for one in found
+    )
 
 
 def _streamed(
@@ -191,7 +231,7 @@ def _streamed(
     progress("reading the base", 0, 1)
     skeleton = Skeleton(first.source.path, device)
     spared = SPARED if expert_paths(skeleton.model) else 0.0
-    quantized = _quantized(first, skeleton, onto, notes)
+    quantized = _quantized(found, skeleton, onto, notes)
     skeleton.put_on(load_combined(skeleton.model, [each.adapter for each in found if each.adapter], how))
     progress("reading the base", 1, 1)
 
@@ -241,14 +281,19 @@ def _streamed(
     return check, {"files": written.files, "bytes": written.bytes, **facts}
 
 
-def _quantized(found: Found, skeleton: Skeleton, onto: str, notes: list[str]) -> QuantizedWeights | None:
-    """The base as training quantized it, where it did and that can be measured here."""
-    if found.quantization is None or found.loftq:
+def _quantized(found: Sequence[Found], skeleton: Skeleton, onto: str, notes: list[str]) -> QuantizedWeights | None:
+    """The base as training quantized it, where it did so for every adapter and that can be measured here."""
+    first = found[0]
+    if not _trained_over_one(found) or first.quantization is None:
+        if len(found) > 1 and any(one.quantization for one in found):
+            notes.append(
+                "how far the merge is from a quantized base is not measured: not all were trained over the same one"
+            )
         return None
     try:
         # Training quantized from its compute type, which need not be the one that is written now.
-        trained: Any = found.trained_dtype or found.dtype
-        weights = QuantizedWeights(skeleton, found.quantization, torch_dtype(trained))
+        trained: Any = first.trained_dtype or first.dtype
+        weights = QuantizedWeights(skeleton, first.quantization, torch_dtype(trained))
     except MachineError as error:
         if onto == "quantized":
             raise
@@ -345,7 +390,7 @@ def _in_memory(
             raise VerificationError(f"the merged model does not load back: {error}; nothing was kept") from error
 
     progress("merging", 0, 1)
-    if first.quantization is not None:
+    if any(each.quantization for each in found):
         notes.append(
             "how far the merge is from what was trained over the quantized base is not measured: it was merged in memory"
         )
@@ -365,7 +410,11 @@ def _in_memory(
             folder, first.tokenizer, first.chat, generation, str(torch_dtype(first.dtype)).removeprefix("torch.")
         )
 
-    check, costs = merge_adapter(adapted, first.chat, out, first.dtype, write_beside, reload)
+    try:
+        check, costs = merge_adapter(adapted, first.chat, out, first.dtype, write_beside, reload)
+    except RuntimeError as error:
+        refuse_without_bias(error, str(first.adapter))
+        raise
     if costs:
         notes.append(costs)
     progress("merging", 1, 1)

@@ -15,9 +15,11 @@ from typing import Any
 from tunesmith.errors import ConfigError, ModelError, RunError, UserError, VerificationError
 from tunesmith.export.card import HUB_ID, CardRequest, write_card
 from tunesmith.export.card_records import Evaluation, Metadata, Metrics, QuantizedHow, check_record
-from tunesmith.export.gguf import gguf_adapter_hash, trained_hash
+from tunesmith.export.gguf import gguf_adapter_hash, gguf_seal, trained_hash
 from tunesmith.export.hub import CARD, check_names, push_package
 from tunesmith.export.package import (
+    TEXTS,
+    WEIGHTS,
     Package,
     gguf_kind,
     kind_of_folder,
@@ -27,10 +29,14 @@ from tunesmith.export.package import (
     refuse_links,
 )
 from tunesmith.export.private import leaf
-from tunesmith.registry.records import RECORD, merged_from, read_json
+from tunesmith.files import sha256_file, sha256_text
+from tunesmith.models.load import ModelSource
+from tunesmith.registry.records import MERGED, RECORD, merged_from, read_json
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.workflows.evaluate import tuned_hash
+from tunesmith.workflows.lineage import tokenizer_hash
+from tunesmith.workflows.load import TEMPLATE_NAME
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]*")
 """The hub's identifiers of licenses: apache-2.0, mit, llama3.2, other."""
@@ -158,12 +164,14 @@ def _made(run: RunFolder, what: str, full: bool, base: str, metadata: Mapping[st
     if what == "adapter":
         package = package_folder(trained, "adapter", base)
         weights = trained_hash(trained)
-        recorded = (read_json(trained / RECORD) or {}).get("adapter_sha256")
+        record = read_json(trained / RECORD) or {}
+        recorded = record.get("adapter_sha256")
         if recorded not in (None, weights):
             raise VerificationError(
                 f"{trained}: its weights are not those that training wrote (recorded {str(recorded)[:12]}, found {weights[:12]}); "
                 "nothing was uploaded"
             )
+        _refuse_other_text(trained, record, str(metadata["chat_template"]["hash"]))
         return _Made(package, weights, {})
     if what == "merged" and full:
         return _Made(package_folder(trained, kind_of_folder(trained), base), trained_hash(trained), {})
@@ -177,11 +185,68 @@ def _made(run: RunFolder, what: str, full: bool, base: str, metadata: Mapping[st
         raise UserError(
             f"--what {what!r}: expected adapter, merged, or the path of a model's folder or of a .gguf file"
         )
+    kind = kind_of_folder(path)
     weights = trained_hash(trained)
     _refuse_foreign(run, path, weights, str(metadata["model"]["weight_hash"]))
-    kind = kind_of_folder(path)
     quantized = _quantized(path) if kind == "quantized" else {}
-    return _Made(package_folder(path, kind, base), weights, quantized)
+    package = package_folder(path, kind, base)
+    _refuse_changed(run, path, package)
+    return _Made(package, weights, quantized)
+
+
+def _refuse_other_text(adapter: Path, record: Mapping[str, Any], template_hash: str) -> None:
+    """Raise VerificationError unless the template beside an adapter, and its tokenizer, are those that training wrote there."""
+    path = adapter / TEMPLATE_NAME
+    found = sha256_text([path.read_bytes().decode("utf-8", "replace")]) if path.is_file() else "none"
+    if found != template_hash:
+        raise VerificationError(
+            f"{path}: is not the chat template that the run was trained with (recorded {template_hash[:12]}, found {found[:12]}); nothing was "
+            "uploaded; restore it"
+        )
+    if "adapter_tokenizer" not in record:
+        return
+    known, nothing = record["adapter_tokenizer"], sha256_text([])
+    recorded = str(known.get("hash")) if isinstance(known, dict) else nothing
+    found = tokenizer_hash(ModelSource("", adapter))
+    if found != recorded:
+        then, now = ("none" if one == nothing else one[:12] for one in (recorded, found))
+        raise VerificationError(
+            f"{adapter}: the tokenizer in it is not the one that training wrote (recorded {then}, found {now}); nothing was "
+            "uploaded; restore it"
+        )
+
+
+def _refuse_changed(run: RunFolder, folder: Path, package: Package) -> None:
+    """Raise VerificationError unless what goes up of a model's folder are the files that were written and verified, as its record has them."""
+    recorded = (read_json(folder / RECORD) or {}).get("files")
+    again = _again(run, folder)
+    if not isinstance(recorded, dict) or not recorded:
+        raise VerificationError(
+            f"{folder}: its {RECORD} has no hashes of the files that were verified, as an earlier version wrote it, so that damage would not be "
+            f"seen; nothing was uploaded; {again}"
+        )
+    files = [file for file in package.files if file.name != RECORD]
+    found = {
+        file.name: file.sha256 if isinstance(file.source, Path) else sha256_file(folder / file.name) for file in files
+    }
+    taken = {name: value for name, value in recorded.items() if name in TEXTS or WEIGHTS[package.kind].fullmatch(name)}
+    for name in sorted(found.keys() | taken.keys(), key=lambda name: (name in TEXTS, name)):
+        if found.get(name) == taken.get(name):
+            continue
+        what = "is not the file that was" if name in TEXTS else "its weights are damaged, not those that were"
+        there = f"recorded {str(taken.get(name, 'none'))[:12]}, found {found.get(name, 'none')[:12]}"
+        raise VerificationError(f"{folder / name}: {what} verified ({there}); nothing was uploaded; {again}")
+
+
+def _again(run: RunFolder, folder: Path) -> str:
+    """How a folder that was made of a run is made anew. Only one that says that it was made so may be removed for it."""
+    record = read_json(folder / RECORD) or {}
+    how = record.get("quantized")
+    if isinstance(how, dict) and how.get("method") in ("gptq", "awq"):
+        return f"remove it, and export again: `tunesmith export {run.path} --to {how['method']} --out {folder}`"
+    if record.get("kind") == MERGED:
+        return f"remove it, and merge again: `tunesmith merge {run.path} --out {folder}`"
+    return f"merge again into a folder that is not there yet: `tunesmith merge {run.path} --out FOLDER`"
 
 
 def _gguf(run: RunFolder, path: Path, weights: str) -> _Made:
@@ -203,12 +268,23 @@ def _gguf(run: RunFolder, path: Path, weights: str) -> _Made:
             f"{path}: was made of other weights than the run has now (it holds {found[:12]}, the run has {weights[:12]}); nothing was "
             f"uploaded; {again}"
         )
+    sealed = gguf_seal(path)
+    if sealed is None:
+        raise VerificationError(
+            f"{path}: does not hold the hash of what was verified, as an earlier version wrote it, so that damage would not be seen; nothing was "
+            f"uploaded; {again}"
+        )
+    if sealed[0] != sealed[1]:
+        raise VerificationError(
+            f"{path}: its weights or metadata are damaged, not those that were verified (recorded {sealed[0][:12]}, found {sealed[1][:12]}); "
+            f"nothing was uploaded; {again}"
+        )
     return _Made(package_gguf(path, gguf_kind(path)), weights, {})
 
 
 def _refuse_foreign(run: RunFolder, folder: Path, weights: str, base_hash: str) -> None:
     """Raise VerificationError unless the model in `folder` was made of the run's present weights, and of nothing else."""
-    again = f"remove it, and merge again: `tunesmith merge {run.path} --out {folder}`"
+    again = _again(run, folder)
     source = (read_json(folder / RECORD) or {}).get("source")
     if isinstance(source, dict) and source.get("weight_hash") == weights:
         return  # a full fine-tuning's own model, quantized

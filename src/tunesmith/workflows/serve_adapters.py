@@ -10,7 +10,6 @@ from tunesmith.config import ModelConfig, QuantizationConfig
 from tunesmith.data.chat import ChatFormat
 from tunesmith.errors import ModelError
 from tunesmith.hardware import ComputeDType, torch_dtype
-from tunesmith.models import loftq
 from tunesmith.models.adapters import find_adapter
 from tunesmith.models.generate import end_tokens
 from tunesmith.models.load import load_tokenizer
@@ -23,7 +22,9 @@ from tunesmith.workflows.load import (
     LoadedModel,
     chat_format,
     differences,
+    loftq_iterations,
     read_record,
+    refuse_changed_adapter,
     tokenizer_source,
     unchecked_base,
 )
@@ -85,6 +86,11 @@ class AdapterReader:
             chat = ChatFormat(tokenizer, str(template))
         else:
             chat = self.base.chat if own is source else ChatFormat(tokenizer)
+        refuse_changed_adapter(run, folder)
+        if self.quantization is not None and loftq_iterations(run, read_record(folder)):
+            raise ModelError(
+                f"{path}: LoftQ's adapter is saved for the base's 16-bit weights, and this base is quantized; serve it over one that is not"
+            )
         if found := differences(run, folder, source, chat):
             trained_on = _base_of(run, folder) or "that base"
             raise ModelError(
@@ -135,7 +141,7 @@ class AdapterReader:
         trained, used = unlike.trained, unlike.used
         if trained.dtype != used.dtype and "--dtype" in self.options:
             asked.append(f"--dtype {trained.dtype}")
-        if trained.quantization != used.quantization:
+        if trained.quantization != used.quantization and not unlike.loftq:
             if "--quantization" not in self.options:
                 return said
             if trained.quantization is None:
@@ -172,7 +178,7 @@ class AdapterReader:
         used = Setting(self.base.dtype, self.quantization)
         if trained == used:
             return None
-        iterations = loftq.iterations_of(run.config.adapter.init_lora_weights) if run else 0
+        iterations = loftq_iterations(run, record)
         return Inference(folder, self.base.source, chat, self.base.hardware.device, trained, used, iterations)
 
 

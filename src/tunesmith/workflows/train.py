@@ -80,7 +80,14 @@ from tunesmith.types import (
 from tunesmith.workflows.diagnosis import diagnose
 from tunesmith.workflows.dry_step import DryStep, calibrated
 from tunesmith.workflows.lineage import refuse_changed, run_metadata
-from tunesmith.workflows.load import RECORD_NAME, TEMPLATE_NAME, adapter_record, chat_format, tokenizer_source
+from tunesmith.workflows.load import (
+    RECORD_NAME,
+    TEMPLATE_NAME,
+    adapter_record,
+    chat_format,
+    refuse_changed_adapter,
+    tokenizer_source,
+)
 from tunesmith.workflows.measure import StepTimes, keep_measured
 from tunesmith.workflows.rows import RunData, read_rows, tokenize_rows
 from tunesmith.workflows.rules import settings_warnings
@@ -357,6 +364,9 @@ def check(config: RunConfig, existing: RunFolder | None = None, progress: Progre
     if config.method == "qlora":
         refuse_quantizing_again(source)
     beginning = find_adapter(Path(config.adapter.init_from)) if config.adapter.init_from else None
+    if beginning:
+        of = Path(config.adapter.init_from)  # type: ignore[arg-type]  # there is a beginning
+        refuse_changed_adapter(RunFolder.open(of) if RunFolder.is_run(of) else None, beginning)
     with_tokenizer = tokenizer_source(source, beginning)
     tokenizer = load_tokenizer(with_tokenizer, config.model)
     new_ids = add_tokens(tokenizer, config.adapter.new_tokens)
@@ -379,7 +389,7 @@ def _build(
     config.model.revision = source.revision  # what a branch meant when it began
     base_hash = weight_hash(source)
     if existing:
-        refuse_changed(existing, base_hash, data.facts)
+        refuse_changed(existing, source, base_hash, data.facts)
 
     progress("loading the model", 0, 1)
     limit_memory(config, hardware)
