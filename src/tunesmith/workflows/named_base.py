@@ -50,6 +50,7 @@ def _is_named(named: str, source: ModelSource) -> bool:
 
 
 def _folder(named: str) -> Path | None:
+    """What is at that place on this disk; None where nothing is."""
     try:
         folder = Path(named).expanduser().resolve()
         return folder if folder.exists() else None
