@@ -216,6 +216,15 @@ def test_a_gguf_file_that_changed_since_it_was_verified_is_refused(
     push(run, NAME, what=str(file))
 
 
+def test_an_adapter_whose_config_was_changed_is_refused(run: Path, hub: StubHub) -> None:
+    path = run / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "lora_alpha": 999}))
+    with pytest.raises(VerificationError, match=r"adapter_config.json: is not what training wrote: lora_alpha 999"):
+        push(run, NAME)
+    assert hub.requests == []
+
+
 def test_another_template_or_tokenizer_beside_an_adapter_is_refused(run: Path, hub: StubHub) -> None:
     template = run / "adapter" / "chat_template.jinja"
     before = template.read_bytes()

@@ -32,6 +32,7 @@ from tunesmith.export.private import leaf
 from tunesmith.files import sha256_file, sha256_text
 from tunesmith.models.load import ModelSource
 from tunesmith.registry.records import MERGED, RECORD, merged_from, read_json
+from tunesmith.registry.unchanged import config_changes
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
 from tunesmith.workflows.evaluate import tuned_hash
@@ -170,6 +171,10 @@ def _made(run: RunFolder, what: str, full: bool, base: str, metadata: Mapping[st
             raise VerificationError(
                 f"{trained}: its weights are not those that training wrote (recorded {str(recorded)[:12]}, found {weights[:12]}); "
                 "nothing was uploaded"
+            )
+        if changed := config_changes(trained, record, run.config):
+            raise VerificationError(
+                f"{trained / 'adapter_config.json'}: is not what training wrote: {', '.join(changed)}; nothing was uploaded"
             )
         _refuse_other_text(trained, record, str(metadata["chat_template"]["hash"]))
         return _Made(package, weights, {})
