@@ -278,3 +278,18 @@ def test_a_named_base_in_the_hubs_cache_is_compared(
     index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
     (cached / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "which is not on this machine" in warnings(foreign, tiny_model)[0], "half of it was fetched"
+
+
+def test_a_named_base_that_is_stored_quantized_is_said_and_not_refused(
+    foreign: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Adapters that others trained over a 4-bit copy are meant for the 16-bit weights too."""
+    stored = make_tiny_model(tmp_path / "tiny-bnb-4bit", seed=9)
+    config = json.loads((stored / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (stored / "config.json").write_text(json.dumps(config))
+    name_base(foreign, str(stored))
+    (said,) = warnings(foreign, tiny_model)
+    assert said == (
+        f"warning: {foreign}: it was trained on {stored}, which is stored quantized: whether {tiny_model} has the same weights was not checked"
+    )

@@ -1,7 +1,8 @@
 """A lone adapter without a record: is the base that it is loaded over the one that its configuration names?
 
 PEFT saves the base's name and nothing of its weights. Where that base is on this disk, in a folder or in the hub's cache, the weights
-are compared as a record's would be; nothing is fetched for it. Where it is not, that is said.
+are compared as a record's would be; nothing is fetched for it. Where it is not, that is said. A base that is stored quantized has other
+files than the one it was made of, over which its adapters are meant to be used too: that is said, not refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def named_base_difference(adapter: Path, source: ModelSource) -> str | None:
     """What is other about a base than about the one that the adapter's configuration names, None where nothing is or nobody knows."""
     named = _named(adapter)
     base = None if named is None or _is_named(named, source) else _local(named, adapter)
-    if base is None:
+    if base is None or _is_quantized(base) != _is_quantized(source):
         return None
     now, trained = weight_hash(source), weight_hash(base)
     if now == trained:
@@ -31,8 +32,13 @@ def named_base_note(adapter: Path, source: ModelSource) -> str | None:
     named = _named(adapter)
     if named is None:
         return f"{adapter}: nothing says which base it was trained on, so that nobody knows whether {source.name} is the right one"
-    if _is_named(named, source) or _local(named, adapter) is not None:
+    if _is_named(named, source):
         return None
+    if (base := _local(named, adapter)) is not None:
+        if _is_quantized(base) == _is_quantized(source):
+            return None
+        how = "quantized" if _is_quantized(base) else "not quantized"
+        return f"{adapter}: it was trained on {named[:200]}, which is stored {how}: whether {source.name} has the same weights was not checked"
     return (
         f"{adapter}: it was trained on {named[:200]}, which is not on this machine, and nothing was recorded of its weights: whether "
         f"{source.name} has the same ones was not checked"
@@ -47,6 +53,10 @@ def _named(adapter: Path) -> str | None:
 def _is_named(named: str, source: ModelSource) -> bool:
     """Whether a base is the very one that is named: the same place, or the same name on the hub."""
     return named == source.name or _folder(named) == source.path.resolve()
+
+
+def _is_quantized(source: ModelSource) -> bool:
+    return (read_json(source.path / "config.json") or {}).get("quantization_config") is not None
 
 
 def _folder(named: str) -> Path | None:
