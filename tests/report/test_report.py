@@ -307,7 +307,7 @@ def test_values_of_the_wrong_type_are_not_numbers() -> None:
     ("file", "content", "said"),
     [
         ("events.jsonl", b"{}\nnonsense\n", "events.jsonl:2: not a JSON event"),
-        ("events.jsonl", b"[1]\n", "events.jsonl is damaged (AttributeError"),
+        ("events.jsonl", b"[1]\n", "events.jsonl:1: not a JSON event"),
         ("events.jsonl", b'{"event": "resume"}\n', "events.jsonl is damaged (KeyError"),
         ("metadata.json", b"{", "metadata.json: cannot be read"),
         ("metrics.json", b"[]", "metrics.json: expected a JSON object"),

@@ -10,6 +10,7 @@ from sweeps import RANKS, SHORT, answer, change_json, copy_sweep, state_of
 
 from tiny import chat_rows, write_jsonl
 from tunesmith.errors import ConfigError, DataError, RunError
+from tunesmith.evaluation import task_part
 from tunesmith.evaluation.subject import Subject
 from tunesmith.workflows.compare import compare
 from tunesmith.workflows.sweep import sweep
@@ -194,9 +195,21 @@ def test_the_loss_of_texts_is_compared_text_by_text(config: Path, tmp_path: Path
     assert second["against_best"]["stderr"] < 0.7 * (first["stderr"] ** 2 + second["stderr"] ** 2) ** 0.5
 
 
-def test_a_metric_whose_rows_are_not_kept_has_no_test(config: Path, tmp_path: Path, no_reports: None) -> None:
+def test_a_metric_whose_rows_are_not_kept_has_no_test(
+    config: Path, tmp_path: Path, no_reports: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in evaluations that did not keep the sizes of texts; with them there is one."""
     texts = write_jsonl(tmp_path / "texts.jsonl", [{"text": "glass and paper"}, {"text": "a tin"}])
-    result = sweep(config, ["adapter.r=2,3"], out=tmp_path / "a", data=texts, metric="bits_per_byte", settings=SHORT)
+    asked: dict[str, Any] = {"data": texts, "metric": "bits_per_byte", "settings": SHORT}
+    tested = sweep(config, ["adapter.r=2,3"], out=tmp_path / "tested", **asked)
+    assert sum(run["against_best"] is not None for run in tested["runs"]) == 1
+    rows = task_part._loss_rows
+
+    def without_sizes(*given: Any) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key != "bytes"} for row in rows(*given)]
+
+    monkeypatch.setattr(task_part, "_loss_rows", without_sizes)
+    result = sweep(config, ["adapter.r=2,3"], out=tmp_path / "a", **asked)
     assert [run["against_best"] for run in result["runs"]] == [None, None]
     assert result["within_error"] == []
     assert result["conclusions"][1:] == [
