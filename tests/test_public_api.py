@@ -109,7 +109,7 @@ def test_the_example_of_the_page_runs(
         port = free.getsockname()[1]
     serve = tunesmith.serve
     monkeypatch.setitem(vars(tunesmith), "serve", stops_at_once)
-    exec(example, {})  # noqa: S102
+    exec(example, {})  # noqa: S102 - the page's own code
     assert asked == ["assistant"]
 
 
@@ -186,7 +186,7 @@ def test_the_example_of_the_documentation_runs(
         "evaluation: {max_new_tokens: 2}\n"
     )
     monkeypatch.chdir(tmp_path)
-    exec(example, {})  # noqa: S102
+    exec(example, {})  # noqa: S102 - the page's own code
     metrics = ast.literal_eval(capsys.readouterr().out.strip())
     assert list(metrics) == ["accuracy", "exact_match", "macro_f1", "micro_f1"]
     assert (tmp_path / "runs" / "first" / "report.html").is_file()

@@ -73,3 +73,9 @@ class Interrupted(TunesmithError):
     """Stopped by SIGINT or SIGTERM after the state was saved."""
 
     exit_code = 130
+
+
+def shown(value: object) -> str:
+    """A value in a message, as Python writes it, cut to 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -158,6 +158,24 @@ def _rename_or_keep(temporary: Path, path: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def work_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to make it in. It goes when the block ends, and with it, where the block fails, the folders that were made for it;
+    what a killed process left there goes when the next one begins.
+    """
+    missing = [one for one in path.parents if not one.exists()]
+    place = path.with_name(f".{path.name}-export")
+    try:
+        with atomic_folder(place) as work:
+            yield work
+        remove_folder(place)
+    except BaseException:  # Ctrl-C too
+        for one in missing:
+            with suppress(OSError):  # others have put something there
+                one.rmdir()
+        raise
+
+
 def remove_folder(path: Path) -> None:
     """Remove a folder; it vanishes from its place in one step, so that no reader sees half of it."""
     doomed = path

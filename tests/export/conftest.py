@@ -66,3 +66,18 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(evaluated: Path, tmp_path: Path) -> Path:
     """A copy of it that a test may write into."""
     return copy_run(evaluated, tmp_path / "run")
+
+
+@pytest.fixture(params=["streamed", "in memory"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of merging; nothing is streamed in the second."""
+    from tunesmith.export.tensors import Unstreamable
+    from tunesmith.workflows import merge as workflow
+
+    def refuse(_: Any) -> None:
+        raise Unstreamable("the test says so")
+
+    if request.param == "in memory":
+        monkeypatch.setattr(workflow, "refuse_unstreamable", refuse)
+    found: str = request.param
+    return found

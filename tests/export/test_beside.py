@@ -31,17 +31,6 @@ def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_run(tiny_run(tmp_path_factory), tmp_path / "run")
 
 
-@pytest.fixture(params=["streamed", "in memory"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    def refuse(_: Any) -> None:
-        raise Unstreamable("the test says so")
-
-    if request.param == "in memory":
-        monkeypatch.setattr(workflow, "refuse_unstreamable", refuse)
-    way: str = request.param
-    return way
-
-
 def left(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 

@@ -445,14 +445,19 @@ def test_two_methods_are_kept_together_or_not_at_all(
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("chat_template.jinja", "<|im_end|>", "<|end|>", "chat template is another string"),
+        ("chat_template.jinja", "<|im_end|>", "<|end|>", "chat template renders"),
         (
             "generation_config.json",
             '"eos_token_id": 257',
             '"eos_token_id": 5',
-            "generation config differs in eos_token_id",
+            "generation_config.json: eos_token_id is 5 instead of 257",
         ),
-        ("tokenizer.json", '"add_prefix_space": false', '"add_prefix_space": true', "other tokens of a difficult text"),
+        (
+            "tokenizer.json",
+            '"add_prefix_space": false',
+            '"add_prefix_space": true',
+            "its tokenizer: another pre_tokenizer",
+        ),
     ],
 )
 def test_texts_that_come_back_otherwise_are_found(
@@ -466,12 +471,13 @@ def test_texts_that_come_back_otherwise_are_found(
     shutil.copytree(exported[0], folder)
     tokenizer = AutoTokenizer.from_pretrained(model)
     generation = plain(model).generation_config.to_dict()
-    workflow._compare_texts(folder, tokenizer, tokenizer.chat_template, generation)
+    chat = ChatFormat(tokenizer)
+    workflow._compare_texts(folder, tokenizer, chat, generation)
     text = (folder / file).read_text()
     assert old in text
     (folder / file).write_text(text.replace(old, new))
     with pytest.raises(VerificationError, match=message):
-        workflow._compare_texts(folder, tokenizer, tokenizer.chat_template, generation)
+        workflow._compare_texts(folder, tokenizer, chat, generation)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

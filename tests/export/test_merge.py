@@ -29,7 +29,6 @@ from tunesmith.export.safetensors import (
     merge_adapter,
 )
 from tunesmith.export.skeleton import PEFT_PARTS, Skeleton
-from tunesmith.export.tensors import Unstreamable
 from tunesmith.hardware import probe
 from tunesmith.models.adapters import add_adapter
 from tunesmith.models.load import find_model, load_model, load_tokenizer
@@ -249,20 +248,6 @@ def test_a_model_has_nothing_to_merge(tiny_model: Path, tmp_path: Path) -> None:
 
 
 # -- what is found out ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["streamed", "in memory"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of merging; nothing is streamed in the second."""
-    from tunesmith.workflows import merge as workflow
-
-    def refuse(_: Any) -> None:
-        raise Unstreamable("the test says so")
-
-    if request.param == "in memory":
-        monkeypatch.setattr(workflow, "refuse_unstreamable", refuse)
-    way: str = request.param
-    return way
 
 
 def tamper(way: str, monkeypatch: pytest.MonkeyPatch, damage: Any) -> None:

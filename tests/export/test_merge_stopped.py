@@ -18,7 +18,6 @@ from command_line import tunesmith
 from trained import copy_run, tiny_run
 from tunesmith import files
 from tunesmith.export import streamed
-from tunesmith.export.tensors import Unstreamable
 from tunesmith.registry import records
 from tunesmith.workflows import merge as workflow
 from tunesmith.workflows.merge import merge
@@ -27,17 +26,6 @@ from tunesmith.workflows.merge import merge
 @pytest.fixture
 def run(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy_run(tiny_run(tmp_path_factory), tmp_path / "run")
-
-
-@pytest.fixture(params=["streamed", "in memory"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    def refuse(_: Any) -> None:
-        raise Unstreamable("the test says so")
-
-    if request.param == "in memory":
-        monkeypatch.setattr(workflow, "refuse_unstreamable", refuse)
-    way: str = request.param
-    return way
 
 
 def left(folder: Path) -> list[str]:

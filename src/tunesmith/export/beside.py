@@ -37,29 +37,40 @@ def refuse_unlike(folder: Path, tokenizer: Any, chat: ChatFormat, generation: Ma
     """Raise VerificationError unless a written folder has this tokenizer, this chat template, these values for generation, and a config.json
     of weights in `dtype` that are not quantized.
     """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoConfig
 
     try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        wrong = text_differences(folder, tokenizer, chat, generation)
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        written = GenerationConfig.from_pretrained(folder, local_files_only=True) if generation else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise VerificationError(
             f"the merged model does not load back: {' '.join(str(error).split())}; nothing was kept"
         ) from error
-    wrong = [f"its tokenizer: {text}" for text in tokenizer_differences(tokenizer, found)]
-    wrong += template_differences(chat, found)
-    wrong += [
-        f"{GENERATION}: {key} is {getattr(written, key, None)!r} instead of {value!r}"
-        for key, value in generation.items()
-        if getattr(written, key, None) != value
-    ]
     if str(config.dtype).removeprefix("torch.") != dtype:
         wrong.append(f"config.json: dtype is {config.dtype} instead of {dtype}")
     if getattr(config, "quantization_config", None) is not None:
         wrong.append("config.json has a quantization_config, and the weights are not quantized")
     if wrong:
         raise VerificationError(f"the merged model is not what was trained: {'; '.join(wrong)}; nothing was kept")
+
+
+def text_differences(folder: Path, tokenizer: Any, chat: ChatFormat, generation: Mapping[str, Any]) -> list[str]:
+    """What of a written folder is other than this tokenizer, this chat template and these values for generation. Raises what transformers does
+    where they do not load.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    written = GenerationConfig.from_pretrained(folder, local_files_only=True) if generation else None
+    return [
+        *(f"its tokenizer: {text}" for text in tokenizer_differences(tokenizer, found)),
+        *template_differences(chat, found),
+        *(
+            f"{GENERATION}: {key} is {getattr(written, key, None)!r} instead of {value!r}"
+            for key, value in generation.items()
+            if getattr(written, key, None) != value
+        ),
+    ]
 
 
 # -- tokenizers -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from tunesmith.errors import shown
 from tunesmith.models.load import ModelSource
 
 NOT_COMPUTED = frozenset({
@@ -66,10 +67,5 @@ def _compare(before: Mapping[str, Any], now: Mapping[str, Any], place: str = "")
         if isinstance(old, dict) and isinstance(new, dict):
             found += _compare(old, new, f"{place}{key}.")
         elif old != new:
-            found.append(f"{place}{key} {_shown(new)} (recorded: {_shown(old)})")
+            found.append(f"{place}{key} {shown(new)} (recorded: {shown(old)})")
     return found
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,54 +96,66 @@ def one_query_sdpa(
 
 
 @contextmanager
-def one_query_attention(forward: ModelForward) -> Iterator[None]:
-    """The model's attention is `one_query_sdpa` for a while, if it was an sdpa; others stay."""
+def attention(forward: ModelForward, name: str) -> Iterator[None]:
+    """The model's attention is what transformers knows under `name`, for a while."""
     config = forward.decoder.config
     before = config._attn_implementation
-    if before == "eager":
-        yield
-        return
-    AttentionInterface.register(ONE_QUERY, one_query_sdpa)
-    AttentionMaskInterface.register(ONE_QUERY, sdpa_mask)
-    config._attn_implementation = ONE_QUERY
+    config._attn_implementation = name
     try:
         yield
     finally:
         config._attn_implementation = before
 
 
-class SlotLayer(CacheLayerMixin):
-    """A layer's keys and values (B, G, L, d) in fixed places: the new ones are written at column `slot` (1,)."""
+def one_query_attention(forward: ModelForward) -> AbstractContextManager[None]:
+    """The model's attention is `one_query_sdpa` for a while, if it was an sdpa; others stay."""
+    if forward.decoder.config._attn_implementation == "eager":
+        return nullcontext()
+    AttentionInterface.register(ONE_QUERY, one_query_sdpa)
+    AttentionMaskInterface.register(ONE_QUERY, sdpa_mask)
+    return attention(forward, ONE_QUERY)
 
-    is_compileable = True
 
-    def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor):
+class FixedLayer(CacheLayerMixin):
+    """A layer's keys and values (B, G, L, d) in fixed places; `at` says where `update` writes."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, at: torch.Tensor):
         super().__init__()
-        self.keys, self.values, self.slot = keys, values, slot
+        self.keys, self.values, self.at = keys, values, at
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the tensors came with the layer."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one token's (B, G, 1, d); returns all columns."""
-        self.keys.index_copy_(2, self.slot, key_states.to(self.keys.dtype))
-        self.values.index_copy_(2, self.slot, value_states.to(self.values.dtype))
-        return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns, and the first of them."""
         return self.keys.shape[2], 0
 
     def get_seq_length(self) -> Any:
-        """Columns that are used, on the device."""
-        return self.slot[0]
+        """What the forward would count positions from; they are given."""
+        return 0
 
     def get_max_length(self) -> int:
         """Columns."""
         return self.keys.shape[2]
+
+
+class SlotLayer(FixedLayer):
+    """One token for each row, written at the column `at` (1,) that all rows share."""
+
+    is_compileable = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one token's (B, G, 1, d); returns all columns."""
+        self.keys.index_copy_(2, self.at, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, self.at, value_states.to(self.values.dtype))
+        return self.keys, self.values
+
+    def get_seq_length(self) -> Any:
+        """Columns that are used, on the device."""
+        return self.at[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +421,7 @@ class StaticDecoder:
             ):
                 self._step(rows, length)
         except RuntimeError as error:
-            failure, ran_out = str(error).partition("\n")[0] or type(error).__name__, _ran_out(error)
+            failure, ran_out = str(error).partition("\n")[0] or type(error).__name__, ran_out_in_capture(error)
         if failure is None:
             self._pool = self._pool or graph.pool()
             self._graphs[rows, length] = graph
@@ -422,6 +434,6 @@ class StaticDecoder:
         self.warn(f"no CUDA graph, answers are generated launch by launch: {failure}")
 
 
-def _ran_out(error: BaseException | None) -> bool:
+def ran_out_in_capture(error: BaseException | None) -> bool:
     """Whether memory ran out while a graph was captured: the end of the capture then fails too, and is what is raised."""
-    return error is not None and (is_out_of_memory(error) or _ran_out(error.__context__))
+    return error is not None and (is_out_of_memory(error) or ran_out_in_capture(error.__context__))

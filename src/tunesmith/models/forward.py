@@ -25,6 +25,15 @@ PEFT_WRAPPERS = ("ModulesToSaveWrapper", "TrainableTokensWrapper")
 """What PEFT puts around a module that trains in full, or some of whose rows do; its `weight` is the one in use."""
 
 
+def autocast(device: str, dtype: ComputeDType) -> AbstractContextManager[Any]:
+    """The context in which a device computes in `dtype`."""
+    import torch
+
+    if dtype == "fp32":
+        return nullcontext()
+    return torch.autocast(device.split(":")[0], dtype=torch_dtype(dtype))
+
+
 class ModelForward:
     """Runs a causal language model (transformers, with or without PEFT) in two halves: hidden states, then logits.
 
@@ -53,11 +62,7 @@ class ModelForward:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision context of every forward, in training, evaluation and generation alike."""
-        import torch
-
-        if self.dtype == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.split(":")[0], dtype=torch_dtype(self.dtype))
+        return autocast(self.device, self.dtype)
 
     @property
     def wants_dropout_rows(self) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.config import ModelConfig, QuantizationConfig
-from tunesmith.errors import MachineError, ModelError, RunError
+from tunesmith.errors import MachineError, ModelError, RunError, shown
 from tunesmith.files import atomic_folder, cache_folder, sha256_file, sha256_text, write_json
 from tunesmith.hardware import ComputeDType, Hardware, torch_dtype
 from tunesmith.models import attention
@@ -348,13 +348,11 @@ def _check_folder(source: ModelSource, trust_remote_code: bool) -> None:
         except (ValueError, OSError) as error:
             raise ModelError(f"{index}: not an index of weight files: {_first_line(error)}") from error
         if not isinstance(files, dict):
-            raise ModelError(
-                f"{index}: not an index of weight files: weight_map is {_shown(files)}: expected an object"
-            )
+            raise ModelError(f"{index}: not an index of weight files: weight_map is {shown(files)}: expected an object")
         for tensor, file in files.items():
             if not isinstance(file, str):
                 raise ModelError(
-                    f"{index}: not an index of weight files: {tensor} is in {_shown(file)}: expected a file's name"
+                    f"{index}: not an index of weight files: {tensor} is in {shown(file)}: expected a file's name"
                 )
         shards = set(files.values())
         _refuse_missing(source.name, [shard for shard in sorted(shards) if not (folder / shard).is_file()])
@@ -398,10 +396,10 @@ def _check_config(source: ModelSource, trust_remote_code: bool) -> None:
         raise ModelError(f"{path}: not valid JSON: {_first_line(error)}") from error
     for key, kinds, expected in FIELDS:
         if not isinstance(value := config.get(key), kinds):
-            raise ModelError(f"{path}: {key} is {_shown(value)}: expected {expected}")
+            raise ModelError(f"{path}: {key} is {shown(value)}: expected {expected}")
     quantized = config.get("quantization_config") or {}
     if not isinstance(method := quantized.get("quant_method"), (str, type(None))):
-        raise ModelError(f"{path}: quantization_config.quant_method is {_shown(method)}: expected a method's name")
+        raise ModelError(f"{path}: quantization_config.quant_method is {shown(method)}: expected a method's name")
     model_type = config.get("model_type")
     if model_type not in CONFIG_MAPPING:
         if "auto_map" not in config:
@@ -540,12 +538,6 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("expected a JSON object")
     return value
-
-
-def _shown(value: object) -> str:
-    """A value as Python writes it, cut after 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _first_line(error: BaseException) -> str:

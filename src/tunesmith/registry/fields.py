@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from tunesmith.config import QuantizationConfig
-from tunesmith.errors import ModelError, RunError
+from tunesmith.errors import ModelError, RunError, shown
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 DType = Literal["bf16", "fp16", "fp32"]
@@ -106,6 +106,7 @@ class PeftFields(_Fields):
     peft_version: str | None = None
     megatron_config: dict[str, Any] | None = None
     megatron_core: str | None = None
+    alora_invocation_tokens: list[int] | None = None
     layer_replication: list[Any] | None = None
     loftq_config: dict[str, Any] | None = None
     eva_config: dict[str, Any] | None = None
@@ -154,5 +155,4 @@ def _line(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{place} is missing"
     said = first["msg"][:1].lower() + first["msg"][1:]
-    found = repr(first["input"])
-    return f"{place} is {found if len(found) <= 60 else found[:57] + '...'}: {said}"
+    return f"{place} is {shown(first['input'])}: {said}"

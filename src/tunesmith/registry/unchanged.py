@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.config import RunConfig
+from tunesmith.errors import shown
 from tunesmith.models.load import file_hash
 from tunesmith.registry.records import CONFIG, RECORD, WEIGHTS, read_json
 
@@ -43,7 +44,7 @@ def config_changes(folder: Path, record: Mapping[str, Any], run: RunConfig | Non
         return None
     config = read_json(folder / CONFIG) or {}
     return [
-        f"{key} {_shown(now)} (recorded: {_shown(recorded[key])})"
+        f"{key} {shown(now)} (recorded: {shown(recorded[key])})"
         for key in sorted(recorded)
         if (now := _plain(key, config.get(key))) != _plain(key, recorded[key])
     ]
@@ -88,8 +89,3 @@ def _plain(key: str, value: Any) -> Any:
     if key in SETS and isinstance(value, (list, tuple, set)):
         return sorted(map(str, value))
     return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

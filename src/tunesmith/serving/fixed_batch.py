@@ -25,11 +25,17 @@ import torch
 from transformers import Cache, DynamicCache
 
 from tunesmith.hardware import torch_dtype
-from tunesmith.models.decode_graphs import one_query_attention, rounded_up, why_not_static
+from tunesmith.models.decode_graphs import (
+    FixedLayer,
+    one_query_attention,
+    ran_out_in_capture,
+    rounded_up,
+    why_not_static,
+)
 from tunesmith.models.forward import ModelForward
-from tunesmith.out_of_memory import is_out_of_memory, release_memory
+from tunesmith.out_of_memory import release_memory
 from tunesmith.serving.adapter_bank import BASE, AdapterBank
-from tunesmith.serving.place_layers import PlaceLayer, PromptLayer, StepLayer, causal_attention
+from tunesmith.serving.place_layers import PromptLayer, StepLayer, causal_attention
 from tunesmith.serving.running_batch import R
 
 GRAPHED_PROMPTS = 2048
@@ -241,7 +247,7 @@ class Places:
         return hidden[torch.arange(len(ids), device=ids.device), last]
 
     def _decode(
-        self, ids: torch.Tensor, positions: torch.Tensor, layers: Sequence[PlaceLayer], mask: torch.Tensor | None
+        self, ids: torch.Tensor, positions: torch.Tensor, layers: Sequence[FixedLayer], mask: torch.Tensor | None
     ) -> torch.Tensor:
         output = self.forward.decoder(
             input_ids=ids,
@@ -287,7 +293,7 @@ class Places:
                 output = work()
         except RuntimeError as error:
             failure = str(error).partition("\n")[0] or type(error).__name__
-            ran_out = is_out_of_memory(error)
+            ran_out = ran_out_in_capture(error)
         else:
             self._pool = self._pool or graph.pool()
             if len(self._graphs) >= MAX_GRAPHS:

@@ -16,6 +16,7 @@ from tunesmith.files import sha256_file
 from tunesmith.hardware import ComputeDType
 from tunesmith.models import loftq
 from tunesmith.models.adapters import load_adapter
+from tunesmith.models.forward import autocast
 from tunesmith.models.load import find_model, load_model
 from tunesmith.registry.fields import check_config, check_metadata
 from tunesmith.registry.records import (
@@ -34,7 +35,7 @@ from tunesmith.registry.records import (
 from tunesmith.registry.unchanged import config_changes
 from tunesmith.runs import RunFolder
 from tunesmith.types import Progress, no_progress
-from tunesmith.workflows.inference import Effect, Inference, Setting, autocast
+from tunesmith.workflows.inference import Effect, Inference, Setting
 from tunesmith.workflows.load import Found, differences, find, read_record
 
 DEFAULT_FOLDER = "runs"
@@ -277,7 +278,7 @@ def _logits(
     adapted = load_adapter(base, found.adapter)
     if found.loftq and setting.quantization is not None:
         loftq.restore(adapted, found.source.path, found.loftq)
-    with autocast(found.hardware.device, setting):
+    with autocast(found.hardware.device, setting.dtype):
         logits = plain_logits(adapted, prompts)
         if not with_base:
             return logits, logits

@@ -103,7 +103,7 @@ class SeveralAdapters:
                 for note in (reader.base_note(path), reader.note(path, read.chat, base.forward.base, progress)):
                     if note:
                         on_note(note)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: hooks and processes may not stay
             self.close()
             raise
 

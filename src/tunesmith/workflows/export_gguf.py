@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from tunesmith.export.gguf_types import ExportType, find_type
 from tunesmith.export.safetensors import compare_logits, fixed_prompts, plain_logits
 from tunesmith.export.skeleton import Skeleton, has_own_start
 from tunesmith.export.tensors import Unstreamable
-from tunesmith.files import atomic_folder, disk_errors, remove_folder
+from tunesmith.files import disk_errors, work_folder
 from tunesmith.models.load import TEXT_TOWERS, weight_hash
 from tunesmith.registry.records import CONFIG, read_json
 from tunesmith.runs import RunFolder
@@ -91,7 +90,7 @@ def export_gguf(
     name = _name(path)
     files = _files(path, name, kinds, Path(out) if out else None, lora)
     require_packages()
-    with _workplace(files[0].parent, name) as work:
+    with work_folder(files[0].parent / name) as work:
         found = find(target, model, "fp32", device)
         if lora and found.adapter is None:
             raise ModelError(f"{target}: there is no adapter to write; leave --lora out")
@@ -120,24 +119,6 @@ def export_gguf(
     }
 
 
-@contextmanager
-def _workplace(folder: Path, name: str) -> Iterator[Path]:
-    """A folder in `folder` to work in. It goes when the block ends, and with it, where the block fails, the folders that were made for it; what a
-    killed export left there goes when the next one begins.
-    """
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    place = folder / f".{name}-export"
-    try:
-        with atomic_folder(place) as work:
-            yield work
-        remove_folder(place)
-    except BaseException:
-        for one in missing:
-            with suppress(OSError):  # others have put something there
-                one.rmdir()
-        raise
-
-
 def _put(work: Path, files: Sequence[Path]) -> None:
     """Move what was written into its place, all or nothing."""
     pairs = [(work / one.name, one) for file in files for one in (file, file.with_suffix(".Modelfile"))]
@@ -149,7 +130,7 @@ def _put(work: Path, files: Sequence[Path]) -> None:
                     os.fsync(opened.fileno())
                 written.replace(place)
                 done.append(place)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: half of a result is none
         for place in done:
             place.unlink(missing_ok=True)
         raise

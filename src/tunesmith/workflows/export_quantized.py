@@ -10,19 +10,20 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tunesmith.config import DataConfig, ModelConfig
+from tunesmith.config import DataConfig
+from tunesmith.data.chat import ChatFormat
 from tunesmith.data.formats import read_examples
 from tunesmith.errors import ConfigError, DataError, ModelError, VerificationError
 from tunesmith.export import agreement
-from tunesmith.export.beside import DIFFICULT
+from tunesmith.export.beside import text_differences
 from tunesmith.export.calibration import (
     MAX_TOKENS,
     MEASURED_ROWS,
@@ -46,8 +47,8 @@ from tunesmith.export.compressed import (
     require_packages,
     write,
 )
-from tunesmith.files import atomic_folder, disk_errors, write_json
-from tunesmith.models.load import TEXT_TOWERS, find_model, load_tokenizer, weight_hash
+from tunesmith.files import atomic_folder, work_folder, write_json
+from tunesmith.models.load import TEXT_TOWERS, weight_hash
 from tunesmith.out_of_memory import release_memory
 from tunesmith.registry.records import file_hashes
 from tunesmith.runs import RunFolder
@@ -133,7 +134,7 @@ def export_quantized(
         )
     rows = _rows(found, str(target), data, count)
     with ExitStack() as kept:
-        work = kept.enter_context(_work_folder(folders[0].parent))
+        work = kept.enter_context(work_folder(folders[0]))
         place, record, merging = _source(found, target, model, work, progress)
         loaded = place.load(progress)
         layers = plan(loaded.forward.model, found.source.name)
@@ -164,22 +165,6 @@ def export_quantized(
         "unquantized": unquantized,
         "notes": notes,
     }
-
-
-@contextmanager
-def _work_folder(parent: Path) -> Iterator[Path]:
-    """A temporary folder on the disk where the results go; `parent`, where it was made for them, goes again if it stays empty."""
-    parent = parent.absolute()
-    new = not parent.exists()
-    anchor = next(folder for folder in (parent, *parent.parents) if folder.exists())
-    with disk_errors(parent):
-        temporary = tempfile.TemporaryDirectory(prefix=".tmp-export-", dir=anchor)
-    try:
-        with temporary as work:
-            yield Path(work)
-    finally:
-        if new and parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()
 
 
 def _facts(rows: Sequence[Ids], where: str) -> dict[str, Any]:
@@ -290,7 +275,7 @@ def _write(
     seconds = time.perf_counter() - started
     loaded.tokenizer.chat_template = loaded.chat.template  # what it was trained with
     loaded.tokenizer.save_pretrained(folder)
-    _compare_texts(folder, loaded.tokenizer, loaded.chat.template, generation)
+    _compare_texts(folder, loaded.tokenizer, loaded.chat, generation)
     del quantized, loaded
     release_memory()
     files = file_hashes(folder)  # before the comparison: what is verified is what they are of
@@ -345,25 +330,8 @@ def _reloaded(
     return agreed, agreement.tokens_per_second(back, expected.rows[0])
 
 
-def _compare_texts(folder: Path, tokenizer: Any, template: str, generation: dict[str, Any]) -> None:
+def _compare_texts(folder: Path, tokenizer: Any, chat: ChatFormat, generation: Mapping[str, Any]) -> None:
     """Raise VerificationError unless tokenizer, chat template and generation config come back as they were."""
-    from transformers import GenerationConfig
-
-    settings = ModelConfig(name=str(folder))
-    back: Any = load_tokenizer(find_model(settings), settings)
-    text = DIFFICULT + " ".join(map(str, tokenizer.all_special_tokens))
-    for split in (True, False):
-        if (
-            tokenizer(text, split_special_tokens=split)["input_ids"]
-            != back(text, split_special_tokens=split)["input_ids"]
-        ):
-            raise VerificationError("the written tokenizer gives other tokens of a difficult text; nothing was kept")
-    if back.chat_template != template:
-        raise VerificationError("the written chat template is another string; nothing was kept")
-    found = GenerationConfig.from_pretrained(folder).to_dict()
-    if other := sorted(
-        key
-        for key in generation.keys() | found.keys()
-        if key != "transformers_version" and generation.get(key) != found.get(key)
-    ):
-        raise VerificationError(f"the written generation config differs in {', '.join(other)}; nothing was kept")
+    own = {key: value for key, value in generation.items() if key not in ("transformers_version", "_from_model_config")}
+    if wrong := text_differences(folder, tokenizer, chat, own):
+        raise VerificationError(f"the written model is not what was quantized: {'; '.join(wrong)}; nothing was kept")

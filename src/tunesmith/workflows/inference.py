@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -29,18 +29,12 @@ from tunesmith.export.tensors import Unstreamable
 from tunesmith.files import cache_folder, sha256_text, write_json
 from tunesmith.hardware import ComputeDType, torch_dtype
 from tunesmith.models.adapters import load_adapter
+from tunesmith.models.forward import autocast
 from tunesmith.models.load import ModelSource, weight_hash
 from tunesmith.registry.records import CONFIG, adapter_hash, read_json
 
 if TYPE_CHECKING:
     from tunesmith.workflows.load import Found
-
-
-def autocast(device: str, setting: Setting) -> AbstractContextManager[Any]:
-    """The precision context of inference in a setting, as `ModelForward.autocast`."""
-    if setting.dtype == "fp32":
-        return nullcontext()
-    return torch.autocast(device.split(":")[0], dtype=torch_dtype(setting.dtype))
 
 
 class Unmeasured(Exception):  # no error of the user's: what is loaded works all the same
@@ -140,7 +134,7 @@ class Inference:
                 if loaded is None:
                     used = logits(self.used)
                 else:
-                    with autocast(self.device, self.used):
+                    with autocast(self.device, self.used.dtype):
                         used = plain_logits(loaded, prompts)
         except (Unstreamable, ModelError, MachineError) as error:
             raise Unmeasured(str(error)) from error
@@ -164,7 +158,7 @@ class Inference:
         skeleton.put_on(load_adapter(skeleton.model, self.adapter))
 
         def logits(setting: Setting) -> torch.Tensor:
-            with autocast(self.device, setting):
+            with autocast(self.device, setting.dtype):
                 found = skeleton.logits(prompts, reads[setting.key], dtype=torch_dtype(setting.dtype))
             if not bool(found.isfinite().all()):
                 raise Unstreamable("its modules use weights of each other, or compute no finite numbers")

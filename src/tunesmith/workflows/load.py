@@ -199,16 +199,16 @@ def find(
     if adapter or (run and base):
         check_training(run, adapter, source, chat, forced)
     record = run.metadata if run else read_record(adapter) if adapter else {}
-    quantization = _quantization(config, run, record)
+    quantization = trained_quantization(run, record)
     iterations = loftq_iterations(run, record)
     trained = record.get("dtype") if adapter else None
     return Found(run, adapter, source, settings, tokenizer, chat, hardware, computes, quantization, trained, iterations)
 
 
-def _quantization(config: RunConfig, run: RunFolder | None, record: Mapping[str, Any]) -> QuantizationConfig | None:
+def trained_quantization(run: RunFolder | None, record: Mapping[str, Any]) -> QuantizationConfig | None:
     """How a run, or a lone adapter's record, says that the base was quantized."""
     if run is not None:
-        return config.quantization if config.method == "qlora" else None
+        return run.config.quantization if run.config.method == "qlora" else None
     return QuantizationConfig(**found) if isinstance(found := record.get("quantization"), dict) else None
 
 

@@ -26,6 +26,7 @@ from tunesmith.workflows.load import (
     read_record,
     refuse_changed_adapter,
     tokenizer_source,
+    trained_quantization,
     unchecked_base,
 )
 
@@ -169,12 +170,7 @@ class AdapterReader:
         dtype = record.get("dtype")
         if dtype not in get_args(ComputeDType):
             return None
-        if run:
-            quantization = run.config.quantization if run.config.method == "qlora" else None
-        else:
-            given = record.get("quantization")
-            quantization = QuantizationConfig(**given) if isinstance(given, dict) else None
-        trained = Setting(dtype, quantization)  # type: ignore[arg-type]  # one of them
+        trained = Setting(dtype, trained_quantization(run, record))  # type: ignore[arg-type]  # one of them
         used = Setting(self.base.dtype, self.quantization)
         if trained == used:
             return None
