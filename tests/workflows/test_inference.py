@@ -17,9 +17,10 @@ from tunesmith.config import QuantizationConfig
 from tunesmith.export.safetensors import fixed_prompts, plain_logits
 from tunesmith.files import cache_folder
 from tunesmith.models.adapters import load_adapter
+from tunesmith.models.forward import autocast
 from tunesmith.models.load import load_model
 from tunesmith.workflows import inference
-from tunesmith.workflows.inference import Effect, Inference, Setting, Unmeasured, autocast
+from tunesmith.workflows.inference import Effect, Inference, Setting, Unmeasured
 from tunesmith.workflows.load import Found, find, load
 
 NF4 = QuantizationConfig(scheme="nf4")
@@ -35,7 +36,7 @@ def really(found: Found, setting: Setting) -> torch.Tensor:
     """The fixed prompts' logits of a model that is loaded in a setting."""
     assert found.adapter is not None
     base: Any = load_model(found.source, found.settings, found.hardware, setting.dtype, setting.quantization)
-    with autocast("cpu", setting):
+    with autocast("cpu", setting.dtype):
         return plain_logits(load_adapter(base, found.adapter).eval(), fixed_prompts(found.chat))
 
 
