@@ -13,7 +13,8 @@ peft        as mixed, by PEFT's `adapter_names` (--peft: one step of the batch, 
 
 Tokens/s count written ones, medians of --repeats runs of two full batches, behind two that are not counted: CUDA graphs are captured
 in the second. A swap is an adapter that takes another's name while a full
-batch runs: `read` from the files to the device beside the batch, `exchange` from then to the first step that may use it.
+batch runs: `read` from the files to the device beside the batch, `exchange` from then to the first step that may use it. One step of the
+batch meanwhile takes `step_meanwhile`.
 """
 
 from __future__ import annotations
@@ -127,24 +128,28 @@ class Bench:
 
     def swaps(self, count: int) -> dict[str, float]:
         """Replace the first adapter again and again while a full batch runs."""
-        running = self.ask([self.numbers[-1]] * self.options.batch, 100 * self.options.new)
-        while not self.engine.running:
-            time.sleep(0.001)
-        reads, exchanges = [], []
+        queues: list[queue.Queue[Any]] = []
+        reads, exchanges, steps = [], [], []
         for place in range(count):
+            if not self.engine.running:
+                self.answers(queues)  # which says if they failed
+                queues = self.ask([self.numbers[-1]] * self.options.batch, 10 * self.options.new)
+                while not self.engine.running:
+                    time.sleep(0.001)
+            start, before = time.perf_counter(), self.engine.steps
             number, read, exchange = self.add(self.folders[place % len(self.folders)])
             old, self.numbers[0] = self.numbers[0], number
             self.engine.between_steps(lambda old=old: self.engine.bank.remove(old, replaced=True)).result()
             reads.append(read)
             exchanges.append(exchange)
-            if not self.engine.running:
-                raise SystemExit("the batch ended before the swaps did; raise --new")
+            if done := self.engine.steps - before:
+                steps.append((time.perf_counter() - start) / done)
         self.engine.stop()
-        del running
         return {
             "read_median": statistics.median(reads),
             "exchange_median": statistics.median(exchanges),
             "exchange_most": max(exchanges),
+            "step_meanwhile_median": statistics.median(steps),
         }
 
 

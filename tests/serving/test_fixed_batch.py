@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -334,3 +335,24 @@ def test_graphs_replay_what_launches_compute(tiny_model: Path, adapters: dict[st
     assert places.replayed > 100
     assert places.launched < places.replayed
     engine.stop()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_adapters_are_read_while_a_graph_is_captured(tiny_model: Path, adapters: dict[str, Path]) -> None:
+    """PyTorch gives 32 streams in turn: a reader that took the next one would sooner or later wait for the one that is captured."""
+    forward = base_forward(tiny_model, device="cuda")
+    expected = read_adapter(adapters["cs"], forward.base, "cuda", torch.float32).layers
+    x, graph = torch.zeros(8, device="cuda"), torch.cuda.CUDAGraph()
+
+    def read() -> list[Any]:
+        return [read_adapter(adapters["cs"], forward.base, "cuda", torch.float32).layers for _ in range(40)]
+
+    with (
+        ThreadPoolExecutor(1) as beside,
+        torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"),
+    ):
+        y = x + 1
+        found = beside.submit(read).result()
+    graph.replay()
+    assert y.tolist() == [1.0] * 8
+    assert all(torch.equal(layers[name][0], a) for layers in found for name, (a, _) in expected.items())

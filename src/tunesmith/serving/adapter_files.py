@@ -148,7 +148,9 @@ def _on_device(
         for part in pair:
             next(places)[: part.numel()] = part.reshape(-1)
     if device.startswith("cuda"):
-        stream = torch.cuda.Stream(device)
+        # Of another priority than captures': PyTorch gives the same 32 streams of one priority again and again, and who waits for a
+        # stream that is being captured ends the capture.
+        stream = torch.cuda.Stream(device, priority=-1)
         with torch.cuda.stream(stream):
             packed = packed.to(device, non_blocking=True)
         stream.synchronize()

@@ -8,6 +8,9 @@ from typing import Any
 UNFINISHED = "\ufffd"
 """What a decoder writes for bytes that are not, or not yet, a character."""
 
+LONGEST_CHARACTER = 4
+"""Bytes of a character in UTF-8, and so tokens, at most."""
+
 
 class AnswerText:
     """Turns tokens into pieces of text, which joined are the answer: the decoded tokens, special ones left out, up to a stop string.
@@ -29,23 +32,28 @@ class AnswerText:
         """The text that this token makes certain. `stopped` is set when a stop string is complete."""
         self._ids.append(token)
         text = self._decode(self._ids[self._shown :])
-        if text.endswith(UNFINISHED):
-            return ""
-        return self._let_go(self._new(text))
+        if not text.endswith(UNFINISHED):
+            return self._let_go(self._new(text, len(self._ids)))
+        if len(self._ids) - self._read > LONGEST_CHARACTER:  # bytes among them that are no character, whatever comes
+            for end in range(len(self._ids) - 1, len(self._ids) - LONGEST_CHARACTER, -1):
+                whole = self._decode(self._ids[self._shown : end])
+                if text.startswith(whole) and text.count(UNFINISHED) == whole.count(UNFINISHED) + 1:
+                    return self._let_go(self._new(whole, end))
+        return ""
 
     def finish(self) -> str:
         """What was held back, as it is, when no token follows."""
         if self.stopped:
             return ""
-        piece = self._let_go(self._new(self._decode(self._ids[self._shown :])))
+        piece = self._let_go(self._new(self._decode(self._ids[self._shown :]), len(self._ids)))
         held, self._held = self._held, ""
         return piece if self.stopped else piece + held
 
-    def _new(self, text: str) -> str:
-        """What `text`, of all tokens from `_shown` on, has more than was decoded. Two windows: a token's text may depend on the one
+    def _new(self, text: str, end: int) -> str:
+        """What `text`, of the tokens from `_shown` to `end`, has more than was decoded. Two windows: a token's text may depend on the one
         before it (a leading space that SentencePiece drops)."""
         before = self._decode(self._ids[self._shown : self._read])
-        self._shown, self._read = self._read, len(self._ids)
+        self._shown, self._read = self._read, end
         return text[len(before) :]
 
     def _decode(self, ids: Sequence[int]) -> str:
