@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from serving_models import Asked, add, base_forward, make_adapter, one_by_one, p
 
 from tiny import make_tiny_model
 from tunesmith.errors import ModelError
+from tunesmith.serving import adapter_files
 from tunesmith.serving.adapter_files import read_adapter
 from tunesmith.serving.engine import Engine
 
@@ -109,3 +111,34 @@ def test_an_adapter_on_the_head_or_on_a_layer_that_sees_no_rows_is_refused(
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.\w+_proj: this layer of the base sees \(6, \d+\)"):
         engine.bank.add(weights)
     assert (engine.bank.numbers, engine.bank.bytes) == ([], 0)
+
+
+def test_reading_takes_one_thread_and_leaves_the_others_their_number(
+    tiny_model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its own number: OpenMP's threads would wait for each other behind a busy engine."""
+    base, before = base_forward(tiny_model).base, torch.get_num_threads()
+    inner, seen = adapter_files._on_device, []
+
+    def see(layers: Any, device: str) -> Any:
+        seen.append(torch.get_num_threads())
+        return inner(layers, device)
+
+    monkeypatch.setattr(adapter_files, "_on_device", see)
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in pool.map(
+                lambda _: (
+                    read_adapter(adapters["cs"], base, "cpu", torch.float32),
+                    seen.append(torch.get_num_threads()),
+                ),
+                range(12),
+            ):
+                pass
+            assert sorted(seen) == [1] * 12 + [3] * 12
+        with pytest.raises(ModelError):
+            read_adapter(tmp_path, base, "cpu", torch.float32)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
