@@ -126,7 +126,7 @@ class Bench:
             found.append(1000 * (time.perf_counter() - start) / self.options.new)
         return statistics.median(found[2:])
 
-    def swaps(self, count: int) -> dict[str, float]:
+    def swaps(self, count: int) -> dict[str, Any]:
         """Replace the first adapter again and again while a full batch runs."""
         queues: list[queue.Queue[Any]] = []
         reads, exchanges, steps = [], [], []
@@ -149,6 +149,7 @@ class Bench:
             "read_median": statistics.median(reads),
             "exchange_median": statistics.median(exchanges),
             "exchange_most": max(exchanges),
+            "exchanges": exchanges,
             "step_meanwhile_median": statistics.median(steps),
         }
 

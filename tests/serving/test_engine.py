@@ -6,6 +6,7 @@ import itertools
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -167,6 +168,20 @@ def test_a_cancelled_request_frees_its_place(engine: Engine, tiny_tokenizer: Any
     wait_until(lambda: engine.running == 0)
     while not running[3].events.empty():
         assert not isinstance(running[3].events.get(), Failed)
+
+
+def test_an_engine_that_starts_while_an_adapter_is_read_computes_with_all_threads(tiny_model: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        engine = Engine(base_forward(tiny_model))
+        with ThreadPoolExecutor(1) as reading:
+            reading.submit(torch.set_num_threads, 1).result()
+            engine.start()
+            assert engine.between_steps(torch.get_num_threads).result(20) == 3
+        engine.stop()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_full_queue_refuses(tiny_model: Path, tiny_tokenizer: Any) -> None:

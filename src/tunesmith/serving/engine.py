@@ -62,8 +62,11 @@ class Engine:
         fixed: bool | None = None,
         warn: Callable[[str], None] = lambda text: None,
     ):
+        import torch
+
         refuse_recurrent(forward.base.config)
         self.forward = forward
+        self._threads = torch.get_num_threads()
         self.bank = AdapterBank(forward.base, forward.device, layers_without_rows(forward))
         self.max_batch, self.max_queue = max_batch, max_queue
         self.cache_tokens = tokens = cache_tokens if cache_tokens is not None else fitting_tokens(forward)
@@ -161,6 +164,7 @@ class Engine:
     def _main(self) -> None:
         import torch
 
+        torch.set_num_threads(self._threads)  # a thread that begins while an adapter is read (adapter_files.py) has one
         try:
             with torch.inference_mode():
                 while self._wait():
